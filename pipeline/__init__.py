@@ -1,0 +1,37 @@
+"""The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs. And where things lie."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt2_ladder.config import Environment, UserError
+
+CORPUS = Path("data/input.txt")
+ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bpe")
+WEIGHTS = Path("data/gpt2")
+TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
+MODELS = Path("models")
+RESULTS = Path("results")
+ENVIRONMENT = RESULTS / "environment.json"
+
+
+def run(main: Callable[..., None], *arguments: str) -> None:
+    """Run a stage. What the user can mend is printed in one line each, without a traceback, and the exit code is 1."""
+    try:
+        main(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def read_environment() -> Environment:
+    """Return what the environment stage wrote."""
+    return Environment.model_validate_json(ENVIRONMENT.read_text())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path`; NaN and infinity, which are not JSON, raise ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

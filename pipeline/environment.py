@@ -1,0 +1,96 @@
+"""Write down what the numbers depend on besides the code: device, torch, threads, capabilities. Imports no torch.
+
+This stage runs at every `dvc repro`; what hangs on it re-runs only if the content of its file changes.
+"""
+
+import os
+import platform
+import subprocess
+import sysconfig
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from gpt2_ladder import config
+from gpt2_ladder.config import Environment
+from pipeline import ENVIRONMENT, run, write_json
+
+AMPERE = 8.0  # the first compute capability with bfloat16
+# What Inductor will ask of the compiler: Python's headers, OpenMP and a shared library.
+PROBE = '#include <Python.h>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
+
+
+def main() -> None:
+    config.load()  # a mistake in params.yaml stops the pipeline here
+    write_json(ENVIRONMENT, describe().model_dump())
+
+
+def describe() -> Environment:
+    """Look at this machine without importing torch, which would cost seconds at every `dvc repro`."""
+    torch_version = version("torch")
+    gpu = None if torch_version.endswith("+cpu") else _first_gpu()
+    cpu_name, cpu_flags, cores = _cpu()
+    return Environment(
+        device="cuda" if gpu else "cpu",
+        device_name=gpu[0] if gpu else cpu_name,
+        bf16=gpu[1] >= AMPERE if gpu else bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        compile_problem=compile_problem(),
+        threads=int(os.environ.get("OMP_NUM_THREADS", cores)),
+        python=platform.python_version(),
+        torch=torch_version,
+        platform=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def compile_problem(compiler: str | None = None) -> str | None:
+    """Return why torch.compile cannot work here, found by compiling three lines; None where it can."""
+    compiler = compiler or os.environ.get("CXX", "g++")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(PROBE)
+        include = sysconfig.get_path("include")
+        command = [compiler, "-shared", "-fPIC", "-fopenmp", f"-I{include}", str(source), "-o", f"{folder}/probe.so"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            return f"no C++ compiler: '{compiler}' is not there; install g++ (apt install g++)"
+    if result.returncode == 0:
+        return None
+    if "Python.h" in result.stderr:
+        return "Python.h is not there; install Python's headers (apt install python3-dev)"
+    return f"'{compiler}' cannot build a shared library: {result.stderr.strip().splitlines()[0]}"
+
+
+def _first_gpu() -> tuple[str, float] | None:
+    """Return name and compute capability of the GPU that torch will use, None where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if visible in ("", "-1"):
+        return None
+    command = ["nvidia-smi", f"--id={visible}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    name, capability = result.stdout.strip().rsplit(", ", 1)
+    return name, float(capability)
+
+
+def _cpu() -> tuple[str, set[str], int]:
+    """Return the processor's name, its instruction set flags, and how many cores (not hyperthreads) we may use."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine(), set(), os.cpu_count() or 1
+    usable, cores = os.sched_getaffinity(0), set()
+    field: dict[str, str] = {}
+    for processor in info.read_text().strip().split("\n\n"):
+        field = {
+            key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor.split("\n"))
+        }
+        if int(field["processor"]) in usable:
+            cores.add((field.get("physical id"), field.get("core id", field["processor"])))
+    flags = field.get("flags") or field.get("Features", "")  # x86, Arm
+    return field.get("model name", platform.machine()), set(flags.split()), len(cores)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,74 @@
+"""Train one level of the ladder: `python -m pipeline.train bf16`."""
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt2_ladder import config, data, metrics, runtime, training
+from gpt2_ladder.config import Params, Switches, UserError
+from gpt2_ladder.model import GPT
+from pipeline import RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
+
+
+def main(name: str) -> None:
+    params = config.load()
+    if name not in params.levels:
+        raise UserError(f"level '{name}' is not in params.yaml; its levels are {', '.join(params.levels)}")
+    level = params.levels[name]
+    train(params, name, "train", level, level.group, RESULTS / "levels" / name)
+
+
+def train(
+    params: Params, name: str, job_type: str, switches: Switches, group: Literal["quality", "speed"], folder: Path
+) -> GPT | None:
+    """Train at `switches`, write steps.csv and metrics.json to `folder`, and return the network.
+
+    Where this machine cannot do it, both files say so instead, and None is returned.
+    """
+    environment, shape = read_environment(), params.shape(group)
+    result: dict[str, Any] = {
+        "status": "trained",
+        "reason": runtime.why_skipped(switches, environment, params.run_slow_levels),
+        "note": runtime.what_to_know(switches, environment),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if result["reason"]:
+        print(f"{name}: skipped. {result['reason']}", flush=True)
+        (folder / "steps.csv").write_text(",".join(metrics.STEP_FIELDS) + "\n")
+        write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
+        return None
+    if result["note"]:
+        print(f"{name}: {result['note']}", flush=True)
+    train_shard, val_shard = data.open_shard(TRAIN_SHARD), data.open_shard(VAL_SHARD)
+    train_batches = islice(data.batches(train_shard, shape.batch_size, shape.block_size), shape.steps)
+    val_batches = data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size)
+    device, model, optimizer = trainer.build(params, switches, environment)
+    autocast = runtime.set_precision(switches.precision, device)
+    with trainer.open_tracker(name, job_type, params, switches, shape, environment, folder / "steps.csv") as tracker:
+        steps = trainer.follow(
+            training.train(model, optimizer, train_batches, autocast, device), tracker, name, shape.steps
+        )
+        step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
+        tokens = shape.batch_size * shape.block_size
+        peak_memory_mib = runtime.peak_memory_mib(device)  # of the training, before validation adds to it
+        result |= {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "loss_first": steps[0].loss,
+            "loss_last": steps[-1].loss,
+            "val_loss": training.evaluate(model, val_batches, autocast, device),
+            "epochs_seen": shape.steps * tokens / len(train_shard),
+            "step_ms": step_ms,
+            "tokens_per_second": metrics.tokens_per_second(tokens, step_ms),
+            "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if switches.compile else None,
+            "compile_cache": runtime.compile_cache() if switches.compile else None,
+            "peak_memory_mib": peak_memory_mib,
+            "float32_matmul_precision": runtime.float32_matmul_precision(),
+        }
+        tracker.summarize(result)
+    write_json(folder / "metrics.json", result)
+    return model
+
+
+if __name__ == "__main__":
+    run(main, *sys.argv[1:])

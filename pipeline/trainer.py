@@ -1,0 +1,50 @@
+"""What the three training stages (overfit, train, trial) share: build, follow, record."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from gpt2_ladder import progress, runtime, tracking, training
+from gpt2_ladder.config import Environment, Params, Shape, Switches
+from gpt2_ladder.metrics import Step
+from gpt2_ladder.model import GPT
+from gpt2_ladder.tracking import Tracker
+from pipeline import ENVIRONMENT
+
+
+def build(
+    params: Params, switches: Switches, environment: Environment
+) -> tuple[torch.device, GPT, torch.optim.Optimizer]:
+    """Return the device, the network with `switches` on it, seeded, and its optimizer."""
+    device = runtime.open_device(environment.device, environment.threads)
+    model = GPT(params.gpt(switches), params.seed).to(device)
+    if switches.compile:
+        runtime.compile_model(model)
+    return device, model, training.make_optimizer(model, params.size.learning_rate, params.optimizer)
+
+
+def open_tracker(
+    name: str, job_type: str, params: Params, switches: Switches, shape: Shape, environment: Environment, csv: Path
+) -> Tracker:
+    """Return a Tracker that writes to `csv` and to a new W&B run with the resolved configuration."""
+    config = {
+        **switches.model_dump(),
+        **shape.model_dump(),
+        **params.size.model_dump(),
+        **params.optimizer.model_dump(),
+        **{"level": name, "model": params.model, "machine": params.machine, "seed": params.seed},
+        "environment": environment.model_dump(),
+    }
+    tags = [params.model, environment.device, switches.precision, switches.attention]
+    run = tracking.start_run(name, job_type, tags, config, tracking.run_group(ENVIRONMENT))
+    return Tracker(csv, run)
+
+
+def follow(steps: Iterable[Step], tracker: Tracker, title: str, total: int) -> list[Step]:
+    """Carry a training through: show and record each of its `total` steps, then return them all."""
+    seen = []
+    for step in progress.show(steps, title, total):
+        tracker.log(step)
+        seen.append(step)
+    return seen

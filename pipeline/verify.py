@@ -1,0 +1,57 @@
+"""Prove that our GPT computes what GPT-2 does, with the downloaded weights and with random ones, and let it talk."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gpt2_ladder import config, data, hub, pretrained, verification
+from gpt2_ladder.config import GPTConfig, UserError
+from gpt2_ladder.model import GPT, generate
+from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
+
+PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
+SAMPLES, TOP_K = 5, 50
+
+
+def main() -> None:
+    params = config.load()
+    encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    text = CORPUS.read_bytes().decode("utf-8")
+    idx = next(data.batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
+    prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
+
+    stand_in = pretrained.is_stand_in(WEIGHTS)
+    weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        untrained = GPT(GPTConfig(**params.gpt(params.levels["init"]).model_dump()), params.seed)
+        hub.save_gpt(untrained, Path(folder))
+        random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
+    for name, comparison in (("the downloaded weights", weights), ("random weights", random)):
+        print(f"{name}: {comparison}", flush=True)
+        if not comparison.passed:
+            raise UserError(f"verify: with {name} our GPT differs from transformers: {comparison}")
+
+    model = hub.load_gpt(WEIGHTS, "flash")
+    known_loss = None if stand_in else verification.llmc_loss(model, text, encoding)
+    rows = generate(
+        model, prompt.expand(SAMPLES, -1), NEW_TOKENS, TOP_K, torch.Generator().manual_seed(params.seed)
+    ).tolist()
+    notice = pretrained.STAND_IN_NOTICE if stand_in else "OpenAI's weights were verified."
+    samples = "\n".join([notice, *(f"> {encoding.decode(row)!r}" for row in rows)])
+    print(samples, flush=True)
+    (RESULTS / "samples.txt").write_text(samples + "\n")
+    write_json(
+        RESULTS / "verify.json",
+        {
+            "weights": "stand-in" if stand_in else "openai",
+            **weights.as_json(),
+            "random": random.as_json(),
+            "llmc_loss": known_loss,
+            "llmc_loss_diff": None if known_loss is None else known_loss - verification.LLMC_LOSS,
+        },
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""GPT-2 124M, and the ladder of optimizations that makes its training fast."""

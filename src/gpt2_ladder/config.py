@@ -1,0 +1,224 @@
+"""Every setting of params.yaml as a strict, frozen pydantic model, and the one function that loads it.
+
+This module never imports torch: it is read at the start of every stage, and importing torch costs seconds.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError
+
+GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
+
+Tokens = Annotated[int, Field(gt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class UserError(ValueError):
+    """Something the user can mend. Stages print it as one line, without a traceback, and exit with 1."""
+
+
+class Strict(BaseModel):
+    """The rule of this file: no coercion, no change after loading, no unknown key."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Switches(Strict):
+    """The six switches of the ladder; each level sets all of them."""
+
+    tie_weights: bool
+    init: Literal["pytorch", "gpt2"]
+    precision: Literal["fp32", "tf32", "bf16"]
+    compile: bool
+    attention: Literal["eager", "flash"]
+    vocab_size: Annotated[int, Field(ge=GPT2_VOCAB_SIZE)]
+
+
+class Level(Switches):
+    """One row of the ladder. Quality levels share one shape everywhere, speed levels the machine's shape."""
+
+    group: Literal["quality", "speed"]
+
+
+class Shape(Strict):
+    """How much is trained: `steps` batches of (batch_size, block_size) tokens, the first `warmup_steps` not timed."""
+
+    batch_size: PositiveInt
+    block_size: Tokens
+    steps: PositiveInt
+    warmup_steps: Annotated[int, Field(ge=0)]
+    eval_tokens: Tokens
+
+    @model_validator(mode="after")
+    def _something_is_left_to_measure(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        if self.eval_tokens % (self.batch_size * self.block_size):
+            raise ValueError(f"eval_tokens ({self.eval_tokens}) must be a multiple of batch_size * block_size")
+        return self
+
+
+class ModelSize(Strict):
+    """The size of a GPT-2, in the names of its Hugging Face config, and what training it needs."""
+
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    n_positions: Tokens
+    learning_rate: PositiveFloat
+    overfit_loss: PositiveFloat
+
+    @model_validator(mode="after")
+    def _heads_share_the_channels(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        return self
+
+
+class GPTConfig(Strict):
+    """What `GPT` needs to know, and nothing else."""
+
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    n_positions: Tokens
+    vocab_size: PositiveInt
+    tie_weights: bool = True
+    init: Literal["pytorch", "gpt2"] = "gpt2"
+    attention: Literal["eager", "flash"] = "eager"
+
+
+class AdamW(Strict):
+    """torch.optim.AdamW's settings, the same at every level. The learning rate belongs to the model's size."""
+
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # strict mode refuses a YAML list for a tuple
+    eps: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class Pretrained(Strict):
+    """Where GPT-2's published weights come from: the hub, a folder, or nowhere (a random stand-in)."""
+
+    source: Literal["auto", "openai", "stand-in"]
+    folder: str | None
+
+
+class Params(Switches):
+    """The whole of params.yaml; the inherited switches are the knobs of the trial."""
+
+    model: Literal["gpt2", "tiny"]
+    machine: Literal["cpu", "gpu"]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    run_slow_levels: bool
+    pretrained: Pretrained
+    optimizer: AdamW
+    quality: Shape
+    machines: dict[Literal["cpu", "gpu"], Shape]
+    models: dict[Literal["gpt2", "tiny"], ModelSize]
+    levels: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Level]
+
+    @model_validator(mode="after")
+    def _the_parts_fit_together(self) -> Self:
+        for table, key in ((self.models, self.model), (self.machines, self.machine)):
+            if key not in table:
+                raise ValueError(f"'{key}' is chosen, but only {', '.join(table) or 'nothing'} is described")
+        for name, shape in (("quality", self.quality), (f"machines.{self.machine}", self.shape("speed"))):
+            if shape.block_size > self.size.n_positions:
+                raise ValueError(
+                    f"{name}.block_size ({shape.block_size}) is over models.{self.model}.n_positions "
+                    f"({self.size.n_positions})"
+                )
+        if self.pretrained.source == "openai" and self.model != "gpt2":
+            raise ValueError(f"pretrained.source: openai has no weights for model: {self.model}; use auto or stand-in")
+        return self
+
+    @property
+    def size(self) -> ModelSize:
+        """The size of the chosen model."""
+        return self.models[self.model]
+
+    @property
+    def switches(self) -> Switches:
+        """The trial's knobs alone."""
+        return Switches(**{name: getattr(self, name) for name in Switches.model_fields})
+
+    def shape(self, group: Literal["quality", "speed"]) -> Shape:
+        """Return the shape at which the levels of `group` train; the trial trains at the speed levels' shape."""
+        return self.quality if group == "quality" else self.machines[self.machine]
+
+    def gpt(self, switches: Switches) -> GPTConfig:
+        """Return the network of the chosen size with `switches` applied."""
+        return GPTConfig(
+            **self.size.model_dump(include={"n_layer", "n_head", "n_embd", "n_positions"}),
+            **switches.model_dump(include={"vocab_size", "tie_weights", "init", "attention"}),
+        )
+
+
+class Environment(Strict):
+    """What the environment stage found out about this machine; a level re-runs when any of it changes."""
+
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    bf16: bool
+    compile_problem: str | None  # why torch.compile cannot work here, None where it can
+    threads: PositiveInt
+    python: str
+    torch: str
+    platform: str
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and validate the whole of `path`.
+
+    Raises:
+        UserError: one line a mistake, each with file, line, key, value, what is allowed, and the nearest known key.
+    """
+    try:
+        # YAML 1.2, so that 6e-4 is a number as it is for DVC (PyYAML reads a string)
+        document = YAML().load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
+    if not isinstance(document, CommentedMap):
+        raise UserError(f"{path}: expected a map of settings, got {type(document).__name__}")
+    try:
+        return Params.model_validate(document)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(path, document, mistake) for mistake in error.errors())) from None
+
+
+def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
+    """One line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
+    keys = [key for key in mistake["loc"] if key != "[key]"]
+    node, line = document, 1
+    for key in keys:
+        if not isinstance(node, CommentedMap) or key not in node:
+            break
+        line, node = node.lc.key(key)[0] + 1, node[key]
+    where = f"{path}:{line}: {'.'.join(map(str, keys))}" if keys else f"{path}"
+    if mistake["type"] == "missing":
+        return f"{where}: this key is missing"
+    if mistake["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if mistake["type"] == "value_error" else f"{where} = {mistake['input']!r}: {message}"
+
+
+def _known_keys(parents: list[Any]) -> list[str]:
+    """Return the keys that are allowed below `parents`, looked up in the JSON schema of params.yaml."""
+    schema = Params.model_json_schema()
+    node = schema
+    for key in parents:
+        child = node.get("properties", {}).get(key) or node.get("additionalProperties", {})
+        node = schema["$defs"][child["$ref"].rsplit("/", 1)[-1]] if "$ref" in child else child
+    return list(node.get("properties", {}))

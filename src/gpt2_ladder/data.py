@@ -1,0 +1,113 @@
+"""Text <-> token shards, and shards -> batches.
+
+A shard is nanoGPT's: raw little-endian uint16 token ids without a header, so shards can be shared with it. A sidecar
+`<shard>.json` holds what the shard must be; a shard from elsewhere may come without one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+from torch import Tensor
+
+from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+
+DTYPE = np.dtype("<u2")  # two bytes hold every id below 65,536
+END_OF_TEXT = "<|endoftext|>"
+
+
+def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
+    """Return GPT-2's byte pair encoding from OpenAI's two files, without asking the network."""
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (vocab_bpe, encoder_json)]
+    # The hashes are passed because tiktoken caches files by their path: without them it could return old ones.
+    ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), hashes[0], hashes[1])
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,  # how text is cut before bytes are merged
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+        explicit_n_vocab=GPT2_VOCAB_SIZE,
+    )
+
+
+def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
+    """Cut `text` in two, for training and validation, after `train_fraction` of its characters."""
+    cut = int(len(text) * train_fraction)
+    return text[:cut], text[cut:]
+
+
+def write_shard(path: Path, ids: list[int]) -> None:
+    """Write token `ids` as a shard, and its sidecar beside it."""
+    raw = np.array(ids, dtype=DTYPE).tobytes()
+    path.write_bytes(raw)
+    sidecar = {
+        "dtype": "uint16",
+        "tokens": len(ids),
+        "vocab_size": GPT2_VOCAB_SIZE,
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+    sidecar_path(path).write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def sidecar_path(shard: Path) -> Path:
+    """Return where the sidecar of `shard` lies: data/train.bin -> data/train.json."""
+    return shard.with_suffix(".json")
+
+
+def open_shard(path: Path) -> np.memmap:
+    """Map a shard into memory, read-only, and check it: uint16 (tokens,).
+
+    Raises:
+        UserError: an odd byte count, an id outside GPT-2's vocabulary, or a hash other than the sidecar's.
+    """
+    size = path.stat().st_size
+    if size == 0 or size % DTYPE.itemsize:
+        raise UserError(f"{path}: {size} bytes are not a whole number of uint16 tokens; run `dvc repro -f tokenize`")
+    shard = np.memmap(path, dtype=DTYPE, mode="r")
+    if (largest := int(shard.max())) >= GPT2_VOCAB_SIZE:
+        raise UserError(f"{path}: token id {largest} is outside GPT-2's vocabulary of {GPT2_VOCAB_SIZE}")
+    if sidecar_path(path).exists():
+        expected = json.loads(sidecar_path(path).read_text())["sha256"]
+        if (actual := hashlib.sha256(shard.tobytes()).hexdigest()) != expected:
+            raise UserError(f"{path}: sha256 {actual}, its sidecar says {expected}; run `dvc repro -f tokenize`")
+    return shard
+
+
+def batches(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (x, y) without end, int64 (B, T) each, in the order of the text; y is x one token later.
+
+    The last tokens that do not fill a batch are left out and the text begins again.
+
+    Raises:
+        UserError: the shard is shorter than one batch and the token after it.
+    """
+    tokens = batch_size * block_size
+    if len(shard) < tokens + 1:
+        raise UserError(
+            f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * "
+            f"block_size {block_size} tokens and the one after: use a smaller shape or a longer text"
+        )
+    while True:
+        for start in range(0, len(shard) - tokens, tokens):
+            window = torch.from_numpy(shard[start : start + tokens + 1].astype(np.int64))  # (B * T + 1,)
+            yield window[:-1].view(batch_size, block_size), window[1:].view(batch_size, block_size)
+
+
+def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches that predict the first `tokens` tokens of `shard` after its very first, each once.
+
+    Raises:
+        UserError: the shard is too short for that.
+    """
+    if len(shard) < tokens + 1:
+        raise UserError(
+            f"eval_tokens ({tokens}) is over the {len(shard) - 1} tokens that the validation shard can give"
+        )
+    return islice(batches(shard, batch_size, block_size), tokens // (batch_size * block_size))

@@ -1,0 +1,108 @@
+"""Checkpoints in the format of the Hugging Face hub's `openai-community/gpt2` <-> our GPT. safetensors only, no pickle.
+
+OpenAI's code kept the matrices of attention and MLP as (in, out), Hugging Face's Conv1D kept that, nn.Linear has
+(out, in): these four are transposed on the way in and out. All other tensors are the same.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt2_ladder.config import GPTConfig, UserError
+from gpt2_ladder.model import GPT
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+_TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+# What GPT computes; a config that asks for something else is refused rather than loaded wrong.
+_FIXED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
+
+def load_gpt(folder: Path, attention: str = "eager") -> GPT:
+    """Return the network that lies in `folder` as config.json and model.safetensors, in float32 on the CPU.
+
+    Raises:
+        UserError: a file is missing or damaged, or a tensor is missing, unknown or of another shape.
+    """
+    try:
+        described = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        sizes = {name: described[name] for name in _SIZES}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{folder / CONFIG}: {error} is missing") from None
+    for name, value in _FIXED.items():
+        if described.get(name, value) != value:
+            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r}, this GPT-2 knows only {value!r}")
+    tied = described.get("tie_word_embeddings", True)
+    model = GPT(GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention}))
+    model.load_state_dict(from_hub(tensors, model))
+    return model
+
+
+def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
+    """Return the hub's `tensors` as a state dict of `model`.
+
+    Keys may carry the prefix `transformer.`; the causal masks among the tensors are skipped; `lm_head.weight` may be
+    left out, or repeat wte, where `model` ties the two.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape, or a tied lm_head differs from wte.
+    """
+    config, state = model.config, dict[str, Tensor]()
+    masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # transformers saved these constants once
+    for key, tensor in tensors.items():
+        name = key.removeprefix("transformer.")
+        if name in state:
+            raise UserError(f"checkpoint: tensor {name} is there twice, with and without the prefix 'transformer.'")
+        if name not in masks or tensor.shape != (1, 1, config.n_positions, config.n_positions):
+            state[name] = tensor.t().contiguous() if _TRANSPOSED.fullmatch(name) and tensor.dim() == 2 else tensor
+    if config.tie_weights and "wte.weight" in state:
+        head = state.setdefault("lm_head.weight", state["wte.weight"])
+        if not torch.equal(head, state["wte.weight"]):
+            raise UserError("checkpoint: lm_head.weight differs from wte.weight, but the config ties the two")
+    expected = model.state_dict()
+    if missing := sorted(expected.keys() - state.keys()):
+        raise UserError(f"checkpoint: tensor {missing[0]} is missing ({len(missing)} in all)")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise UserError(f"checkpoint: tensor {unknown[0]} is not part of a GPT-2 of this size ({len(unknown)} in all)")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"checkpoint: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+    return state
+
+
+def to_hub(model: GPT) -> dict[str, Tensor]:
+    """Return the weights of `model` under the hub's names and in its layout; a tied lm_head is left out."""
+    state = {
+        name: tensor.detach().cpu().t().contiguous() if _TRANSPOSED.fullmatch(name) else tensor.detach().cpu()
+        for name, tensor in model.state_dict().items()
+    }
+    if model.config.tie_weights:
+        del state["lm_head.weight"]
+    return state
+
+
+def save_gpt(model: GPT, folder: Path) -> None:
+    """Write `model` to `folder` as config.json and model.safetensors, to be read here or by transformers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **_FIXED,
+        **{name: getattr(model.config, name) for name in _SIZES},
+        "tie_word_embeddings": model.config.tie_weights,
+    }
+    save_file(to_hub(model), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")

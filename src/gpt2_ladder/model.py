@@ -1,0 +1,166 @@
+"""GPT-2 on one page.
+
+Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Parameter names are Hugging Face's, without their `transformer.` prefix, so that published weights map one to one.
+There is no dropout: the levels are compared on their loss curves, and a random mask would blur them.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token looks at itself and at the tokens before it, in H heads at once."""
+
+    future: Tensor  # (n_positions, n_positions), True where a token would look ahead
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.attention = config.n_head, config.attention
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        if self.attention == "eager":
+            ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool)
+            self.register_buffer("future", ones.triu(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # 3 x (B, H, T, D)
+        if self.attention == "flash":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D); no (T, T) matrix exists
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
+            scores = scores.masked_fill(self.future[:T, :T], float("-inf"))  # (B, H, T, T)
+            y = F.softmax(scores, dim=-1) @ v  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """The part of a block that looks at each token alone."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); GPT-2 was trained with the tanh formula
+        return self.c_proj(x)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream after a LayerNorm of its own."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm and the language model's head.
+
+    The same config and seed give the same weights on every device. Levels that differ only in `vocab_size`
+    share all the weights that both of them have.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 1337):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            # In this direction: nn.Embedding's own init is N(0, 1), and as a head that starts the loss at 117.
+            self.wte.weight = self.lm_head.weight
+        self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw every weight from `seed`, on the CPU; `config.init` says from which distributions.
+
+        `pytorch` is what nn.Linear and nn.Embedding do by themselves. `gpt2` is N(0, 0.02) for every matrix and both
+        embeddings, zero biases, and the projections into the residual stream scaled by 1 / sqrt(2 n_layer), since
+        2 n_layer of them add up there. OpenAI's code has 0.01 for wpe; Hugging Face's has 0.02, and so has this one.
+        """
+        stream = torch.Generator().manual_seed(seed)
+        padding_stream = torch.Generator().manual_seed(seed + 1)  # its own, so that padded rows shift no other weight
+        gpt2 = self.config.init == "gpt2"
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj") else 0.02
+            elif isinstance(module, nn.Embedding) and module.weight is not self.lm_head.weight:
+                std = 0.02 if gpt2 else 1.0
+            else:
+                continue  # LayerNorm starts at one and zero; a tied wte is drawn when its turn as lm_head comes
+            uniform = isinstance(module, nn.Linear) and not gpt2
+            rows, padded_rows = module.weight[:GPT2_VOCAB_SIZE], module.weight[GPT2_VOCAB_SIZE:]
+            for weight, generator in ((rows, stream), (padded_rows, padding_stream)):
+                if uniform:
+                    weight.uniform_(-bound, bound, generator=generator)
+                else:
+                    weight.normal_(0, std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.uniform_(-bound, bound, generator=stream) if uniform else module.bias.zero_()
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict the next token at every position.
+
+        Args:
+            idx: token ids, int64 (B, T), T at most n_positions.
+            targets: the ids that follow, int64 (B, T), or None.
+
+        Returns:
+            logits (B, T, V), and the mean cross-entropy in nats as a float32 scalar, None without targets.
+        """
+        T = idx.size(1)
+        positions = torch.arange(T, device=idx.device)  # (T,)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        for block in self.h:
+            x = block(x)  # (B, T, C)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B * T, V), (B * T,) -> scalar
+        return logits, loss
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, idx: Tensor, new_tokens: int, top_k: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Continue every row of `idx`, int64 (B, T), by `new_tokens`: greedily, or sampled from the `top_k` likeliest.
+
+    Returns:
+        int64 (B, T + new_tokens). All of it must fit n_positions: there is no cache and no sliding window.
+    """
+    for _ in range(new_tokens):
+        logits = model(idx)[0][:, -1]  # (B, V)
+        if top_k is None:
+            chosen = logits.argmax(-1, keepdim=True)  # (B, 1)
+        else:
+            likeliest, ids = logits.topk(top_k)  # (B, top_k) each
+            drawn = torch.multinomial(F.softmax(likeliest.float(), dim=-1), 1, generator=generator)  # (B, 1)
+            chosen = ids.gather(1, drawn)  # (B, 1)
+        idx = torch.cat((idx, chosen), dim=1)  # (B, T + 1)
+    return idx

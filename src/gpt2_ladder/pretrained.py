@@ -1,0 +1,110 @@
+"""GPT-2's published weights: from the Hugging Face hub, from a folder, or a random stand-in of the same format."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2_ladder import artifacts
+from gpt2_ladder.artifacts import Unreachable
+from gpt2_ladder.config import ModelSize, Pretrained, UserError
+from gpt2_ladder.hub import CONFIG, WEIGHTS
+
+REPOSITORY, REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+SHA256 = {
+    CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
+    WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+}
+STAND_IN_SOURCE = "stand-in: random weights drawn here"
+STAND_IN_NOTICE = (
+    "OpenAI's weights were NOT verified: random stand-in weights of the same format took their place. "
+    "To fetch OpenAI's later: dvc repro -f download && dvc repro"
+)
+
+
+def fetch(folder: Path, source: Pretrained, size: ModelSize, is_gpt2: bool, seed: int) -> None:
+    """Put config.json, model.safetensors and their provenance into `folder`, as `source` asks.
+
+    `auto` gives a stand-in where the hub cannot be reached, and only then, or where the model is not `is_gpt2`, since
+    nothing is published at its size.
+
+    Raises:
+        UserError: `openai` is asked for and cannot be had, or what came is not the pinned file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.source == "stand-in" or not is_gpt2:
+        _write_stand_in(folder, size, seed)
+        return
+    try:
+        _fetch_openai(folder, source.folder)
+    except Unreachable as failure:
+        if source.source == "openai":
+            raise UserError(
+                f"pretrained.source: openai, but the hub cannot be reached: {failure}; "
+                "check the network or HF_ENDPOINT, name a local pretrained.folder, or use source: auto"
+            ) from None
+        print(f"the hub cannot be reached: {failure}", flush=True)
+        _write_stand_in(folder, size, seed)
+
+
+def is_stand_in(folder: Path) -> bool:
+    """Tell from the provenance in `folder` whether its weights are a stand-in rather than OpenAI's."""
+    return bool(json.loads(artifacts.provenance_path(folder / WEIGHTS).read_text())["source"] == STAND_IN_SOURCE)
+
+
+def _fetch_openai(folder: Path, local: str | None) -> None:
+    """Bring the two pinned files, both checked before either replaces what is there."""
+    if local is None:
+        if constants.HF_HUB_OFFLINE:
+            raise Unreachable("HF_HUB_OFFLINE is set")
+        artifacts.probe(huggingface_hub.hf_hub_url(REPOSITORY, CONFIG, revision=REVISION))
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        sources = {}
+        for name, sha256 in SHA256.items():
+            path = Path(temporary) / name
+            if local is None:
+                sources[name] = f"{huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)}"
+                print(f"{name}: fetching from {sources[name]}", flush=True)
+                try:
+                    huggingface_hub.hf_hub_download(REPOSITORY, name, revision=REVISION, local_dir=temporary)
+                except HfHubHTTPError as error:
+                    raise UserError(f"{sources[name]}: {' '.join(str(error).split())}") from None
+            else:
+                sources[name] = f"{local}/{name}"
+                try:
+                    shutil.copyfile(Path(local) / name, path)
+                except OSError as error:
+                    raise UserError(f"pretrained.folder: {error.filename}: {error.strerror}") from None
+            artifacts.check_sha256(path, sha256, sources[name])
+        for name, sha256 in SHA256.items():
+            (Path(temporary) / name).replace(folder / name)
+            artifacts.write_provenance(folder / name, sources[name], sha256)
+
+
+def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
+    """Write transformers' own GPT-2, seeded, just as the hub's file is: no prefix, with masks, without lm_head."""
+    torch.manual_seed(seed)
+    config = GPT2Config(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd, n_positions=size.n_positions)
+    state = GPT2LMHeadModel(config).state_dict()
+    tensors = {
+        name.removeprefix("transformer."): tensor.contiguous()
+        for name, tensor in state.items()
+        if name != "lm_head.weight"
+    }
+    for layer in range(size.n_layer):
+        mask = torch.ones(size.n_positions, size.n_positions).tril()
+        tensors[f"h.{layer}.attn.bias"] = mask.view(1, 1, size.n_positions, size.n_positions)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_file(tensors, Path(temporary) / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        for name in (CONFIG, WEIGHTS):
+            (Path(temporary) / name).replace(folder / name)
+            artifacts.write_provenance(folder / name, STAND_IN_SOURCE, artifacts.file_sha256(folder / name))
+    print(STAND_IN_NOTICE, flush=True)

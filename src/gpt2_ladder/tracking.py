@@ -1,0 +1,96 @@
+"""Where steps are recorded: a CSV file, flushed line by line, is the truth; a Weights & Biases run mirrors it."""
+
+import csv
+import hashlib
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import requests
+import wandb
+
+from gpt2_ladder.metrics import STEP_FIELDS, Step
+
+PROJECT = "gpt2-ladder"
+INIT_TIMEOUT_S = 20  # W&B's own default holds a training back for 90 s where there is a key but no network
+
+
+class Tracker:
+    """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error."""
+
+    def __init__(self, steps_csv: Path, run: wandb.Run):
+        steps_csv.parent.mkdir(parents=True, exist_ok=True)
+        self._file = steps_csv.open("w", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(STEP_FIELDS)
+        self._run = run
+
+    def log(self, step: Step) -> None:
+        """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
+        self._writer.writerow(astuple(step))
+        self._file.flush()
+        values = {"loss": step.loss, "step_ms": step.step_ms, "tokens_per_second": step.tokens_per_second}
+        self._run.log(values, step=step.step)
+
+    def summarize(self, metrics: Mapping[str, Any]) -> None:
+        """Put the results of the whole training into the run's summary, where W&B's tables compare them."""
+        self._run.summary.update(dict(metrics))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._file.close()
+        self._run.finish(exit_code=0 if kind is None else 1)
+
+
+def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run:
+    """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
+
+    WANDB_MODE, WANDB_PROJECT, WANDB_DIR and WANDB_RUN_GROUP win over what is written here.
+    """
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    try:
+        return _init(name, job_type, tags, config, group, mode)
+    except wandb.errors.Error as error:
+        if mode != "online":
+            raise
+        print(f"W&B cannot be reached ({error}); this run is kept offline, `wandb sync` sends it later", flush=True)
+        wandb.teardown()
+        return _init(name, job_type, tags, config, group, "offline")
+
+
+def run_group(environment: Path) -> str:
+    """Return what the runs of one climb have in common.
+
+    WANDB_RUN_GROUP, else the DVC experiment's name, else the commit and a hash of the file `environment`.
+    """
+    if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
+        return name
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return f"{commit.stdout.strip() or 'uncommitted'}-{hashlib.sha256(environment.read_bytes()).hexdigest()[:7]}"
+
+
+def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        # Not the working directory: `dvc exp run --temp` throws that away. DVC_ROOT is the real repository.
+        dir=os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or ".",
+        name=name,
+        group=group,
+        job_type=job_type,
+        tags=tags,
+        config=dict(config),
+        mode=mode,  # type: ignore[arg-type]  # a Literal; wandb itself refuses an unknown WANDB_MODE
+        settings=wandb.Settings(console="off", init_timeout=INIT_TIMEOUT_S),
+    )
+
+
+def _has_key() -> bool:
+    """Tell whether W&B has an API key here: in WANDB_API_KEY, or in the netrc file that `wandb login` writes."""
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host))
