@@ -86,7 +86,7 @@ def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, An
         tags=tags,
         config=dict(config),
         mode=mode,  # type: ignore[arg-type]  # a Literal; wandb itself refuses an unknown WANDB_MODE
-        settings=wandb.Settings(console="off", init_timeout=INIT_TIMEOUT_S),
+        settings=wandb.Settings(console="off", quiet=True, init_timeout=INIT_TIMEOUT_S),
     )
 
 
