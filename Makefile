@@ -1,17 +1,24 @@
 # make repro   the whole ladder on real data          make test    the test suite
-# make check   linters and types                      make pins    requirements.txt anew from pyproject.toml
+# make show    the experiments, compared              make check   linters and types
+# make pins    requirements.txt anew from pyproject.toml
 
 SHELL := /bin/bash
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test check pins
+.PHONY: repro announce show test check pins
 
-repro: .venv/installed
-	@echo "The ladder takes about 12 minutes on two cores where a B=4, T=32 float32 step takes 1.3 s, and 2 GB of disk"
-	@echo "besides the 2 GB of the virtual environment. Free here: $$(df -h --output=avail . | tail -n 1)."
+repro: announce .venv/installed
 	dvc repro
 	@cat results/report/ladder.md
+
+announce:
+	@echo "On two cores of a CPU with bfloat16 the whole ladder takes about 15 minutes, the installation 1 or 2 more."
+	@echo "Disk: 1.6 GB for packages (several GB more with CUDA's) and 1.6 GB for data. Free here:$$(df -h . | awk 'END {print " " $$4}')."
+
+show: .venv/installed
+	dvc exp show --no-pager --hide-workspace --only-changed --drop '.*(Created|peak_memory|step_ms|loss_first).*' \
+		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
 
 test: .venv/installed
 	python -m pytest

@@ -29,7 +29,7 @@ def main() -> None:
     steps = [
         {"level": name, "group": params.levels[name].group, "step": int(row["step"]), "loss": float(row["loss"])}
         for name in trained
-        for row in csv.DictReader((RESULTS / "levels" / name / "steps.csv").open(encoding="utf-8"))
+        for row in csv.DictReader((RESULTS / "levels" / name / "steps.csv").read_text().splitlines())
     ]
     report.save_loss_chart(steps, FOLDER / "loss.png")
     shape = params.shape("speed")

@@ -4,9 +4,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from gpt2_ladder import config, data, hub, pretrained, verification
-from gpt2_ladder.config import GPTConfig, UserError
+from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT, generate
 from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
 
@@ -16,6 +17,7 @@ SAMPLES, TOP_K = 5, 50
 
 def main() -> None:
     params = config.load()
+    logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
     encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
     text = CORPUS.read_bytes().decode("utf-8")
     idx = next(data.batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
@@ -24,7 +26,7 @@ def main() -> None:
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
-        untrained = GPT(GPTConfig(**params.gpt(params.levels["init"]).model_dump()), params.seed)
+        untrained = GPT(params.size.gpt(), params.seed)
         hub.save_gpt(untrained, Path(folder))
         random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
     for name, comparison in (("the downloaded weights", weights), ("random weights", random)):

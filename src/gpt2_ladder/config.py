@@ -63,6 +63,19 @@ class Shape(Strict):
         return self
 
 
+class GPTConfig(Strict):
+    """What `GPT` needs to know, and nothing else."""
+
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    n_positions: Tokens
+    vocab_size: PositiveInt = GPT2_VOCAB_SIZE
+    tie_weights: bool = True
+    init: Literal["pytorch", "gpt2"] = "gpt2"
+    attention: Literal["eager", "flash"] = "eager"
+
+
 class ModelSize(Strict):
     """The size of a GPT-2, in the names of its Hugging Face config, and what training it needs."""
 
@@ -79,18 +92,9 @@ class ModelSize(Strict):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         return self
 
-
-class GPTConfig(Strict):
-    """What `GPT` needs to know, and nothing else."""
-
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    n_positions: Tokens
-    vocab_size: PositiveInt
-    tie_weights: bool = True
-    init: Literal["pytorch", "gpt2"] = "gpt2"
-    attention: Literal["eager", "flash"] = "eager"
+    def gpt(self) -> GPTConfig:
+        """Return OpenAI's network at this size: tied, GPT-2's init and vocabulary."""
+        return GPTConfig(**self.model_dump(include={"n_layer", "n_head", "n_embd", "n_positions"}))
 
 
 class AdamW(Strict):
@@ -153,9 +157,8 @@ class Params(Switches):
 
     def gpt(self, switches: Switches) -> GPTConfig:
         """Return the network of the chosen size with `switches` applied."""
-        return GPTConfig(
-            **self.size.model_dump(include={"n_layer", "n_head", "n_embd", "n_positions"}),
-            **switches.model_dump(include={"vocab_size", "tie_weights", "init", "attention"}),
+        return self.size.gpt().model_copy(
+            update=switches.model_dump(include={"vocab_size", "tie_weights", "init", "attention"})
         )
 
 

@@ -22,12 +22,13 @@ def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
         TimeRemainingColumn(),
     )
     elapsed_ms = 0.0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    # drawn between steps only: a thread that redraws would take its time from the step that is being measured
+    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
         task = bar.add_task(title, total=total, values="first step ...")
         for step in steps:
             elapsed_ms += step.step_ms
             values = f"loss {step.loss:7.4f}  {step.tokens_per_second:8,.0f} tokens/s"
-            bar.update(task, advance=1, values=values)
+            bar.update(task, advance=1, values=values, refresh=True)
             if bar.disable and (step.step % LOG_EVERY == 0 or step.step == total - 1):
                 left_s = elapsed_ms / 1000 / (step.step + 1) * (total - step.step - 1)
                 print(f"{title:8}  step {step.step:3}/{total}  {values}  {left_s:4.0f} s left", flush=True)

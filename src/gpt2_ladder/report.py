@@ -89,9 +89,7 @@ def ladder_markdown(
     )
 
     def difference(found: Metrics) -> str:
-        return (
-            f"logits differ by {found['max_abs_logit_diff']:.1e} at most, the largest is {found['max_abs_logit']:.1f}"
-        )
+        return f"largest logit difference {found['max_abs_logit_diff']:.1e} of {found['max_abs_logit']:.1f}"
 
     return f"""# The ladder
 
@@ -107,13 +105,13 @@ memory is torch's on a GPU and the whole process's on a CPU.
 
 ## Conditions
 
-- Machine: {environment.device_name} ({environment.device}, {environment.threads} threads), torch {environment.torch},
-  Python {environment.python}, {environment.platform}
+- Machine: {environment.device_name} ({environment.device}, {environment.threads} threads), torch {environment.torch}, \
+Python {environment.python}, {environment.platform}
 - Shapes: {sizes}
-- Verified against transformers: {what[verify["weights"]]}, {difference(verify)}, and a
-  random GPT-2 of our own, {difference(verify["random"])}
-- Overfitting one batch: loss {overfit["loss_first"]:.4f} at the first step, {overfit["loss_last"]:.4f} at the last
-  of {overfit["steps"]}
+- Verified against transformers: {what[verify["weights"]]}, {difference(verify)}; a random GPT-2 of our own, \
+{difference(verify["random"])}
+- Overfitting one batch: loss {overfit["loss_first"]:.4f} at the first step, {overfit["loss_last"]:.4f} at the last of \
+{overfit["steps"]}
 {chr(10).join(["", "## Notes", "", *notes]) if notes else ""}
 """
 

@@ -55,13 +55,16 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     """
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     try:
-        return _init(name, job_type, tags, config, group, mode)
+        run = _init(name, job_type, tags, config, group, mode)
     except wandb.errors.Error as error:
         if mode != "online":
             raise
         print(f"W&B cannot be reached ({error}); this run is kept offline, `wandb sync` sends it later", flush=True)
         wandb.teardown()
-        return _init(name, job_type, tags, config, group, "offline")
+        run = _init(name, job_type, tags, config, group, "offline")
+    if not run.disabled:
+        print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
+    return run
 
 
 def run_group(environment: Path) -> str:
@@ -86,7 +89,7 @@ def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, An
         tags=tags,
         config=dict(config),
         mode=mode,  # type: ignore[arg-type]  # a Literal; wandb itself refuses an unknown WANDB_MODE
-        settings=wandb.Settings(console="off", quiet=True, init_timeout=INIT_TIMEOUT_S),
+        settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S),
     )
 
 

@@ -1,0 +1,104 @@
+"""params.yaml: what is right loads, what is wrong is named in one line."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from gpt2_ladder import config
+from gpt2_ladder.config import Switches, UserError
+
+PARAMS = REPOSITORY / "params.yaml"
+
+
+def load_with(tmp_path: Path, old: str, new: str) -> config.Params:
+    text = PARAMS.read_text()
+    assert old in text
+    (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
+    return config.load(tmp_path / "params.yaml")
+
+
+def test_the_ladder_has_its_nine_levels_in_order():
+    levels = config.load(PARAMS).levels
+    assert list(levels) == ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
+    assert [level.group for level in levels.values()] == ["quality"] * 3 + ["speed"] * 6
+
+
+def test_a_level_differs_from_the_one_above_in_at_most_one_switch():
+    levels = config.load(PARAMS).levels
+    for (above, a), (below, b) in itertools.pairwise(levels.items()):
+        changed = [name for name in Switches.model_fields if getattr(a, name) != getattr(b, name)]
+        assert len(changed) == (0 if below == "fp32" else 1), f"{above} -> {below}: {changed}"
+
+
+def test_the_trial_starts_from_the_fp32_level():
+    params = config.load(PARAMS)
+    assert params.switches.model_dump() == params.levels["fp32"].model_dump(exclude={"group"})
+
+
+def test_exponents_without_a_point_are_numbers():
+    assert config.load(PARAMS).models["gpt2"].learning_rate == 3e-4
+    assert config.load(PARAMS).optimizer.betas == (0.9, 0.999)
+
+
+def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tmp_path):
+    params = load_with(tmp_path, "machine: cpu", "machine: gpu")
+    assert params.shape("speed") == params.machines["gpu"]
+    assert params.shape("quality") == params.quality
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("precision: fp32", "precison: fp32", "params.yaml:12: precison: unknown key; did you mean 'precision'?"),
+        ("precision: fp32", "precision: bf32", "precision = 'bf32': Input should be 'fp32', 'tf32' or 'bf16'"),
+        ("seed: 1337", "seed: '1337'", "params.yaml:7: seed = '1337': Input should be a valid integer"),
+        ("learning_rate: 3e-4", "learning_rate: '3e-4'", "models.gpt2.learning_rate = '3e-4': Input should be a valid"),
+        ("seed: 1337", "", "seed: this key is missing"),
+        ("seed: 1337", "seed: 1337\nseed: 1", "not valid YAML: found duplicate key"),
+        ("compile: false", "compile: 1", "compile = 1: Input should be a valid boolean"),
+        (
+            "vocab_size: 50257",
+            "vocab_size: 50000",
+            "vocab_size = 50000: Input should be greater than or equal to 50257",
+        ),
+        ("group: speed", "group: sped", "levels.fp32.group = 'sped': Input should be 'quality' or 'speed'"),
+        ("  fp32:\n", "  fp.32:\n", "levels.fp.32 = 'fp.32': String should match pattern"),
+        ("n_head: 12", "n_head: 13", "models.gpt2: n_embd (768) must be a multiple of n_head (13)"),
+        ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
+        (
+            "block_size: 256",
+            "block_size: 2048",
+            "machines.cpu.block_size (2048) is over models.gpt2.n_positions (1024)",
+        ),
+        ("warmup_steps: 2", "warmup_steps: 10", "warmup_steps (10) must be below steps (10)"),
+        ("steps: 10, warmup_steps: 2, eval_tokens: 4096", "steps: 10, warmup_steps: 2, eval_tokens: 4000", "multiple"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_what_is_allowed(tmp_path, old, new, message):
+    with pytest.raises(UserError) as caught:
+        load_with(tmp_path, old, new)
+    assert any(message in line and "params.yaml" in line for line in str(caught.value).splitlines()), caught.value
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "a: b: c"])
+def test_a_file_that_is_no_map_is_refused(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
+    text = PARAMS.read_text().replace("model: gpt2 ", "model: tiny ").replace("source: auto", "source: openai")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match="no weights for model: tiny"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_reading_the_settings_does_not_import_torch():
+    code = "import sys, gpt2_ladder.config, pipeline.environment; sys.exit('torch' in sys.modules)"
+    environment = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

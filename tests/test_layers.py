@@ -1,0 +1,58 @@
+"""Who may import whom, and that dvc.yaml knows it."""
+
+import ast
+
+import pytest
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
+
+SOURCE, PIPELINE = REPOSITORY / "src" / "gpt2_ladder", REPOSITORY / "pipeline"
+LEAVES = {"config", "model", "data", "runtime", "artifacts", "metrics"}
+UNLISTED = {"config", "tracking", "progress"}  # see the head of dvc.yaml
+STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+
+
+def imports(path, package) -> set[str]:
+    """The modules of `package` that the file at `path` imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{package}."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{package}.")}
+    return {name for name in names if (REPOSITORY / "src" / package / f"{name}.py").exists()} | {
+        name for name in names if (REPOSITORY / package / f"{name}.py").exists()
+    }
+
+
+@pytest.mark.parametrize("leaf", sorted(LEAVES))
+def test_leaves_import_nothing_of_ours_but_config(leaf):
+    assert imports(SOURCE / f"{leaf}.py", "gpt2_ladder") <= {"config"}
+
+
+def test_nobody_in_src_imports_the_pipeline():
+    for path in SOURCE.glob("*.py"):
+        assert not imports(path, "pipeline"), path
+
+
+def reach(module: str) -> set[str]:
+    """The files that importing pipeline.<module> brings in, as dvc.yaml writes them, without UNLISTED."""
+    stages, sources, todo = set(), set(), [PIPELINE / f"{module}.py"]
+    while todo:
+        path = todo.pop()
+        known = stages if path.parent == PIPELINE else sources
+        if path.stem in known or (path.parent == SOURCE and path.stem in UNLISTED):
+            continue
+        known.add(path.stem)
+        todo += [SOURCE / f"{name}.py" for name in imports(path, "gpt2_ladder")]
+        todo += [PIPELINE / f"{name}.py" for name in imports(path, "pipeline")]
+    return {f"pipeline/{name}.py" for name in stages} | {f"src/gpt2_ladder/{name}.py" for name in sources}
+
+
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"environment"}))
+def test_a_stage_depends_on_the_code_that_it_imports(stage):
+    module = STAGES[stage]["cmd"].split("pipeline.")[1].split()[0]
+    listed = {path for path in STAGES[stage]["deps"] if path.endswith(".py")}
+    assert listed == reach(module)

@@ -1,0 +1,22 @@
+"""Reported numbers, computed by hand."""
+
+import pytest
+
+from gpt2_ladder import metrics
+from gpt2_ladder.metrics import Step
+
+STEPS = [Step(index, 0.0, step_ms, 0.0) for index, step_ms in enumerate([9000.0, 500.0, 100.0, 300.0, 200.0])]
+
+
+def test_the_median_leaves_the_warm_up_out():
+    assert metrics.median_step_ms(STEPS, warmup_steps=2) == 200
+    assert metrics.median_step_ms(STEPS, warmup_steps=1) == 250
+
+
+def test_tokens_per_second_is_tokens_over_seconds():
+    assert metrics.tokens_per_second(512, 250.0) == pytest.approx(2048)
+
+
+def test_compilation_is_what_the_first_step_took_longer():
+    assert metrics.compile_seconds(STEPS, warmup_steps=2) == pytest.approx(8.8)
+    assert metrics.compile_seconds(STEPS[2:3] + STEPS[3:4], warmup_steps=1) == 0

@@ -1,0 +1,146 @@
+"""The network against transformers and against arithmetic by hand."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_ids, tiny
+from torch import nn
+
+from gpt2_ladder.model import GPT, generate
+
+
+@pytest.mark.parametrize(("tie_weights", "parameters"), [(False, 163_037_184), (True, 124_439_808)])
+def test_gpt2_has_its_number_of_parameters(tie_weights, parameters):
+    model = GPT(tiny(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257, tie_weights=tie_weights))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+def test_future_tokens_do_not_change_past_logits(attention):
+    model, ids = GPT(tiny(attention=attention)), random_ids()
+    changed = ids.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 97
+    assert torch.equal(model(ids)[0][:, :10], model(changed)[0][:, :10])
+    assert not torch.allclose(model(ids)[0][:, 10:], model(changed)[0][:, 10:])
+
+
+def test_flash_attention_computes_what_eager_attention_does():
+    eager, flash = GPT(tiny(attention="eager")), GPT(tiny(attention="flash"))
+    torch.testing.assert_close(eager(random_ids())[0], flash(random_ids())[0], rtol=0, atol=1e-6)  # logits below 1
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
+    model, ids, targets = GPT(tiny()), random_ids(seed=1), random_ids(seed=2)
+    logits, loss = model(ids, targets)
+    by_hand = [-logits[b, t].softmax(-1)[targets[b, t]].log() for b in range(2) for t in range(16)]
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+    assert model(ids)[1] is None
+
+
+def test_the_loss_is_float32_where_the_logits_are_bfloat16():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss = GPT(tiny())(random_ids(), random_ids())
+    assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_the_loss_starts_near_a_uniform_guess():
+    model = GPT(tiny(vocab_size=50257))
+    assert abs(model(random_ids(), random_ids(seed=1))[1].item() - math.log(50257)) < 0.05
+
+
+def test_tied_weights_are_one_matrix():
+    tied, untied = GPT(tiny(tie_weights=True)), GPT(tiny(tie_weights=False))
+    assert tied.wte.weight is tied.lm_head.weight
+    assert untied.wte.weight is not untied.lm_head.weight
+
+
+def test_pytorch_init_draws_from_the_distributions_of_pytorchs_modules():
+    model = GPT(tiny(n_embd=64, init="pytorch", tie_weights=False))
+    for ours, theirs in (
+        (model.h[0].mlp.c_proj.weight, nn.Linear(256, 64).weight),
+        (model.h[0].attn.c_attn.bias, nn.Linear(64, 192).bias),
+        (model.lm_head.weight, nn.Linear(64, 97).weight),
+        (model.wte.weight, nn.Embedding(97, 64).weight),
+    ):
+        # hundreds to thousands of draws: the standard deviation is known to a few percent
+        torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.15, atol=0)
+    assert model.h[0].mlp.c_proj.weight.abs().max() <= 1 / math.sqrt(256)
+
+
+def test_a_tied_matrix_keeps_the_init_of_the_linear_layer():
+    model = GPT(tiny(init="pytorch", tie_weights=True))
+    assert model.wte.weight.abs().max() <= 1 / math.sqrt(16)  # as an nn.Embedding it would be N(0, 1)
+
+
+def test_gpt2_init_is_002_with_residual_projections_scaled_down():
+    model = GPT(tiny(n_layer=8, n_embd=64, vocab_size=997))
+    for weight in (model.wte.weight, model.wpe.weight, model.h[3].attn.c_attn.weight, model.h[3].mlp.c_fc.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for weight in (model.h[3].attn.c_proj.weight, model.h[3].mlp.c_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.05)
+    assert not model.h[3].mlp.c_fc.bias.any()
+
+
+def residual_growth(model: GPT) -> float:
+    """Standard deviation of the residual stream after the last block over that before the first."""
+    stds: list[float] = []
+    model.h[0].register_forward_pre_hook(lambda _module, inputs: stds.append(inputs[0].std().item()))
+    model.h[-1].register_forward_hook(lambda _module, _inputs, output: stds.append(output.std().item()))
+    model(random_ids())
+    return stds[1] / stds[0]
+
+
+@torch.no_grad()
+def test_the_residual_stream_does_not_grow_with_depth_as_it_does_without_the_scaling():
+    shallow, deep = (GPT(tiny(n_layer=n_layer, n_embd=64)) for n_layer in (2, 32))
+    unscaled = GPT(tiny(n_layer=32, n_embd=64))
+    for name, weight in unscaled.named_parameters():
+        if name.endswith("c_proj.weight"):
+            weight *= math.sqrt(2 * 32)
+    assert residual_growth(deep) < 1.1 * residual_growth(shallow)
+    assert residual_growth(unscaled) > 2 * residual_growth(shallow)
+
+
+def test_padded_rows_shift_the_loss_by_less_than_1e_3_and_no_other_weight():
+    plain, padded = GPT(tiny(vocab_size=50257)), GPT(tiny(vocab_size=50304))
+    state = padded.state_dict()
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, state[name][: len(weight)]), name
+    ids, targets = random_ids(vocab_size=50257), random_ids(vocab_size=50257, seed=1)
+    shift = (padded(ids, targets)[1] - plain(ids, targets)[1]).item()
+    # 47 more outcomes that are as likely as the rest: ln(50304 / 50257) = 9.35e-4
+    assert shift == pytest.approx(math.log(50304 / 50257), abs=5e-5)
+
+
+def test_padded_rows_shift_no_other_weight_under_pytorch_init():
+    plain, padded = (
+        GPT(tiny(vocab_size=vocab_size, init="pytorch", tie_weights=False)) for vocab_size in (50257, 50304)
+    )
+    state = padded.state_dict()
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, state[name][: len(weight)]), name
+    assert padded.wte.weight[50257:].std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    torch.manual_seed(0)
+    first = GPT(tiny(), seed=1).state_dict()
+    torch.manual_seed(1)
+    assert all(torch.equal(weight, first[name]) for name, weight in GPT(tiny(), seed=1).state_dict().items())
+    assert not torch.equal(GPT(tiny(), seed=2).wte.weight, first["wte.weight"])
+
+
+def test_greedy_generation_takes_the_likeliest_token_and_keeps_the_prompt():
+    model, prompt = GPT(tiny()), random_ids(time=4)
+    continued = generate(model, prompt, 3)
+    assert torch.equal(continued[:, :4], prompt)
+    assert torch.equal(continued[:, 4], model(prompt)[0][:, -1].argmax(-1))
+    assert torch.equal(continued[:, 6], model(continued[:, :6])[0][:, -1].argmax(-1))
+
+
+def test_sampling_stays_among_the_top_k_and_follows_its_generator():
+    model, prompt = GPT(tiny()), random_ids(batch=1, time=4).expand(200, -1)
+    drawn = generate(model, prompt, 1, 5, torch.Generator().manual_seed(0))[:, -1]
+    assert set(drawn.tolist()) == set(model(prompt[:1])[0][0, -1].topk(5).indices.tolist())
+    assert torch.equal(drawn, generate(model, prompt, 1, 5, torch.Generator().manual_seed(0))[:, -1])

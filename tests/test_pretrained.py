@@ -1,0 +1,89 @@
+"""Where the weights come from, and that a stand-in never passes for OpenAI's."""
+
+import huggingface_hub
+import pytest
+from conftest import random_ids
+from huggingface_hub import constants
+from safetensors.torch import load_file
+
+from gpt2_ladder import artifacts, hub, pretrained
+from gpt2_ladder.config import ModelSize, Pretrained, UserError
+
+SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
+
+
+@pytest.fixture(autouse=True)
+def reachable(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def point_hub_at(monkeypatch, url: str) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_, **__: url)
+
+
+def fetch(folder, source: str = "auto", local: str | None = None, is_gpt2: bool = True) -> None:
+    pretrained.fetch(folder, Pretrained(source=source, folder=local), SIZE, is_gpt2, seed=1)
+
+
+def test_a_hub_out_of_reach_gives_a_stand_in_that_says_so(tmp_path, monkeypatch, capsys):
+    point_hub_at(monkeypatch, "http://127.0.0.1:9/")
+    fetch(tmp_path)
+    assert pretrained.is_stand_in(tmp_path)
+    assert "NOT verified" in capsys.readouterr().out
+
+
+def test_the_stand_in_has_the_layout_of_the_hubs_file(tmp_path):
+    fetch(tmp_path, source="stand-in")
+    tensors = load_file(tmp_path / hub.WEIGHTS)
+    masks = [name for name in tensors if name.endswith(".attn.bias")]
+    assert len(masks) == SIZE.n_layer
+    assert len(tensors) - len(masks) == 12 * SIZE.n_layer + 4  # 148 at 12 layers
+    assert "lm_head.weight" not in tensors
+    assert tensors["h.0.attn.bias"].shape == (1, 1, 32, 32)
+    assert hub.load_gpt(tmp_path)(random_ids())[0].shape == (2, 16, 50257)
+
+
+def test_the_stand_in_follows_the_seed(tmp_path):
+    fetch(tmp_path / "a", source="stand-in")
+    fetch(tmp_path / "b", source="stand-in")
+    assert (tmp_path / "a" / hub.WEIGHTS).read_bytes() == (tmp_path / "b" / hub.WEIGHTS).read_bytes()
+
+
+def test_openai_weights_out_of_reach_are_an_error_when_asked_for(tmp_path, monkeypatch):
+    point_hub_at(monkeypatch, "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        fetch(tmp_path, source="openai")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hub_that_refuses_is_an_error_and_gives_no_stand_in(tmp_path, monkeypatch, serve, status):
+    point_hub_at(monkeypatch, serve(status=status))
+    with pytest.raises(UserError, match=f"answered {status}"):
+        fetch(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offline_hub_is_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        fetch(tmp_path, source="openai")
+
+
+def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
+    local = tmp_path / "local"
+    fetch(local, source="stand-in")
+    with pytest.raises(UserError, match="sha256 is"):
+        fetch(tmp_path / "out", local=str(local))
+    with pytest.raises(UserError, match="No such file"):
+        fetch(tmp_path / "out", local=str(tmp_path / "nowhere"))
+    pinned = {name: artifacts.file_sha256(local / name) for name in (hub.CONFIG, hub.WEIGHTS)}
+    monkeypatch.setattr(pretrained, "SHA256", pinned)
+    fetch(tmp_path / "out", local=str(local))
+    assert not pretrained.is_stand_in(tmp_path / "out")
+
+
+def test_a_size_that_nobody_published_always_gets_a_stand_in(tmp_path, monkeypatch, serve):
+    point_hub_at(monkeypatch, serve())
+    fetch(tmp_path, is_gpt2=False)
+    assert pretrained.is_stand_in(tmp_path)

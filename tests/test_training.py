@@ -1,0 +1,92 @@
+"""The loop, against one written out by hand."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import random_ids, tiny
+
+from gpt2_ladder import runtime, training
+from gpt2_ladder.config import AdamW
+from gpt2_ladder.model import GPT
+
+CPU = torch.device("cpu")
+SETTINGS = AdamW(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+
+def batches(count: int = 4) -> list[training.Batch]:
+    return [(random_ids(seed=2 * i), random_ids(seed=2 * i + 1)) for i in range(count)]
+
+
+def run(model: GPT, precision: str = "fp32", count: int = 4) -> list[float]:
+    optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
+    autocast = runtime.set_precision(precision, CPU)
+    return [step.loss for step in training.train(model, optimizer, batches(count), autocast, CPU)]
+
+
+def test_the_losses_are_those_of_a_loop_by_hand():
+    model, expected = GPT(tiny()), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for x, y in batches():
+        loss = torch.nn.functional.cross_entropy(model(x)[0].view(-1, 97), y.view(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert run(GPT(tiny())) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_loss_is_measured_before_the_update_of_its_batch():
+    x, y = batches(1)[0]
+    assert run(GPT(tiny()), count=1) == [pytest.approx(GPT(tiny())(x, y)[1].item(), abs=1e-6)]
+
+
+def test_parameters_gradients_and_optimizer_state_stay_float32_under_bf16():
+    model = GPT(tiny())
+    optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
+    list(training.train(model, optimizer, batches(2), runtime.set_precision("bf16", CPU), CPU))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert {value.dtype for value in states} == {torch.float32}
+
+
+def test_bf16_follows_float32_and_is_not_float32():
+    exact, rounded = run(GPT(tiny())), run(GPT(tiny()), "bf16")
+    assert rounded == pytest.approx(exact, abs=2e-2)  # bfloat16 keeps 8 bits: 2 ** -8 of a loss near 4.6
+    assert rounded != exact
+
+
+def test_the_optimizer_is_plain_adamw():
+    (group,) = training.make_optimizer(GPT(tiny()), 1e-2, SETTINGS).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-2, (0.9, 0.99), 0.1)
+    assert not group["fused"]
+
+
+def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
+    now = itertools.count(step=1)  # every look at the clock is one second later
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
+    model = GPT(tiny())
+    optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
+    steps = training.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU)
+    for step in steps:
+        assert step.step_ms == 1000
+        assert step.tokens_per_second == 32
+        next(now)  # the consumer takes its time
+
+
+def test_evaluation_is_the_mean_loss_and_changes_nothing():
+    model = GPT(tiny())
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    value = training.evaluate(model, batches(3), runtime.set_precision("fp32", CPU), CPU)
+    assert value == pytest.approx(sum(model(x, y)[1].item() for x, y in batches(3)) / 3, abs=1e-6)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_evaluation_does_not_compile():
+    model, compiled = GPT(tiny()), []
+    model.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward, fullgraph=True)
+    training.evaluate(model, batches(1), runtime.set_precision("fp32", CPU), CPU)
+    assert compiled == []
+    model(*batches(1)[0])
+    assert len(compiled) == 1  # one graph, no break

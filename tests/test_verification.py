@@ -1,0 +1,59 @@
+"""The verification passes on the right network and fails on a wrong one."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny
+
+from gpt2_ladder import hub, verification
+from gpt2_ladder.config import UserError
+from gpt2_ladder.model import GPT
+from gpt2_ladder.verification import Comparison
+
+
+@pytest.fixture
+def folder(tmp_path):
+    hub.save_gpt(GPT(tiny()), tmp_path)
+    return tmp_path
+
+
+def test_our_network_is_transformers_network(folder):
+    found = verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8)
+    assert found.passed
+    assert 0 < found.max_abs_logit_diff < 1e-6 < found.max_abs_logit
+
+
+@pytest.mark.parametrize("broken", ["flash", "eager"])
+def test_one_wrong_attention_implementation_is_enough_to_fail(folder, monkeypatch, broken):
+    load_gpt = hub.load_gpt
+
+    def load_broken(path, attention):
+        model = load_gpt(path, attention)
+        if attention == broken:
+            with torch.no_grad():
+                model.h[0].attn.c_attn.weight *= 1.01
+        return model
+
+    monkeypatch.setattr(hub, "load_gpt", load_broken)
+    assert not verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8).passed
+
+
+def test_the_tolerance_grows_with_the_logits_and_never_excuses_other_tokens():
+    assert Comparison(7e-4, 105.0, True).passed
+    assert not Comparison(7e-4, 3.0, True).passed
+    assert not Comparison(float("nan"), 3.0, True).passed
+    assert not Comparison(0.0, 3.0, False).passed
+
+
+def test_llmc_batch_has_a_separator_before_every_part(encoding):
+    text = "First Citizen:\nSpeak.\n\nAll:\nResolved.\n\n" * 40
+    x, y = verification.llmc_batch(text, encoding)
+    assert x.shape == y.shape == (4, 64)
+    assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
+    decoded = encoding.decode(x.flatten().tolist())
+    assert decoded.startswith("<|endoftext|>First Citizen:\nSpeak.\n\n<|endoftext|>All:")
+
+
+def test_a_loss_other_than_llmcs_is_refused(encoding):
+    model = GPT(tiny(n_positions=64, vocab_size=50257))  # random weights: the loss is near 10.8
+    with pytest.raises(UserError, match=r"OpenAI's weights give 5\.270007"):
+        verification.llmc_loss(model, "a b c d " * 200, encoding)
