@@ -1,12 +1,12 @@
 # make repro   the whole ladder on real data          make test    the test suite
 # make show    the experiments, compared              make check   linters and types
-# make pins    requirements.txt anew from pyproject.toml
+# make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro announce show test check pins
+.PHONY: repro announce show test check schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -17,7 +17,7 @@ announce:
 	@echo "Disk: 1.6 GB for packages (several GB more with CUDA's) and 1.6 GB for data. Free here:$$(df -h . | awk 'END {print " " $$4}')."
 
 show: .venv/installed
-	dvc exp show --no-pager --hide-workspace --only-changed --drop '.*(Created|peak_memory|step_ms|loss_first).*' \
+	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|peak_memory|step_ms|loss_first|json$$).*' \
 		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
 
 test: .venv/installed
@@ -27,6 +27,11 @@ check: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+# For editors: params.yaml names it in its first line.
+schema: .venv/installed
+	PYTHONPATH=src python -c 'import json; from gpt2_ladder.config import Params; \
+		print(json.dumps(Params.model_json_schema(), indent=2))' > params.schema.json
 
 # The CPU wheel and the CUDA wheel of torch share one version number, so the local part (+cpu) is cut off.
 pins: .venv/installed

@@ -1,6 +1,7 @@
 """The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs. And where things lie."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,14 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     try:
         main(*arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error.filename} is not there; `dvc repro` runs the stages in their order")
+    except Exception as error:
+        if "No space left on device" not in str(error):  # safetensors has it in an exception of its own
+            raise
+        free = shutil.disk_usage(".").free / 2**30
+        sys.exit(f"error: the disk is full ({free:.1f} GiB free here): {error}; make room and run `dvc repro` again")
 
 
 def read_environment() -> Environment:

@@ -1,12 +1,13 @@
 """What the three training stages (overfit, train, trial) share: build, follow, record."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from gpt2_ladder import progress, runtime, tracking, training
-from gpt2_ladder.config import Environment, Params, Shape, Switches
+from gpt2_ladder.config import Environment, Params, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 from gpt2_ladder.tracking import Tracker
@@ -42,9 +43,15 @@ def open_tracker(
 
 
 def follow(steps: Iterable[Step], tracker: Tracker, title: str, total: int) -> list[Step]:
-    """Carry a training through: show and record each of its `total` steps, then return them all."""
+    """Carry a training through: show and record each of its `total` steps, then return them all.
+
+    Raises:
+        UserError: the loss is no longer a number.
+    """
     seen = []
     for step in progress.show(steps, title, total):
         tracker.log(step)
         seen.append(step)
+        if not math.isfinite(step.loss):
+            raise UserError(f"{title}: the loss is {step.loss} at step {step.step}; lower models.*.learning_rate")
     return seen

@@ -1,6 +1,7 @@
 """params.yaml: what is right loads, what is wrong is named in one line."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,9 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("precision: fp32", "precison: fp32", "params.yaml:12: precison: unknown key; did you mean 'precision'?"),
+        ("precision: fp32", "precison: fp32", "params.yaml:13: precison: unknown key; did you mean 'precision'?"),
         ("precision: fp32", "precision: bf32", "precision = 'bf32': Input should be 'fp32', 'tf32' or 'bf16'"),
-        ("seed: 1337", "seed: '1337'", "params.yaml:7: seed = '1337': Input should be a valid integer"),
+        ("seed: 1337", "seed: '1337'", "params.yaml:8: seed = '1337': Input should be a valid integer"),
         ("learning_rate: 3e-4", "learning_rate: '3e-4'", "models.gpt2.learning_rate = '3e-4': Input should be a valid"),
         ("seed: 1337", "", "seed: this key is missing"),
         ("seed: 1337", "seed: 1337\nseed: 1", "not valid YAML: found duplicate key"),
@@ -67,6 +68,10 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ),
         ("group: speed", "group: sped", "levels.fp32.group = 'sped': Input should be 'quality' or 'speed'"),
         ("  fp32:\n", "  fp.32:\n", "levels.fp.32 = 'fp.32': String should match pattern"),
+        ("  tied:\n", "  tied: &row\n", "params.yaml:46: YAML anchor or alias 'row': write the values out"),
+        ("learning_rate: 3e-4", "learning_rate: 6e-4x", "models.gpt2.learning_rate = '6e-4x'"),
+        ("betas: [0.9, 0.999]", "betas: {a: 0.9}", "optimizer.betas"),
+        ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
         ("n_head: 12", "n_head: 13", "models.gpt2: n_embd (768) must be a multiple of n_head (13)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
         (
@@ -96,6 +101,12 @@ def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match="no weights for model: tiny"):
         config.load(tmp_path / "params.yaml")
+
+
+def test_the_schema_for_editors_is_current():
+    assert json.loads((REPOSITORY / "params.schema.json").read_text()) == config.Params.model_json_schema()
+    first_line = PARAMS.read_text().splitlines()[0]
+    assert first_line == "# yaml-language-server: $schema=params.schema.json"
 
 
 def test_reading_the_settings_does_not_import_torch():

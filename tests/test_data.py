@@ -31,6 +31,11 @@ def test_text_is_cut_nine_to_one_by_characters():
     assert data.split_text("é" * 10) == ("é" * 9, "é")
 
 
+def test_an_empty_corpus_is_refused():
+    with pytest.raises(UserError, match="the corpus is empty"):
+        data.split_text(" \n")
+
+
 def test_a_shard_is_headerless_little_endian_uint16_with_a_sidecar(tmp_path):
     path = tmp_path / "train.bin"
     data.write_shard(path, [1, 256, 50256])
@@ -68,7 +73,7 @@ def test_batches_come_in_the_order_of_the_text_and_begin_again():
 def test_the_last_batch_needs_the_token_after_it():
     assert next(data.batches(np.arange(7, dtype="<u2"), 2, 3))[1].tolist() == [[1, 2, 3], [4, 5, 6]]
     with pytest.raises(UserError, match="too short for one batch"):
-        next(data.batches(np.arange(6, dtype="<u2"), 2, 3))
+        data.batches(np.arange(6, dtype="<u2"), 2, 3)
 
 
 def test_validation_sees_its_tokens_once():

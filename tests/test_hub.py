@@ -1,6 +1,7 @@
 """Checkpoints: through the hub's format and back, and whatever does not fit is refused."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -84,7 +85,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
     ("change", "message"),
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu', this GPT-2 knows only 'gelu_new'"),
-        ({"n_head": None}, "n_head"),
+        ({"n_head": None}, "'n_head' is missing"),
+        ({"n_head": 3}, r"n_embd \(16\) must be a multiple of n_head \(3\)"),
+        ({"n_layer": "2"}, "n_layer Input should be a valid integer"),
     ],
 )
 def test_a_config_that_asks_for_another_network_is_refused(tmp_path, change, message):
@@ -92,6 +95,23 @@ def test_a_config_that_asks_for_another_network_is_refused(tmp_path, change, mes
     described = json.loads((tmp_path / hub.CONFIG).read_text()) | change
     (tmp_path / hub.CONFIG).write_text(json.dumps({key: value for key, value in described.items() if value}))
     with pytest.raises(UserError, match=message):
+        hub.load_gpt(tmp_path)
+
+
+class Trap:
+    """A pickle of this runs code when it is read."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was read",))
+
+
+def test_a_pickle_is_refused_unread(tmp_path):
+    hub.save_gpt(GPT(tiny()), tmp_path)
+    (tmp_path / hub.WEIGHTS).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        hub.load_gpt(tmp_path)
+    (tmp_path / hub.WEIGHTS).rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: pickled weights can run code"):
         hub.load_gpt(tmp_path)
 
 

@@ -63,28 +63,13 @@ class Shape(Strict):
         return self
 
 
-class GPTConfig(Strict):
-    """What `GPT` needs to know, and nothing else."""
+class Size(Strict):
+    """The size of a GPT-2, in the names of its Hugging Face config."""
 
     n_layer: PositiveInt
     n_head: PositiveInt
     n_embd: PositiveInt
     n_positions: Tokens
-    vocab_size: PositiveInt = GPT2_VOCAB_SIZE
-    tie_weights: bool = True
-    init: Literal["pytorch", "gpt2"] = "gpt2"
-    attention: Literal["eager", "flash"] = "eager"
-
-
-class ModelSize(Strict):
-    """The size of a GPT-2, in the names of its Hugging Face config, and what training it needs."""
-
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    n_positions: Tokens
-    learning_rate: PositiveFloat
-    overfit_loss: PositiveFloat
 
     @model_validator(mode="after")
     def _heads_share_the_channels(self) -> Self:
@@ -92,9 +77,25 @@ class ModelSize(Strict):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         return self
 
+
+class GPTConfig(Size):
+    """What `GPT` needs to know, and nothing else; by default OpenAI's choices."""
+
+    vocab_size: PositiveInt = GPT2_VOCAB_SIZE
+    tie_weights: bool = True
+    init: Literal["pytorch", "gpt2"] = "gpt2"
+    attention: Literal["eager", "flash"] = "eager"
+
+
+class ModelSize(Size):
+    """One row of `models`: a size, and what training it needs."""
+
+    learning_rate: PositiveFloat
+    overfit_loss: PositiveFloat
+
     def gpt(self) -> GPTConfig:
-        """Return OpenAI's network at this size: tied, GPT-2's init and vocabulary."""
-        return GPTConfig(**self.model_dump(include={"n_layer", "n_head", "n_embd", "n_positions"}))
+        """Return OpenAI's network at this size."""
+        return GPTConfig(**self.model_dump(include=set(Size.model_fields)))
 
 
 class AdamW(Strict):
@@ -182,8 +183,14 @@ def load(path: Path | str = "params.yaml") -> Params:
         UserError: one line a mistake, each with file, line, key, value, what is allowed, and the nearest known key.
     """
     try:
-        # YAML 1.2, so that 6e-4 is a number as it is for DVC (PyYAML reads a string)
-        document = YAML().load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        for event in YAML().parse(text):
+            if getattr(event, "anchor", None):
+                raise UserError(
+                    f"{path}:{event.start_mark.line + 1}: YAML anchor or alias '{event.anchor}': write the values out, "
+                    "DVC would not see that a row changes with another"
+                )
+        document = YAML().load(text)  # YAML 1.2, so that 6e-4 is a number as it is for DVC; PyYAML reads a string
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
     except MarkedYAMLError as error:

@@ -38,7 +38,13 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
 
 
 def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
-    """Cut `text` in two, for training and validation, after `train_fraction` of its characters."""
+    """Cut `text` in two, for training and validation, after `train_fraction` of its characters.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if not text.strip():
+        raise UserError("the corpus is empty; run `dvc repro -f download`")
     cut = int(len(text) * train_fraction)
     return text[:cut], text[cut:]
 
@@ -81,7 +87,7 @@ def open_shard(path: Path) -> np.memmap:
 
 
 def batches(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (x, y) without end, int64 (B, T) each, in the order of the text; y is x one token later.
+    """Return an endless iterator over (x, y), int64 (B, T) each, in the order of the text; y is x one token later.
 
     The last tokens that do not fill a batch are left out and the text begins again.
 
@@ -94,6 +100,11 @@ def batches(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tup
             f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * "
             f"block_size {block_size} tokens and the one after: use a smaller shape or a longer text"
         )
+    return _windows(shard, batch_size, block_size)
+
+
+def _windows(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    tokens = batch_size * block_size
     while True:
         for start in range(0, len(shard) - tokens, tokens):
             window = torch.from_numpy(shard[start : start + tokens + 1].astype(np.int64))  # (B * T + 1,)

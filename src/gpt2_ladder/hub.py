@@ -34,19 +34,24 @@ def load_gpt(folder: Path, attention: str = "eager") -> GPT:
     Raises:
         UserError: a file is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
+    if not (folder / WEIGHTS).exists():
+        for pickle in sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+            raise UserError(f"{pickle}: pickled weights can run code when they are read; convert them to {WEIGHTS}")
     try:
         described = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
+        tied = described.get("tie_word_embeddings", True)
         sizes = {name: described[name] for name in _SIZES}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {error}") from None
+        config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
+        tensors = load_file(folder / WEIGHTS)
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason}") from None
     for name, value in _FIXED.items():
         if described.get(name, value) != value:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r}, this GPT-2 knows only {value!r}")
-    tied = described.get("tie_word_embeddings", True)
-    model = GPT(GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention}))
+    model = GPT(config)
     model.load_state_dict(from_hub(tensors, model))
     return model
 

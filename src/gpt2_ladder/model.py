@@ -79,6 +79,10 @@ class GPT(nn.Module):
 
     The same config and seed give the same weights on every device. Levels that differ only in `vocab_size`
     share all the weights that both of them have.
+
+    Args:
+        config: the sizes and the switches that concern the network.
+        seed: what the weights are drawn from.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 1337):
@@ -121,7 +125,10 @@ class GPT(nn.Module):
                 else:
                     weight.normal_(0, std, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.uniform_(-bound, bound, generator=stream) if uniform else module.bias.zero_()
+                if uniform:
+                    module.bias.uniform_(-bound, bound, generator=stream)
+                else:
+                    module.bias.zero_()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.

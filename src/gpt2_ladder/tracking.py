@@ -13,9 +13,11 @@ from typing import Any, Self
 import requests
 import wandb
 
+from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import STEP_FIELDS, Step
 
 PROJECT = "gpt2-ladder"
+MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 20  # W&B's own default holds a training back for 90 s where there is a key but no network
 
 
@@ -52,8 +54,13 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
 
     WANDB_MODE, WANDB_PROJECT, WANDB_DIR and WANDB_RUN_GROUP win over what is written here.
+
+    Raises:
+        UserError: WANDB_MODE is none of W&B's words.
     """
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode not in MODES:
+        raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
     try:
         run = _init(name, job_type, tags, config, group, mode)
     except wandb.errors.Error as error:
@@ -74,8 +81,12 @@ def run_group(environment: Path) -> str:
     """
     if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
         return name
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return f"{commit.stdout.strip() or 'uncommitted'}-{hashlib.sha256(environment.read_bytes()).hexdigest()[:7]}"
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or no commit yet
+        commit = "uncommitted"
+    return f"{commit}-{hashlib.sha256(environment.read_bytes()).hexdigest()[:7]}"
 
 
 def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:
