@@ -36,7 +36,7 @@ schema: .venv/installed
 # The CPU wheel and the CUDA wheel of torch share one version number, so the local part (+cpu) is cut off.
 pins: .venv/installed
 	python -m pip install --quiet pip-tools
-	pip-compile --quiet --upgrade --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+	pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
 		--output-file requirements.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.txt
 

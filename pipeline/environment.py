@@ -22,7 +22,9 @@ PROBE = '#include <Python.h>\n#include <omp.h>\nextern "C" int threads() { retur
 
 def main() -> None:
     config.load()  # a mistake in params.yaml stops the pipeline here
-    write_json(ENVIRONMENT, describe().model_dump())
+    found = describe()
+    print(f"{found.device}: {found.device_name}, {found.threads} threads, torch {found.torch}")
+    write_json(ENVIRONMENT, found.model_dump())
 
 
 def describe() -> Environment:
@@ -46,23 +48,24 @@ def compile_problem(compiler: str | None = None) -> str | None:
     """Return why torch.compile cannot work here, found by compiling three lines; None where it can."""
     compiler = compiler or os.environ.get("CXX", "g++")
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text(PROBE)
+        (Path(folder) / "probe.cpp").write_text(PROBE)
         include = sysconfig.get_path("include")
-        command = [compiler, "-shared", "-fPIC", "-fopenmp", f"-I{include}", str(source), "-o", f"{folder}/probe.so"]
+        command = [compiler, "-shared", "-fPIC", "-fopenmp", f"-I{include}", "probe.cpp", "-o", "probe.so"]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            # from inside the folder, so that its random name is in no message: a message that changes retrains all
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         except OSError:
             return f"no C++ compiler: '{compiler}' is not there; install g++ (apt install g++)"
     if result.returncode == 0:
         return None
     if "Python.h" in result.stderr:
         return "Python.h is not there; install Python's headers (apt install python3-dev)"
-    return f"'{compiler}' cannot build a shared library: {result.stderr.strip().splitlines()[0]}"
+    reason = (result.stderr.strip().splitlines() or ["it gave no reason"])[0]
+    return f"'{compiler}' cannot build a shared library: {reason}"
 
 
 def _first_gpu() -> tuple[str, float] | None:
-    """Return name and compute capability of the GPU that torch will use, None where there is none."""
+    """Return name and compute capability of the GPU that torch will use, None where nvidia-smi shows none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if visible in ("", "-1"):
         return None
@@ -72,7 +75,10 @@ def _first_gpu() -> tuple[str, float] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     name, capability = result.stdout.strip().rsplit(", ", 1)
-    return name, float(capability)
+    try:
+        return name, float(capability)
+    except ValueError:  # a driver too old to know the field
+        return None
 
 
 def _cpu() -> tuple[str, set[str], int]:

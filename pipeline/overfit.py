@@ -26,7 +26,7 @@ def main() -> None:
         losses = [step.loss for step in trainer.follow(steps, tracker, "overfit", shape.steps)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}
         tracker.summarize(result)
-    check(losses[0], losses[-1], level.vocab_size, params.size.overfit_loss)
+        check(losses[0], losses[-1], level.vocab_size, params.size.overfit_loss)
     write_json(RESULTS / "overfit.json", result)
 
 

@@ -13,6 +13,7 @@ FOLDER = RESULTS / "report"
 
 def main() -> None:
     params, environment = config.load(), read_environment()
+    shape = params.shape("speed")
     results = {name: _read(RESULTS / "levels" / name / "metrics.json") for name in params.levels}
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -23,7 +24,7 @@ def main() -> None:
         verify=_read(RESULTS / "verify.json"),
         overfit=_read(RESULTS / "overfit.json"),
         environment=environment,
-        shapes={"quality": params.quality, "speed": params.shape("speed")},
+        shapes={"quality": params.quality, "speed": shape},
     )
     (FOLDER / "ladder.md").write_text(markdown, encoding="utf-8")
     steps = [
@@ -32,7 +33,6 @@ def main() -> None:
         for row in csv.DictReader((RESULTS / "levels" / name / "steps.csv").read_text().splitlines())
     ]
     report.save_loss_chart(steps, FOLDER / "loss.png")
-    shape = params.shape("speed")
     rates = {
         name: result["tokens_per_second"] for name, result in trained.items() if params.levels[name].group == "speed"
     }

@@ -49,6 +49,7 @@ def main() -> None:
             "weights": "stand-in" if stand_in else "openai",
             **weights.as_json(),
             "random": random.as_json(),
+            "note": notice if stand_in else None,
             "llmc_loss": known_loss,
             "llmc_loss_diff": None if known_loss is None else known_loss - verification.LLMC_LOSS,
         },

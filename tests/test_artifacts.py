@@ -74,6 +74,9 @@ def test_a_file_cut_short_on_the_way_never_appears(serve, target):
 def test_a_right_file_is_kept_and_a_wrong_one_replaced(serve, target):
     artifacts.fetch(target, SHA256, [Url(serve(body=BODY))])
     artifacts.fetch(target, SHA256, [Url(NOBODY)])
+    artifacts.provenance_path(target).unlink()
+    artifacts.fetch(target, SHA256, [Url(NOBODY)])
+    assert json.loads(artifacts.provenance_path(target).read_text())["source"] == "found in place"
     target.write_bytes(b"changed by hand")
     artifacts.fetch(target, SHA256, [Url(serve(body=BODY))])
     assert target.read_bytes() == BODY

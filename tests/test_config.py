@@ -24,8 +24,9 @@ def load_with(tmp_path: Path, old: str, new: str) -> config.Params:
 
 def test_the_ladder_has_its_nine_levels_in_order():
     levels = config.load(PARAMS).levels
-    assert list(levels) == ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
-    assert [level.group for level in levels.values()] == ["quality"] * 3 + ["speed"] * 6
+    seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
+    assert list(levels)[:9] == seed  # levels of one's own come after them
+    assert [levels[name].group for name in seed] == ["quality"] * 3 + ["speed"] * 6
 
 
 def test_a_level_differs_from_the_one_above_in_at_most_one_switch():
@@ -72,14 +73,18 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("learning_rate: 3e-4", "learning_rate: 6e-4x", "models.gpt2.learning_rate = '6e-4x'"),
         ("betas: [0.9, 0.999]", "betas: {a: 0.9}", "optimizer.betas"),
         ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
-        ("n_head: 12", "n_head: 13", "models.gpt2: n_embd (768) must be a multiple of n_head (13)"),
+        ("n_head: 12", "n_head: 13", "params.yaml:38: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
         (
             "block_size: 256",
             "block_size: 2048",
-            "machines.cpu.block_size (2048) is over models.gpt2.n_positions (1024)",
+            "params.yaml:33: machines.cpu.block_size = 2048: is over",
         ),
-        ("warmup_steps: 2", "warmup_steps: 10", "warmup_steps (10) must be below steps (10)"),
+        (
+            "warmup_steps: 2",
+            "warmup_steps: 10",
+            "params.yaml:33: machines.cpu.warmup_steps = 10: must be below steps (10)",
+        ),
         ("steps: 10, warmup_steps: 2, eval_tokens: 4096", "steps: 10, warmup_steps: 2, eval_tokens: 4000", "multiple"),
     ],
 )
@@ -89,9 +94,9 @@ def test_a_mistake_is_named_with_its_place_and_what_is_allowed(tmp_path, old, ne
     assert any(message in line and "params.yaml" in line for line in str(caught.value).splitlines()), caught.value
 
 
-@pytest.mark.parametrize("text", ["", "- a list", "a: b: c"])
-def test_a_file_that_is_no_map_is_refused(tmp_path, text):
-    (tmp_path / "params.yaml").write_text(text)
+@pytest.mark.parametrize("content", [b"", b"- a list", b"a: b: c", b"a: \x07", b"a: \xff"])
+def test_a_file_that_is_no_map_is_refused(tmp_path, content):
+    (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"params\.yaml"):
         config.load(tmp_path / "params.yaml")
 
@@ -99,7 +104,14 @@ def test_a_file_that_is_no_map_is_refused(tmp_path, text):
 def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
     text = PARAMS.read_text().replace("model: gpt2 ", "model: tiny ").replace("source: auto", "source: openai")
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match="no weights for model: tiny"):
+    with pytest.raises(UserError, match=r"params\.yaml:22: pretrained\.source = openai: no weights for model: tiny"):
+        config.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
+def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other):
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("folder: null", "folder: here").replace(*other))
+    with pytest.raises(UserError, match=r"params\.yaml:23: pretrained\.folder = here: not read with these"):
         config.load(tmp_path / "params.yaml")
 
 

@@ -86,7 +86,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu', this GPT-2 knows only 'gelu_new'"),
         ({"n_head": None}, "'n_head' is missing"),
-        ({"n_head": 3}, r"n_embd \(16\) must be a multiple of n_head \(3\)"),
+        ({"n_head": 3}, r"n_embd = 16: must be a multiple of n_head \(3\)"),
         ({"n_layer": "2"}, "n_layer Input should be a valid integer"),
     ],
 )

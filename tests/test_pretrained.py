@@ -81,6 +81,9 @@ def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "SHA256", pinned)
     fetch(tmp_path / "out", local=str(local))
     assert not pretrained.is_stand_in(tmp_path / "out")
+    point_hub_at(monkeypatch, "http://127.0.0.1:9/")
+    fetch(tmp_path / "out")  # right files are kept: a hub that is gone by now does not turn them into a stand-in
+    assert not pretrained.is_stand_in(tmp_path / "out")
 
 
 def test_a_size_that_nobody_published_always_gets_a_stand_in(tmp_path, monkeypatch, serve):

@@ -1,13 +1,20 @@
 """The small decisions that stages make themselves."""
 
+import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
+from gpt2_ladder import config, metrics
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
-from pipeline import environment, overfit, read_environment, run, trainer, write_json
+from pipeline import ENVIRONMENT, environment, overfit, read_environment, run, trainer, write_json
+from pipeline import train as train_stage
+from pipeline.train import train
 
 
 def test_the_environment_is_found_without_the_commit():
@@ -22,6 +29,37 @@ def test_an_environment_variable_decides_about_threads(monkeypatch):
     assert environment.describe().threads == 7
 
 
+def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = config.load(REPOSITORY / "params.yaml")
+    found = environment.describe().model_copy(update={"compile_problem": "no C++ compiler"})
+    write_json(ENVIRONMENT, found.model_dump())
+    assert train(params, "flash", "train", params.levels["flash"], "speed", tmp_path / "flash") is None
+    written = json.loads((tmp_path / "flash" / "metrics.json").read_text())
+    assert (written["status"], written["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
+    assert {written[name] for name in metrics.MEASURED} == {None}
+    assert (tmp_path / "flash" / "steps.csv").read_text() == "step,loss,step_ms,tokens_per_second\n"
+
+
+def test_an_unknown_level_is_named(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(UserError, match=r"level 'fp16' is not in params\.yaml; its levels are untied, tied"):
+        train_stage.main("fp16")
+
+
+def test_an_old_python_is_named_before_anything_is_made(tmp_path):
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
+    old_python = tmp_path / "old-python"
+    old_python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
+    old_python.chmod(0o755)
+    command = ["make", "test", f"PYTHON={old_python}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: Python 3.9.2: Python 3.11 or newer is needed" in result.stdout + result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_a_missing_compiler_is_named():
     assert "no C++ compiler: 'no-such-compiler'" in (environment.compile_problem("no-such-compiler") or "")
 
@@ -30,6 +68,14 @@ def test_missing_python_headers_are_named(monkeypatch, tmp_path):
     assert environment.compile_problem() is None
     monkeypatch.setattr(environment.sysconfig, "get_path", lambda _: str(tmp_path))
     assert "Python.h is not there" in (environment.compile_problem() or "")
+
+
+def test_a_compiler_that_fails_gives_the_same_reason_each_time(monkeypatch):
+    monkeypatch.setattr(environment, "PROBE", "#include <no-such-header.h>\n")
+    first = environment.compile_problem()
+    assert "no-such-header.h" in (first or "")
+    assert environment.compile_problem() == first  # another text would retrain every level
+    assert environment.compile_problem("false") == "'false' cannot build a shared library: it gave no reason"
 
 
 @pytest.mark.parametrize(

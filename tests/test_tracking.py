@@ -1,13 +1,17 @@
 """The CSV is the truth and is there at once; W&B runs are grouped so that they can be compared."""
 
 import csv
+import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import wandb
 
 from gpt2_ladder import tracking
+from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.tracking import Tracker
 
@@ -16,7 +20,7 @@ STEPS = [Step(0, 10.9, 500.0, 256.0), Step(1, 0.1 + 0.2, 400.0, 320.0)]
 
 @pytest.fixture(autouse=True)
 def no_settings_of_the_user(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_GROUP", "DVC_EXP_NAME", "DVC_ROOT"):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "DVC_"))]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -36,6 +40,82 @@ def test_every_step_is_in_the_file_before_the_next_one(tmp_path, monkeypatch):
             assert len(rows) == count
             assert float(rows[-1]["loss"]) == step.loss  # all digits, nothing rounded
     assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second"
+
+
+def records(folder: Path) -> dict[str, list[dict]]:
+    """What W&B's own reader finds in an offline run, by the type of record."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[dict]] = {}
+    for record in map(json.loads, output.splitlines()):
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def test_wandb_holds_the_same_rows_as_the_csv_and_the_config_and_summary(tmp_path):
+    with Tracker(tmp_path / "steps.csv", start(shape={"batch_size": 2})) as tracker:
+        for step in STEPS:
+            tracker.log(step)
+        tracker.summarize({"loss_last": 0.3, "note": None})
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    found = records(folder)
+    rows = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
+    assert len(found["history"]) == len(rows) == 2
+    for row, record in zip(rows, found["history"], strict=True):
+        assert record["step"]["num"] == int(row["step"])
+        for name in ("loss", "step_ms", "tokens_per_second"):
+            assert record["item"][name] == float(row[name])
+    (run,) = found["run"]
+    assert (run["project"], run["run_group"], run["job_type"]) == ("gpt2-ladder", "group", "train")
+    assert (run["display_name"], run["tags"]) == ("bf16", ["cpu"])
+    config = run["config"]["update"]
+    assert (config["precision"], config["shape"]) == ("bf16", {"batch_size": 2})
+    summary = {key: value for record in found["summary"] for key, value in record["update"].items()}
+    assert summary["loss_last"] == 0.3
+
+
+def test_the_users_project_and_folder_win(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    run = start()
+    run.finish()
+    assert run.project == "mine"
+    assert list(tmp_path.glob("elsewhere/wandb/offline-run-*"))
+
+
+def test_a_second_run_of_a_level_is_a_run_of_its_own(tmp_path):
+    for losses in (STEPS, STEPS[:1]):
+        with Tracker(tmp_path / "steps.csv", start()) as tracker:
+            for step in losses:
+                tracker.log(step)
+    lengths = sorted(len(records(folder)["history"]) for folder in tmp_path.glob("wandb/offline-run-*"))
+    assert lengths == [1, 2]
+    assert len((tmp_path / "steps.csv").read_text().splitlines()) == 2
+
+
+def test_a_key_without_a_network_falls_back_to_offline_and_says_so(tmp_path, monkeypatch, capsys):
+    assert tracking.INIT_TIMEOUT_S <= 25  # the fall back itself takes a second: within 30 s in all
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 2)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    run = start()
+    run.finish()
+    assert run.offline
+    assert "W&B cannot be reached or refuses" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_an_unknown_mode_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="WANDB_MODE=ofline: known are online, offline, disabled"):
+        start()
+
+
+def test_without_git_the_group_says_so(tmp_path, monkeypatch):
+    (tmp_path / "environment.json").write_text("{}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tracking.run_group(tmp_path / "environment.json") == "uncommitted-44136fa"
 
 
 def test_without_a_key_the_run_is_offline_and_named_to_compare(tmp_path):

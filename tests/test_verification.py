@@ -37,6 +37,21 @@ def test_one_wrong_attention_implementation_is_enough_to_fail(folder, monkeypatc
     assert not verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8).passed
 
 
+def test_a_network_that_gives_nan_at_one_position_fails(folder, monkeypatch):
+    load_gpt = hub.load_gpt
+
+    def load_broken(path, attention):
+        model = load_gpt(path, attention)
+        with torch.no_grad():
+            model.wpe.weight[15] = torch.nan  # the last position of the logits, beyond the greedy continuation
+        return model
+
+    monkeypatch.setattr(hub, "load_gpt", load_broken)
+    found = verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8)
+    assert found.greedy_tokens_equal
+    assert not found.passed
+
+
 def test_the_tolerance_grows_with_the_logits_and_never_excuses_other_tokens():
     assert Comparison(7e-4, 105.0, True).passed
     assert not Comparison(7e-4, 3.0, True).passed

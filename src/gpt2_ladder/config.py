@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 
@@ -57,9 +57,9 @@ class Shape(Strict):
     @model_validator(mode="after")
     def _something_is_left_to_measure(self) -> Self:
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: must be below steps ({self.steps})")
         if self.eval_tokens % (self.batch_size * self.block_size):
-            raise ValueError(f"eval_tokens ({self.eval_tokens}) must be a multiple of batch_size * block_size")
+            raise ValueError(f"eval_tokens = {self.eval_tokens}: must be a multiple of batch_size * block_size")
         return self
 
 
@@ -74,7 +74,7 @@ class Size(Strict):
     @model_validator(mode="after")
     def _heads_share_the_channels(self) -> Self:
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            raise ValueError(f"n_embd = {self.n_embd}: must be a multiple of n_head ({self.n_head})")
         return self
 
 
@@ -129,17 +129,20 @@ class Params(Switches):
 
     @model_validator(mode="after")
     def _the_parts_fit_together(self) -> Self:
-        for table, key in ((self.models, self.model), (self.machines, self.machine)):
+        for name, key, table in (("model", self.model, self.models), ("machine", self.machine, self.machines)):
             if key not in table:
-                raise ValueError(f"'{key}' is chosen, but only {', '.join(table) or 'nothing'} is described")
+                raise ValueError(f"{name} = {key}: {name}s describes only {', '.join(table) or 'nothing'}")
         for name, shape in (("quality", self.quality), (f"machines.{self.machine}", self.shape("speed"))):
             if shape.block_size > self.size.n_positions:
                 raise ValueError(
-                    f"{name}.block_size ({shape.block_size}) is over models.{self.model}.n_positions "
+                    f"{name}.block_size = {shape.block_size}: is over models.{self.model}.n_positions "
                     f"({self.size.n_positions})"
                 )
-        if self.pretrained.source == "openai" and self.model != "gpt2":
-            raise ValueError(f"pretrained.source: openai has no weights for model: {self.model}; use auto or stand-in")
+        source = self.pretrained.source
+        if source == "openai" and self.model != "gpt2":
+            raise ValueError(f"pretrained.source = openai: no weights for model: {self.model}; use auto or stand-in")
+        if self.pretrained.folder and (source == "stand-in" or self.model != "gpt2"):
+            raise ValueError(f"pretrained.folder = {self.pretrained.folder}: not read with these source and model")
         return self
 
     @property
@@ -196,6 +199,8 @@ def load(path: Path | str = "params.yaml") -> Params:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path}: expected a map of settings, got {type(document).__name__}")
     try:
@@ -207,6 +212,10 @@ def load(path: Path | str = "params.yaml") -> Params:
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
     """One line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
     keys = [key for key in mistake["loc"] if key != "[key]"]
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":  # our own validators write: key = value: what is wrong
+        keys += message.split(" = ")[0].split(".")
+        message = message.partition(" = ")[2]
     node, line = document, 1
     for key in keys:
         if not isinstance(node, CommentedMap) or key not in node:
@@ -220,8 +229,7 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if mistake["type"] == "value_error" else f"{where} = {mistake['input']!r}: {message}"
+    return f"{where} = {message}" if mistake["type"] == "value_error" else f"{where} = {mistake['input']!r}: {message}"
 
 
 def _known_keys(parents: list[Any]) -> list[str]:

@@ -35,8 +35,9 @@ def load_gpt(folder: Path, attention: str = "eager") -> GPT:
         UserError: a file is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
     if not (folder / WEIGHTS).exists():
-        for pickle in sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
-            raise UserError(f"{pickle}: pickled weights can run code when they are read; convert them to {WEIGHTS}")
+        pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if pickles:
+            raise UserError(f"{pickles[0]}: pickled weights can run code when they are read; convert them to {WEIGHTS}")
     try:
         described = json.loads((folder / CONFIG).read_text())
         tied = described.get("tie_word_embeddings", True)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import httpx2
 import huggingface_hub
 import torch
 from huggingface_hub import constants
@@ -60,7 +61,13 @@ def is_stand_in(folder: Path) -> bool:
 
 
 def _fetch_openai(folder: Path, local: str | None) -> None:
-    """Bring the two pinned files, both checked before either replaces what is there."""
+    """Bring the two pinned files, both checked before either replaces what is there; keep them if they are there."""
+    if all((folder / name).exists() and artifacts.file_sha256(folder / name) == SHA256[name] for name in SHA256):
+        print(f"{folder}: OpenAI's weights are already here")
+        for name, sha256 in SHA256.items():
+            if not artifacts.provenance_path(folder / name).exists():
+                artifacts.write_provenance(folder / name, "found in place", sha256)
+        return
     if local is None:
         if constants.HF_HUB_OFFLINE:
             raise Unreachable("HF_HUB_OFFLINE is set")
@@ -70,12 +77,13 @@ def _fetch_openai(folder: Path, local: str | None) -> None:
         for name, sha256 in SHA256.items():
             path = Path(temporary) / name
             if local is None:
-                sources[name] = f"{huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)}"
+                sources[name] = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
                 print(f"{name}: fetching from {sources[name]}", flush=True)
                 try:
                     huggingface_hub.hf_hub_download(REPOSITORY, name, revision=REVISION, local_dir=temporary)
-                except HfHubHTTPError as error:
-                    raise UserError(f"{sources[name]}: {' '.join(str(error).split())}") from None
+                except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:  # it answered, so no stand-in from here on
+                    reason = " ".join(str(error.__cause__ or error).split())
+                    raise UserError(f"{sources[name]}: the hub answered, but the file did not come: {reason}") from None
             else:
                 sources[name] = f"{local}/{name}"
                 try:
@@ -106,5 +114,7 @@ def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
         config.save_pretrained(temporary)
         for name in (CONFIG, WEIGHTS):
             (Path(temporary) / name).replace(folder / name)
-            artifacts.write_provenance(folder / name, STAND_IN_SOURCE, artifacts.file_sha256(folder / name))
+            artifacts.write_provenance(
+                folder / name, STAND_IN_SOURCE, artifacts.file_sha256(folder / name), STAND_IN_NOTICE
+            )
     print(STAND_IN_NOTICE, flush=True)

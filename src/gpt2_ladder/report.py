@@ -81,7 +81,9 @@ def ladder_markdown(
         for name, metrics in {**results, "trial": trial}.items()
         if metrics["reason"] or metrics["note"]
     ]
-    what = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights (OpenAI's were NOT verified)"}
+    if verify["note"]:
+        notes.append(f"- {verify['note']}")
+    what = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
     sizes = "; ".join(
         f"{group} levels {shape.steps} steps of {shape.batch_size} x {shape.block_size} tokens, "
         f"the first {shape.warmup_steps} not timed"

@@ -17,15 +17,16 @@ def open_device(name: str, threads: int) -> torch.device:
     """Return the device called `name` ("cpu" or "cuda") and give torch `threads` CPU threads.
 
     Raises:
-        UserError: torch cannot reach a CUDA device that results/environment.json names.
+        UserError: torch sees a GPU where results/environment.json, which asked nvidia-smi, has none, or the reverse.
     """
     torch.set_num_threads(threads)
+    if (name == "cuda") != torch.cuda.is_available():
+        found = f"torch {torch.__version__} sees one" if name == "cpu" else f"torch {torch.__version__} cannot use it"
+        raise UserError(
+            f"nvidia-smi lists {'no' if name == 'cpu' else 'a'} GPU, but {found}: "
+            "mend the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
+        )
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"nvidia-smi lists a GPU, but torch {torch.__version__} cannot use it: "
-                "update the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
-            )
         torch.cuda.reset_peak_memory_stats()
     return torch.device(name)
 
@@ -87,16 +88,22 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
     """Return why this machine cannot train at `switches`, or None where it can."""
     if switches.compile and environment.compile_problem:
         return f"torch.compile cannot work here: {environment.compile_problem}"
-    slow = switches.precision == "bf16" and environment.device == "cpu" and not environment.bf16
-    if slow and not run_slow_levels:
-        return "this CPU has no bfloat16 instructions, it would be slower than float32; run_slow_levels: true trains it"
-    return None
+    if switches.precision != "bf16" or environment.bf16:
+        return None
+    if environment.device == "cuda":
+        # without bf16 in hardware torch emulates it, but Inductor refuses to compile it
+        return "torch.compile needs a GPU with bfloat16 for it: compute capability 8.0" if switches.compile else None
+    if run_slow_levels:
+        return None
+    return "this CPU has no bfloat16 instructions, it would be slower than float32; run_slow_levels: true trains it"
 
 
 def what_to_know(switches: Switches, environment: Environment) -> str | None:
     """Return what a reader must know about a level trained at `switches` here, or None where there is nothing."""
     if switches.precision == "tf32" and environment.device == "cpu":
         return "TF32 is a mode of NVIDIA GPUs: on a CPU the switch has no effect"
+    if switches.precision == "tf32" and not environment.bf16:
+        return "this GPU has no TF32, which came with compute capability 8.0 and bfloat16: the switch has no effect"
     if switches.precision == "bf16" and not environment.bf16:
         return "no bfloat16 hardware here: bf16 is emulated and slow"
     return None

@@ -53,7 +53,7 @@ class Tracker:
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run:
     """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
 
-    WANDB_MODE, WANDB_PROJECT, WANDB_DIR and WANDB_RUN_GROUP win over what is written here.
+    WANDB_MODE, WANDB_PROJECT and WANDB_DIR win over what is written here.
 
     Raises:
         UserError: WANDB_MODE is none of W&B's words.
@@ -66,7 +66,11 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     except wandb.errors.Error as error:
         if mode != "online":
             raise
-        print(f"W&B cannot be reached ({error}); this run is kept offline, `wandb sync` sends it later", flush=True)
+        reason = " ".join(str(error).split())
+        print(
+            f"W&B cannot be reached or refuses ({reason}); this run is kept offline, `wandb sync` sends it later",
+            flush=True,
+        )
         wandb.teardown()
         run = _init(name, job_type, tags, config, group, "offline")
     if not run.disabled:
@@ -99,7 +103,7 @@ def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, An
         job_type=job_type,
         tags=tags,
         config=dict(config),
-        mode=mode,  # type: ignore[arg-type]  # a Literal; wandb itself refuses an unknown WANDB_MODE
+        mode=mode,  # type: ignore[arg-type]  # a Literal; start_run refuses other words
         settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S),
     )
 

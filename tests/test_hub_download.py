@@ -1,0 +1,113 @@
+"""The whole way from a hub to a verified network, in a process of its own, since HF_ENDPOINT is read at import."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_hub
+import pytest
+import torch
+from conftest import REPOSITORY, random_ids
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2_ladder import artifacts, hub, pretrained, verification
+
+FETCH = """
+import json, sys
+from pathlib import Path
+from gpt2_ladder import pretrained
+from gpt2_ladder.config import ModelSize, Pretrained
+from pipeline import run
+
+pretrained.SHA256 = json.loads(sys.argv[2])
+size = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
+run(lambda: pretrained.fetch(Path(sys.argv[1]), Pretrained(source=sys.argv[3], folder=None), size, True, seed=1))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A tiny GPT-2 with the quirks of the hub's file: no prefix, masks among the weights, no head."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=97, bos_token_id=96, eos_token_id=96)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / hub.WEIGHTS).items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(32, 32).tril().view(1, 1, 32, 32).clone() for layer in range(2)}
+    save_file(tensors | masks, folder / hub.WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def fetch(folder: Path, published: Path, endpoint: str, source: str) -> subprocess.CompletedProcess[str]:
+    pinned = {name: artifacts.file_sha256(published / name) for name in (hub.CONFIG, hub.WEIGHTS)}
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+        "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}",
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder.parent / "hf"),
+    }
+    command = [sys.executable, "-c", FETCH, str(folder), json.dumps(pinned), source]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_checkpoint_comes_from_the_hub_and_is_verified(tmp_path, published):
+    folder = tmp_path / "gpt2"
+    with fake_hub.serve(published, pretrained.REVISION) as (endpoint, requests):
+        result = fetch(folder, published, endpoint, "openai")
+    assert result.returncode == 0, result.stderr
+    assert not pretrained.is_stand_in(folder)
+    provenance = json.loads(artifacts.provenance_path(folder / hub.WEIGHTS).read_text())
+    assert provenance["source"].startswith(f"{endpoint}/{pretrained.REPOSITORY}/resolve/{pretrained.REVISION}/")
+    assert any(request.startswith("GET /lfs/") for request in requests)  # it went through the redirect
+    assert verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8).passed
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "config.json.provenance.json",
+        "model.safetensors",
+        "model.safetensors.provenance.json",
+    ]
+
+
+@pytest.mark.parametrize("name", [hub.CONFIG, hub.WEIGHTS])
+def test_a_flipped_byte_is_caught_and_nothing_is_kept(tmp_path, published, name):
+    folder = tmp_path / "gpt2"
+    with fake_hub.serve(published, pretrained.REVISION, corrupt=name) as (endpoint, _):
+        result = fetch(folder, published, endpoint, "auto")
+    assert result.returncode == 1
+    assert f"{name}: sha256 is" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("broken", "reason"), [("403", "403"), ("cut", "")])
+def test_a_hub_that_answers_but_does_not_deliver_is_named_and_gives_no_stand_in(tmp_path, published, broken, reason):
+    folder = tmp_path / "gpt2"
+    with fake_hub.serve(published, pretrained.REVISION, broken=broken) as (endpoint, _):
+        result = fetch(folder, published, endpoint, "auto")
+    assert result.returncode == 1, result.stderr
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert f"{hub.WEIGHTS}: the hub answered, but the file did not come:" in last_line
+    assert reason in last_line
+    assert "Traceback" not in result.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_hub_without_the_pinned_revision_is_an_error(tmp_path, published):
+    with fake_hub.serve(published, "0" * 40) as (endpoint, _):
+        result = fetch(tmp_path / "gpt2", published, endpoint, "auto")
+    assert result.returncode == 1
+    assert "the server answered 404" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_hub_that_is_down_gives_a_stand_in_under_auto_and_an_error_under_openai(tmp_path, published):
+    nobody = "http://127.0.0.1:9"
+    assert fetch(tmp_path / "auto", published, nobody, "auto").returncode == 0
+    assert pretrained.is_stand_in(tmp_path / "auto")
+    result = fetch(tmp_path / "openai", published, nobody, "openai")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: pretrained.source: openai, but the hub cannot be reached")
+    assert list((tmp_path / "openai").iterdir()) == []
