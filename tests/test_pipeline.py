@@ -24,7 +24,7 @@ def call(folder: Path, *command: str, exit_code: int = 0) -> str:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",  # what is asserted of numbers below holds on a CPU
         "NETRC": str(folder / "no-netrc"),
-        "GIT_CONFIG_GLOBAL": os.devnull,
+        **{"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "commit.gpgsign", "GIT_CONFIG_VALUE_0": "false"},
         **{
             f"GIT_{who}_{what}": f"{what.lower()}@test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         },
