@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from dvc.utils.serialize import modify_yaml
 
 from gpt2_ladder import config, metrics
 
-INIT_ROW = "{group: quality, tie_weights: true, init: gpt2,"
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
 
@@ -49,10 +49,13 @@ def stages_that_ran(output: str) -> set[str]:
     return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")}
 
 
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
+def set_param(folder: Path, key: str, value: object) -> None:
+    """Set a value in params.yaml as `-S` does, by a dotted key; a new key is added."""
+    with modify_yaml(folder / "params.yaml") as params:
+        *parents, last = key.split(".")
+        for parent in parents:
+            params = params[parent]
+        params[last] = value
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (REPOSITORY / name).exists() and not name.startswith("results/") and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
-    replace(folder / "params.yaml", "model: gpt2 ", "model: tiny ")
-    for _ in range(2):  # less to evaluate, for the quality levels and for machine: cpu
-        replace(folder / "params.yaml", "eval_tokens: 4096", "eval_tokens: 512")
-    replace(folder / "params.yaml", "steps: 10, warmup_steps: 2", "steps: 4, warmup_steps: 1")
+    set_param(folder, "model", "tiny")
+    set_param(folder, "quality.eval_tokens", 512)
+    for name, value in {"eval_tokens": 512, "steps": 4, "warmup_steps": 1}.items():
+        set_param(folder, f"machines.cpu.{name}", value)
     call(folder, "git", "init", "--quiet")
     call(folder, "git", "add", ".")
     call(folder, "git", "commit", "--quiet", "--message", "Start")
@@ -147,6 +150,7 @@ def test_an_experiment_runs_the_trial_alone(first_run, clone):
     output = call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
     assert stages_that_ran(output) == {"environment", "trial", "report"}
     assert "precision" in call(clone, "dvc", "params", "diff")
+    assert call(clone, "git", "diff", "--numstat", "params.yaml").split() == ["1", "1", "params.yaml"]  # still readable
     assert "results/trial/metrics.json" in call(clone, "dvc", "metrics", "diff")
     get_back(clone)
 
@@ -162,9 +166,7 @@ def test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone(first_run,
 def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(first_run, clone):
     sweep = ("-S", "precision=fp32,tf32,bf16", "-S", "vocab_size=50304")
     call(clone, "dvc", "exp", "run", "--queue", "--name", "sweep", *sweep)
-    replace(
-        clone / "pipeline/trial.py", "def main", "raise SystemExit('the workspace, not the snapshot')\n\n\ndef main"
-    )
+    (clone / "pipeline/trial.py").write_text("raise SystemExit('the workspace was imported, not the snapshot')\n")
     try:
         call(clone, "dvc", "queue", "start")
         deadline = time.monotonic() + 240
@@ -199,10 +201,8 @@ def test_a_fresh_clone_trains_without_the_cache_and_does_not_with_it(first_run, 
 
 
 def test_a_new_level_is_one_row(first_run, clone):
-    switches = "precision: bf16, compile: false, attention: flash, vocab_size: 50304}"
-    row = "{group: speed, tie_weights: true, init: gpt2, " + switches
-    with (clone / "params.yaml").open("a") as params:
-        params.write(f"  mine:\n    {row}\n")
+    last = config.load(clone / "params.yaml").levels[LEVELS[-1]]
+    set_param(clone, "levels.mine", last.model_dump() | {"compile": not last.compile})
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment", "train@mine", "report"}
     assert "| mine " in (clone / "results/report/ladder.md").read_text()
     shutil.rmtree(clone / "results/levels/mine")  # untracked, so git restore leaves it
@@ -210,16 +210,15 @@ def test_a_new_level_is_one_row(first_run, clone):
 
 
 def test_an_edited_row_runs_that_level_alone(first_run, clone):
-    replace(clone / "params.yaml", INIT_ROW, INIT_ROW.replace("gpt2", "pytorch"))
+    set_param(clone, "levels.init.init", "pytorch")
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment", "train@init", "report"}
     get_back(clone)
 
 
 def test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going(first_run, clone):
-    huge = "precision: tf32, compile: false, attention: eager, vocab_size: 4000000000000"  # fits no memory
-    replace(clone / "params.yaml", huge.replace("4000000000000", "50257"), huge)
-    for row in (INIT_ROW, "{group: quality, tie_weights: true, init: pytorch,"):
-        replace(clone / "params.yaml", row, row.replace("quality", "speed"))
+    set_param(clone, "levels.tf32.vocab_size", 4_000_000_000_000)  # fits no memory
+    set_param(clone, "levels.tied.attention", "flash")
+    set_param(clone, "levels.init.attention", "flash")
     ran = stages_that_ran(call(clone, "dvc", "repro", "--keep-going", exit_code=255))
     assert ran == {"environment", "train@tied", "train@init", "train@tf32"}
     assert read_metrics(clone, "levels/init")["status"] == "trained"
