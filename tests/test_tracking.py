@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import wandb
@@ -24,6 +25,7 @@ def no_settings_of_the_user(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # W&B reads the environment once a process
 
 
 def start(**changes: object) -> wandb.Run:
@@ -139,10 +141,14 @@ def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
 
 def test_a_key_is_found_where_wandb_login_puts_it(tmp_path, monkeypatch):
     assert not tracking._has_key()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
-    assert tracking._has_key()
-    (tmp_path / "netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    hosts = (urlsplit(wandb.setup().settings.base_url).netloc, "api.wandb.ai")  # today's, and that of older logins
+    for host in hosts:
+        for key in ("0" * 40, "malformed"):
+            (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
+            assert tracking._has_key()
+    (tmp_path / "netrc").write_text(f"machine example.com\n  login user\n  password {'0' * 40}\n")
+    assert not tracking._has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert tracking._has_key()
 
 

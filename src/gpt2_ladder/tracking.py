@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import requests
 import wandb
+from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import STEP_FIELDS, Step
@@ -110,5 +110,10 @@ def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, An
 
 def _has_key() -> bool:
     """Tell whether W&B has an API key here: in WANDB_API_KEY, or in the netrc file that `wandb login` writes."""
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host))
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        # W&B's own reader, because the name of its host has changed over the years and older files hold the older one
+        return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
+    except wandb.errors.AuthenticationError:
+        return True  # a malformed key: wandb.init says what is wrong with it
