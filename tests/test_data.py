@@ -68,6 +68,8 @@ def test_batches_come_in_the_order_of_the_text_and_begin_again():
     assert three[0][1].tolist() == [[1, 2, 3], [4, 5, 6]]
     assert three[1][0].tolist() == [[6, 7, 8], [9, 10, 11]]
     assert three[2][0].tolist() == three[0][0].tolist()  # 12 and 13 do not fill a batch
+    two = list(itertools.islice(data.batches(np.arange(12, dtype="<u2"), batch_size=2, block_size=3), 2))
+    assert two[1][0].tolist() == two[0][0].tolist()  # 6 to 11 fill one, but the token after them is not there
 
 
 def test_the_last_batch_needs_the_token_after_it():

@@ -94,7 +94,6 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
-            # In this direction: nn.Embedding's own init is N(0, 1), and as a head that starts the loss at 117.
             self.wte.weight = self.lm_head.weight
         self.initialize(seed)
 
@@ -116,7 +115,9 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Embedding) and module.weight is not self.lm_head.weight:
                 std = 0.02 if gpt2 else 1.0
             else:
-                continue  # LayerNorm starts at one and zero; a tied wte is drawn when its turn as lm_head comes
+                # LayerNorm starts at one and zero. A tied wte is drawn when its turn as lm_head comes: drawn as an
+                # nn.Embedding under PyTorch's default, N(0, 1), it would start the loss at 117.
+                continue
             uniform = isinstance(module, nn.Linear) and not gpt2
             rows, padded_rows = module.weight[:GPT2_VOCAB_SIZE], module.weight[GPT2_VOCAB_SIZE:]
             for weight, generator in ((rows, stream), (padded_rows, padding_stream)):
