@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,11 @@ def test_an_old_python_is_named_before_anything_is_made(tmp_path):
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
     old_python = tmp_path / "old-python"
-    old_python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
+    old_python.write_text(  # this interpreter, but it says of itself that it is 3.9.2
+        "#!/bin/sh\n"
+        "[ $1 = --version ] && echo Python 3.9.2 && exit\n"
+        f'exec {sys.executable} -c "import sys; sys.version_info = (3, 9, 2); $2"\n'
+    )
     old_python.chmod(0o755)
     command = ["make", "test", f"PYTHON={old_python}"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
