@@ -16,6 +16,11 @@ TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
 MODELS = Path("models")
 RESULTS = Path("results")
 ENVIRONMENT = RESULTS / "environment.json"
+PARITY = RESULTS / "parity.json"
+BENCHMARK = RESULTS / "benchmark.json"
+GAINS = RESULTS / "gains.json"
+PROFILE = RESULTS / "profile.json"
+TRACES = Path("profiles")
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:

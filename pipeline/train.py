@@ -31,6 +31,7 @@ def train(
         "status": "trained",
         "reason": runtime.why_skipped(switches, environment, params.run_slow_levels),
         "note": runtime.what_to_know(switches, environment),
+        "environment": environment.fingerprint,
     }
     folder.mkdir(parents=True, exist_ok=True)
     if result["reason"]:

@@ -11,7 +11,6 @@ from gpt2_ladder.config import Environment, Params, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 from gpt2_ladder.tracking import Tracker
-from pipeline import ENVIRONMENT
 
 
 def build(
@@ -38,7 +37,7 @@ def open_tracker(
         "environment": environment.model_dump(),
     }
     tags = [params.model, environment.device, switches.precision, switches.attention]
-    run = tracking.start_run(name, job_type, tags, config, tracking.run_group(ENVIRONMENT))
+    run = tracking.start_run(name, job_type, tags, config, tracking.run_group(environment.fingerprint))
     return Tracker(csv, run)
 
 

@@ -10,7 +10,8 @@ import tiktoken
 import torch
 
 from gpt2_ladder import artifacts, data
-from gpt2_ladder.config import GPTConfig
+from gpt2_ladder.config import Environment, GPTConfig
+from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
 from pipeline.download import PINNED
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,6 +25,36 @@ def tiny(**changes: object) -> GPTConfig:
 
 def random_ids(batch: int = 2, time: int = 16, vocab_size: int = 97, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def environment(**changes: object) -> Environment:
+    """A machine that does not exist."""
+    found = {"device": "cpu", "device_name": "A processor", "bf16": True, "compile_problem": None, "threads": 2}
+    return Environment.model_validate({**found, "python": "3", "torch": "2", "platform": "Linux", **changes})
+
+
+def measurement(**step_ms: list[float]) -> Measurement:
+    """A benchmark in which the levels took `step_ms`, one time a round; by default the control is the baseline."""
+    levels = [name for name in step_ms if name != "control"]
+    step_ms.setdefault("control", step_ms[levels[0]])
+    rounds = [
+        Round(
+            order=list(step_ms),
+            step_ms=dict(zip(step_ms, times, strict=True)),
+            matmul_tflops={"fp32": 0.2, "bf16": 0.4},
+        )
+        for times in zip(*step_ms.values(), strict=True)
+    ]
+    return Measurement(
+        estimator=ESTIMATOR,
+        model="tiny",
+        batch_size=2,
+        block_size=256,
+        levels=levels,
+        control="control",
+        environment=environment(),
+        rounds=rounds,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,19 @@ from conftest import REPOSITORY
 from ruamel.yaml import YAML
 
 SOURCE, PIPELINE = REPOSITORY / "src" / "gpt2_ladder", REPOSITORY / "pipeline"
-LEAVES = {"config", "model", "data", "runtime", "artifacts", "metrics"}
+LEAVES = {
+    "config",
+    "model",
+    "data",
+    "runtime",
+    "artifacts",
+    "metrics",
+    "cost",
+    "gains",
+    "parity",
+    "profiling",
+    "charts",
+}
 UNLISTED = {"config", "tracking", "progress"}  # see the head of dvc.yaml
 STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 

@@ -4,6 +4,7 @@ This module never imports torch: it is read at the start of every stage, and imp
 """
 
 import difflib
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -113,6 +114,30 @@ class Pretrained(Strict):
     folder: str | None
 
 
+class Rounds(Strict):
+    """How long the benchmark takes steps in turn: `rounds`, or as many as fit into `seconds`."""
+
+    rounds: Annotated[int, Field(ge=3)]
+    seconds: PositiveFloat
+
+
+class Tolerances(Strict):
+    """How many nats a loss may be from the baseline's, by precision, in the first `steps` steps."""
+
+    steps: PositiveInt
+    fp32: PositiveFloat
+    tf32: PositiveFloat
+    bf16: PositiveFloat
+
+
+class Peaks(Strict):
+    """TFLOP/s of dense matrix products by precision; null: look the GPU up, or measure the CPU."""
+
+    fp32: PositiveFloat | None
+    tf32: PositiveFloat | None
+    bf16: PositiveFloat | None
+
+
 class Params(Switches):
     """The whole of params.yaml; the inherited switches are the knobs of the trial."""
 
@@ -124,14 +149,22 @@ class Params(Switches):
     optimizer: AdamW
     quality: Shape
     machines: dict[Literal["cpu", "gpu"], Shape]
+    benchmark: dict[Literal["cpu", "gpu"], Rounds]
+    profile: bool
+    parity: Tolerances
+    peak_tflops: Peaks
     models: dict[Literal["gpt2", "tiny"], ModelSize]
     levels: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Level]
 
     @model_validator(mode="after")
     def _the_parts_fit_together(self) -> Self:
-        for name, key, table in (("model", self.model, self.models), ("machine", self.machine, self.machines)):
-            if key not in table:
-                raise ValueError(f"{name} = {key}: {name}s describes only {', '.join(table) or 'nothing'}")
+        for name, key, table, rows in (
+            ("model", self.model, "models", self.models),
+            ("machine", self.machine, "machines", self.machines),
+            ("machine", self.machine, "benchmark", self.benchmark),
+        ):
+            if key not in rows:
+                raise ValueError(f"{name} = {key}: {table} describes only {', '.join(rows) or 'nothing'}")
         for name, shape in (("quality", self.quality), (f"machines.{self.machine}", self.shape("speed"))):
             if shape.block_size > self.size.n_positions:
                 raise ValueError(
@@ -177,6 +210,11 @@ class Environment(Strict):
     python: str
     torch: str
     platform: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for exactly this environment; every level's metrics carry it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:7]
 
 
 def load(path: Path | str = "params.yaml") -> Params:

@@ -27,7 +27,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         if self.attention == "eager":
-            ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool)
+            # on the CPU even under torch.device("meta"), so that a network built there needs nothing but its weights
+            ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool, device="cpu")
             self.register_buffer("future", ones.triu(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +83,10 @@ class GPT(nn.Module):
 
     Args:
         config: the sizes and the switches that concern the network.
-        seed: what the weights are drawn from.
+        seed: what the weights are drawn from; None leaves them to the caller, who brings his own.
     """
 
-    def __init__(self, config: GPTConfig, seed: int = 1337):
+    def __init__(self, config: GPTConfig, seed: int | None = 1337):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -95,7 +96,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.wte.weight = self.lm_head.weight
-        self.initialize(seed)
+        if seed is not None:
+            self.initialize(seed)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

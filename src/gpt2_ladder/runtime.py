@@ -5,6 +5,7 @@ Everything here that changes torch's state changes it for the whole process: a t
 
 import resource
 import sys
+import time
 from contextlib import AbstractContextManager
 
 import torch
@@ -66,6 +67,26 @@ def set_precision(precision: str, device: torch.device) -> AbstractContextManage
 def float32_matmul_precision() -> str:
     """Return "ieee" or "tf32": how torch now computes float32 matmuls on CUDA, read back from torch itself."""
     return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def matmul_tflops(precision: str, device: torch.device, size: int = 2048, repeats: int = 3) -> float:
+    """Return the TFLOP/s that a bare (size, size) matrix product reaches now, the best of `repeats`, after one untimed.
+
+    Args:
+        precision: "fp32" or "bf16", the operands' type.
+        device: where to multiply.
+        size: 2048 keeps two cores busy for 0.05 to 0.1 s.
+        repeats: how often; what else runs on the machine can only make one slower.
+    """
+    a = torch.randn(size, size, device=device).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:]) / 1e12
 
 
 def compile_model(model: nn.Module) -> None:

@@ -25,6 +25,29 @@ def make_optimizer(model: GPT, learning_rate: float, settings: config.AdamW) -> 
     )
 
 
+def train_step(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    autocast: AbstractContextManager[object],
+    device: torch.device,
+) -> tuple[Tensor, float]:
+    """Train on one batch, a pair of int64 (B, T); return its loss before the update, and how many ms that took.
+
+    `autocast` is entered around forward and loss only. The batch reaches the device before the clock starts.
+    """
+    x, y = (ids.to(device) for ids in batch)  # (B, T) each
+    runtime.synchronize(device)
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    with autocast:
+        _, loss = model(x, y)
+    loss.backward()
+    optimizer.step()
+    runtime.synchronize(device)
+    return loss.detach(), (time.perf_counter() - start) * 1000
+
+
 def train(
     model: GPT,
     optimizer: torch.optim.Optimizer,
@@ -32,24 +55,14 @@ def train(
     autocast: AbstractContextManager[object],
     device: torch.device,
 ) -> Iterator[Step]:
-    """Train on each of `batches`, a pair of int64 (B, T), and yield its Step as soon as it is done.
+    """Train on each of `batches` and yield its Step as soon as it is done.
 
-    `autocast` is entered around forward and loss only. The clock stops before the yield: what the consumer does
-    with a Step (logging, drawing, writing) is not timed.
+    The clock stops before the yield: what the consumer does with a Step (logging, drawing, writing) is not timed.
     """
     model.train()
     for index, batch in enumerate(batches):
-        x, y = (ids.to(device) for ids in batch)  # (B, T) each
-        runtime.synchronize(device)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        with autocast:
-            _, loss = model(x, y)
-        loss.backward()
-        optimizer.step()
-        runtime.synchronize(device)
-        step_ms = (time.perf_counter() - start) * 1000
-        yield Step(index, loss.item(), step_ms, metrics.tokens_per_second(x.numel(), step_ms))
+        loss, step_ms = train_step(model, optimizer, batch, autocast, device)
+        yield Step(index, loss.item(), step_ms, metrics.tokens_per_second(batch[0].numel(), step_ms))
 
 
 @torch.no_grad()

@@ -1,0 +1,132 @@
+"""Measure what each speed level gains, by steps taken in turn, and where their time goes.
+
+`--rounds 30` measures for longer than params.yaml asks.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+
+from gpt2_ladder import benchmark, config, cost, data, metrics, profiling, runtime
+from gpt2_ladder.benchmark import Arm
+from gpt2_ladder.config import Params, Switches, UserError
+from gpt2_ladder.gains import ESTIMATOR, Measurement
+from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, read_environment, run, write_json
+
+CONTROL = "control"  # the baseline once more: what the two differ by is noise
+
+
+def main(*arguments: str) -> None:
+    params, environment = config.load(), read_environment()
+    settings, shape = params.benchmark[params.machine], params.shape("speed")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.benchmark", description=__doc__)
+    parser.add_argument("--rounds", type=int, help="so many rounds, however long they last")
+    longer = parser.parse_args(arguments).rounds
+    if longer is not None and longer < benchmark.MINIMUM_ROUNDS:
+        raise UserError(f"--rounds {longer}: at least {benchmark.MINIMUM_ROUNDS} are needed for an interval")
+    rounds, seconds = (longer, float("inf")) if longer else (settings.rounds, settings.seconds)
+    levels = {
+        name: Switches.model_validate({key: found["switches"][key] for key in Switches.model_fields})
+        for name, found in json.loads(PARITY.read_text())["levels"].items()
+    }
+
+    device = runtime.open_device(environment.device, environment.threads)
+    arms = build_arms(params, levels, device)
+    shard = data.open_shard(TRAIN_SHARD)
+    batches = list(islice(data.batches(shard, shape.batch_size, shape.block_size), shape.steps))
+    for name in benchmark.warm_up(arms, batches[0], device):
+        print(f"benchmark: warming up {name}", flush=True)
+    measured = []
+    matmuls = ("fp32", "bf16") if device.type == "cpu" else ()
+    for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
+        measured.append(one)
+        times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in one.step_ms.items())
+        print(f"benchmark: round {len(measured)}/{rounds}, ms a step: {times}", flush=True)
+    measurement = Measurement(
+        estimator=ESTIMATOR,
+        model=params.model,
+        batch_size=shape.batch_size,
+        block_size=shape.block_size,
+        levels=list(levels),
+        control=CONTROL,
+        environment=environment,
+        rounds=measured,
+    )
+    operators = {}
+    shutil.rmtree(TRACES, ignore_errors=True)
+    TRACES.mkdir()
+    for arm in arms if params.profile else []:
+        if arm.name != CONTROL:
+            step = partial(arm.step, batches[0], device)
+            costs = profiling.profile_step(step, device, TRACES / f"{arm.name}.json.gz")
+            operators[arm.name] = [asdict(operator) for operator in costs]
+    write_json(PROFILE, operators)
+    write_json(BENCHMARK, measurement.model_dump())
+    write_json(GAINS, summarize(params, levels, measurement))
+
+
+def build_arms(params: Params, levels: dict[str, Switches], device: torch.device) -> list[Arm]:
+    """Return an arm for every level, and a second one for the first of them."""
+    weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
+    arms: list[Arm] = []
+    for name, switches in levels.items():
+        model, optimizer = weights.lend(params.gpt(switches))
+        if switches.compile:
+            runtime.compile_model(model)
+        arms.append(Arm(name, model, optimizer, switches.precision))
+        if len(arms) == 1:
+            arms.append(replace(arms[0], name=CONTROL, model=weights.lend(params.gpt(switches))[0]))
+            if switches.compile:
+                runtime.compile_model(arms[1].model)
+    return arms
+
+
+def summarize(params: Params, levels: dict[str, Switches], measurement: Measurement) -> dict[str, Any]:
+    """Return what gains.json holds: per level its gains, its rate, and its share of what the machine could do."""
+    tokens = measurement.batch_size * measurement.block_size
+    flops = tokens * cost.flops_per_token(params.size, measurement.block_size)
+    summary: dict[str, Any] = {}
+    for previous, name in zip([None, *levels], levels, strict=False):
+        step_ms = measurement.step_ms(name)
+        rates = [cost.tflops(flops, one) for one in step_ms]
+        peaks = find_peaks(params, levels[name].precision, measurement)
+        summary[name] = {
+            "step_ms": statistics.median(step_ms),
+            "tokens_per_second": metrics.tokens_per_second(tokens, statistics.median(step_ms)),
+            "tflops": statistics.median(rates),
+            "peak_tflops": statistics.median(peaks) if peaks else None,
+            "mfu": statistics.median(rate / peak for rate, peak in zip(rates, peaks, strict=True)) if peaks else None,
+            "over_previous": measurement.compare(name, previous) if previous else None,
+            "over_baseline": measurement.compare(name, measurement.levels[0]) if previous else None,
+        }
+    return {
+        "estimator": measurement.estimator,
+        "rounds": len(measurement.rounds),
+        "control": asdict(measurement.noise()),
+        "levels": summary,
+    }
+
+
+def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:
+    """Return what the machine could do at `precision` in every round, in TFLOP/s; None where nobody knows.
+
+    The user's word counts first. A GPU is looked up; a CPU's peak is what a bare matrix product reached in that round.
+    """
+    given, environment = getattr(params.peak_tflops, precision), measurement.environment
+    if given is None and environment.device == "cpu":
+        kind = "bf16" if precision == "bf16" else "fp32"  # there is no TF32 on a CPU
+        return [one.matmul_tflops[kind] for one in measurement.rounds]
+    known = given or cost.KNOWN_PEAKS.get(environment.device_name, {}).get(precision)
+    return [known] * len(measurement.rounds) if known else None
+
+
+if __name__ == "__main__":
+    run(main, *sys.argv[1:])

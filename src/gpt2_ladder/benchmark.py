@@ -1,0 +1,106 @@
+"""Training steps of several levels in one process, taken in turn, so that their ratios hold on a machine that drifts.
+
+Trained one after the other, two levels meet two different machines: other programs, clocks and temperatures come and
+go within minutes. Taken in turn, both meet the same one in every round. The order is drawn anew for each round,
+because what a step leaves behind (caches, the allocator's free lists) costs the next one up to 12 %: in a fixed or
+rotated cycle that would always be the same neighbour.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+
+from gpt2_ladder import runtime, training
+from gpt2_ladder.config import AdamW, GPTConfig
+from gpt2_ladder.gains import Round
+from gpt2_ladder.model import GPT
+
+MINIMUM_ROUNDS = 3  # below that there is no interval to speak of
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant: a network, its optimizer, and the precision at which it trains."""
+
+    name: str
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    precision: str
+
+    def step(self, batch: training.Batch, device: torch.device) -> float:
+        """Train on `batch` at this arm's precision and return the milliseconds."""
+        autocast = runtime.set_precision(self.precision, device)
+        return training.train_step(self.model, self.optimizer, batch, autocast, device)[1]
+
+
+class Weights:
+    """One set of parameters and optimizer state for every shape of network, lent to all arms of that shape.
+
+    Seven copies of 124M parameters with AdamW's state would take 14 GB, shared ones take 4. What a step costs does not
+    depend on the values.
+    """
+
+    def __init__(self, seed: int, learning_rate: float, settings: AdamW, device: torch.device):
+        self._seed, self._learning_rate, self._settings, self._device = seed, learning_rate, settings, device
+        self._lent: dict[tuple[int, bool], tuple[GPT, torch.optim.Optimizer]] = {}
+
+    def lend(self, config: GPTConfig) -> tuple[GPT, torch.optim.Optimizer]:
+        """Return a new network of `config` on the shared parameters, and the optimizer that belongs to those."""
+        shape = (config.vocab_size, config.tie_weights)
+        if shape not in self._lent:
+            first = GPT(config, self._seed).to(self._device)
+            self._lent[shape] = (first, training.make_optimizer(first, self._learning_rate, self._settings))
+        owner, optimizer = self._lent[shape]
+        with torch.device("meta"):
+            model = GPT(config, seed=None)
+        # keep_vars, because a plain state_dict() holds detached tensors: two tied names would become two parameters
+        model.load_state_dict(owner.state_dict(keep_vars=True), assign=True)
+        return model.to(self._device), optimizer
+
+
+def warm_up(arms: Sequence[Arm], batch: training.Batch, device: torch.device, steps: int = 2) -> Iterator[str]:
+    """Take `steps` untimed steps of every arm, the first of which compiles; yield the name before each."""
+    for _ in range(steps):
+        for arm in arms:
+            yield arm.name
+            arm.model.train()
+            arm.step(batch, device)
+
+
+def measure(
+    arms: Sequence[Arm],
+    batches: Sequence[training.Batch],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    seed: int,
+    matmuls: Sequence[str] = (),
+) -> Iterator[Round]:
+    """Yield `rounds` rounds, or as many as fit into `seconds` but MINIMUM_ROUNDS at least.
+
+    A step that compiles once more raises RuntimeError: it would be measured as one that does not.
+
+    Args:
+        arms: warmed up.
+        batches: taken in turn, one a round.
+        device: where the arms live.
+        rounds: how many at most.
+        seconds: when to stop: before a round that would probably end later.
+        seed: what the orders are drawn from.
+        matmuls: precisions ("fp32", "bf16") at which a bare matrix product is timed in every round as well.
+    """
+    dice, start = random.Random(seed), time.perf_counter()
+    for index, batch in zip(range(rounds), cycle(batches), strict=False):
+        elapsed = time.perf_counter() - start
+        if index >= MINIMUM_ROUNDS and elapsed * (index + 1) / index > seconds:
+            return
+        order = dice.sample(arms, len(arms))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            step_ms = {arm.name: arm.step(batch, device) for arm in order}
+        runtime.set_precision("fp32", device)
+        peaks = {precision: runtime.matmul_tflops(precision, device) for precision in matmuls}
+        yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)

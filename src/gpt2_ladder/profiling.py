@@ -1,0 +1,44 @@
+"""Where a step's time goes, by torch.profiler."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+FUSED = "fused by torch.compile"  # one name for Inductor's kernels, whose own differ from graph to graph
+# Triton's kernels on a GPU; on a CPU the C++ kernels have no names, their time is that of the graph that calls them
+INDUCTOR = ("triton_", "## Call CompiledFxGraph")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What one operator cost in one step.
+
+    Attributes:
+        name: torch's name for it.
+        calls: how often it ran.
+        self_ms: milliseconds in it, without the operators that it called; on a GPU the time of its kernels there.
+    """
+
+    name: str
+    calls: int
+    self_ms: float
+
+
+def profile_step(step: Callable[[], object], device: torch.device, trace: Path) -> list[Operator]:
+    """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        step()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    calls: Counter[str] = Counter()
+    self_us: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        name = FUSED if event.key.startswith(INDUCTOR) else event.key
+        calls[name] += event.count
+        self_us[name] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    return [Operator(name, calls[name], us / 1000) for name, us in self_us.most_common() if us > 0]
