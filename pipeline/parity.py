@@ -1,0 +1,58 @@
+"""Check that no speed level pays with quality: its losses are the baseline's, up to the rounding of its precision.
+
+The benchmark measures the levels that pass, and reads from results/parity.json which those are.
+"""
+
+import csv
+import json
+from typing import Any
+
+from gpt2_ladder import config, parity
+from gpt2_ladder.config import Level, UserError
+from pipeline import PARITY, RESULTS, run, write_json
+
+MATMUL_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}  # what runtime.py must have recorded
+
+
+def main() -> None:
+    params = config.load()
+    results = {name: _metrics(name) for name, level in params.levels.items() if level.group == "speed"}
+    trained = [name for name, found in results.items() if found["status"] == "trained"]
+    if not trained:
+        raise UserError("parity: no speed level was trained; results/levels/*/metrics.json say why")
+    baseline = trained[0]
+    found: dict[str, Any] = {}
+    for name in trained:
+        level = params.levels[name]
+        check_matmul_precision(name, level, results[name]["float32_matmul_precision"])
+        expected = parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
+        tolerance = getattr(params.parity, level.precision)
+        agreement = parity.compare(name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected)
+        print(f"{name:8}  largest {agreement.largest:.6f} at step {agreement.largest_step}, allowed {tolerance}")
+        found[name] = {"switches": level.model_dump(), **agreement.as_json()}
+    write_json(PARITY, {"baseline": baseline, "levels": found})
+
+
+def check_matmul_precision(name: str, level: Level, recorded: str) -> None:
+    """Raise UserError if the level was trained with TF32 on where its row does not ask for it, or off where it does.
+
+    On a CPU TF32 changes nothing, so no loss could tell.
+    """
+    if recorded != MATMUL_PRECISION[level.precision]:
+        raise UserError(
+            f"parity: level '{name}' was trained with {recorded} matrix products where precision {level.precision} "
+            f"means {MATMUL_PRECISION[level.precision]}; mend runtime.set_precision"
+        )
+
+
+def _metrics(name: str) -> Any:
+    return json.loads((RESULTS / "levels" / name / "metrics.json").read_text())
+
+
+def _losses(name: str) -> list[float]:
+    rows = (RESULTS / "levels" / name / "steps.csv").read_text().splitlines()
+    return [float(row["loss"]) for row in csv.DictReader(rows)]
+
+
+if __name__ == "__main__":
+    run(main)
