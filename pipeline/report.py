@@ -1,43 +1,74 @@
-"""Gather the results of all levels into results/report: ladder.md and two pictures."""
+"""Gather all results into results/report: a page as Markdown and as HTML, its pictures, a table, a W&B summary run."""
 
 import csv
 import json
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import config, report
-from pipeline import RESULTS, read_environment, run
+import altair as alt
+
+from gpt2_ladder import charts, config, report, tracking
+from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, run
 
 FOLDER = RESULTS / "report"
 
 
 def main() -> None:
     params, environment = config.load(), read_environment()
-    shape = params.shape("speed")
     results = {name: _read(RESULTS / "levels" / name / "metrics.json") for name in params.levels}
-    trained = {name: result for name, result in results.items() if result["status"] == "trained"}
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    markdown = report.ladder_markdown(
+    gains, parity = _read(GAINS), _read(PARITY)
+    facts = report.facts(
+        params_model=params.model,
         levels=params.levels,
         results=results,
+        gains=gains,
+        parity=parity,
+        operators=_read(PROFILE),
         trial=_read(RESULTS / "trial" / "metrics.json"),
         verify=_read(RESULTS / "verify.json"),
         overfit=_read(RESULTS / "overfit.json"),
         environment=environment,
-        shapes={"quality": params.quality, "speed": shape},
+        shapes={"quality": params.quality, "speed": params.shape("speed")},
     )
-    (FOLDER / "ladder.md").write_text(markdown, encoding="utf-8")
-    steps = [
-        {"level": name, "group": params.levels[name].group, "step": int(row["step"]), "loss": float(row["loss"])}
-        for name in trained
-        for row in csv.DictReader((RESULTS / "levels" / name / "steps.csv").read_text().splitlines())
-    ]
-    report.save_loss_chart(steps, FOLDER / "loss.png")
-    rates = {
-        name: result["tokens_per_second"] for name, result in trained.items() if params.levels[name].group == "speed"
-    }
-    title = f"GPT-2 ({params.model}), B={shape.batch_size}, T={shape.block_size}, {environment.device_name}"
-    report.save_speed_chart(rates, title, FOLDER / "tokens_per_second.png")
+    trained = {name: found for name, found in results.items() if found["status"] == "trained"}
+    losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
+    for name in trained:
+        rows = csv.DictReader((RESULTS / "levels" / name / "steps.csv").read_text().splitlines())
+        losses[params.levels[name].group] += [
+            {"level": name, "step": int(row["step"]), "loss": float(row["loss"])} for row in rows
+        ]
+    pictures: dict[str, alt.TopLevelMixin] = {"ladder": charts.waterfall(report.ladder_steps(gains))}
+    pictures |= {group: charts.losses(rows, f"{group} levels") for group, rows in losses.items() if rows}
+    pictures["parity"] = charts.losses(
+        [
+            {"level": name, "step": step, "loss": difference}
+            for name, found in parity["levels"].items()
+            for step, difference in enumerate(found["differences"])
+        ],
+        f"speed levels, difference to {parity['baseline']}",
+        "nats",
+    )
+    pictures["memory"] = charts.memory({name: found["peak_memory_mib"] for name, found in trained.items()})
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, chart in pictures.items():
+        charts.save_png(chart, FOLDER / f"{name}.png")
+    (FOLDER / "ladder.md").write_text(report.markdown(facts), encoding="utf-8")
+    svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
+    (FOLDER / "ladder.html").write_text(report.html(facts, svgs), encoding="utf-8")
+    write_losses(losses)
+    settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
+    group = tracking.run_group(environment.fingerprint)
+    summary = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)
+    tracking.log_summary(summary, gains, {name: FOLDER / f"{name}.png" for name in pictures})
+
+
+def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
+    """Write all levels' losses as one long table, which is what `dvc plots` can draw."""
+    with (FOLDER / "losses.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["group", "level", "step", "loss"])
+        for group, rows in losses.items():
+            writer.writerows([group, *row.values()] for row in rows)
 
 
 def _read(path: Path) -> Any:

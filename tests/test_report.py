@@ -1,9 +1,12 @@
 """What the reader sees is what was measured."""
 
+import re
+
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, environment, measurement
 
 from gpt2_ladder import config, metrics, report
+from gpt2_ladder.config import UserError
 
 PARAMS = config.load(REPOSITORY / "params.yaml")
 LEVELS = dict(list(PARAMS.levels.items())[:9])  # the seed's; levels of one's own come after them
@@ -11,6 +14,7 @@ TRAINED = {
     "status": "trained",
     "reason": None,
     "note": None,
+    "environment": environment().fingerprint,
     "parameters": 124439808,
     "loss_first": 10.95,
     "loss_last": 6.72,
@@ -23,12 +27,64 @@ TRAINED = {
     "peak_memory_mib": 2048.0,
     "float32_matmul_precision": "ieee",
 }
-SKIPPED = {"status": "skipped", "reason": "no compiler", "note": None} | dict.fromkeys(metrics.MEASURED)
+SKIPPED = {**TRAINED, "status": "skipped", "reason": "no compiler"} | dict.fromkeys(metrics.MEASURED)
+RUN = measurement(
+    fp32=[300.0] * 4, tf32=[300.0, 301.0, 299.0, 300.0], bf16=[150.0] * 4, compile=[120.0, 100.0, 120.0, 121.0]
+)
+
+
+def gains() -> dict:
+    levels = {}
+    for previous, name in zip([None, *RUN.levels], RUN.levels, strict=False):
+        levels[name] = {
+            **{"step_ms": RUN.step_ms(name)[0], "tokens_per_second": 1000.0, "tflops": 0.2, "peak_tflops": 0.4},
+            "mfu": 0.5 if name != "tf32" else None,
+            "over_previous": RUN.compare(name, previous) if previous else None,
+            "over_baseline": RUN.compare(name, "fp32") if previous else None,
+        }
+    return {
+        "estimator": RUN.estimator,
+        "rounds": 4,
+        "control": {"ratio": 1.0, "low": 0.99, "high": 1.01},
+        "levels": levels,
+    }
+
+
+def facts(results: dict | None = None, weights: str = "openai", note: str | None = None) -> dict:
+    difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
+    operators = {
+        "fp32": [
+            {"name": "aten::mm", "calls": 2, "self_ms": 200.0},
+            {"name": "aten::add", "calls": 1, "self_ms": 50.0},
+        ],
+        "tf32": [
+            {"name": "aten::mm", "calls": 2, "self_ms": 208.0},
+            {"name": "aten::add", "calls": 1, "self_ms": 52.0},
+        ],
+        "bf16": [
+            {"name": "aten::mm", "calls": 2, "self_ms": 80.0},
+            {"name": "aten::copy_", "calls": 1, "self_ms": 20.0},
+        ],
+        "compile": [{"name": "fused by torch.compile", "calls": 9, "self_ms": 60.0}],
+    }
+    return report.facts(
+        params_model="gpt2",
+        levels=LEVELS,
+        results=results or dict.fromkeys(LEVELS, TRAINED),
+        gains=gains(),
+        parity={"baseline": "fp32", "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels}},
+        operators=operators,
+        trial=TRAINED,
+        verify={"weights": weights, "note": note, **difference, "random": difference},
+        overfit={"steps": 50, "loss_first": 10.98, "loss_last": 0.003},
+        environment=environment(),
+        shapes={"quality": PARAMS.quality, "speed": PARAMS.machines["cpu"]},
+    )
 
 
 def test_every_level_names_the_one_switch_that_changes():
-    rows = report.ladder_rows(LEVELS, dict.fromkeys(LEVELS, TRAINED))
-    assert [row[1] for row in rows] == [
+    rows = report.training_table(LEVELS, dict.fromkeys(LEVELS, TRAINED), TRAINED)
+    assert [row[1] for row in rows[1:-1]] == [
         "start: PyTorch's defaults",
         "tie_weights: true",
         "init: gpt2",
@@ -39,49 +95,105 @@ def test_every_level_names_the_one_switch_that_changes():
         "attention: flash",
         "vocab_size: 50304",
     ]
-    assert rows[0][2:] == ["124,439,808", "10.9500", "6.7200", "7.0000", "1,300", "99", report.MISSING, "2,048"]
+    assert rows[1][2:] == ["124,439,808", "10.9500", "6.7200", "7.0000", "99"]
+
+
+def test_the_speed_table_has_gains_with_intervals_and_marks_what_may_be_noise():
+    table = {row[0]: dict(zip(report.SPEED_TITLES, row, strict=True)) for row in facts()["speed"]}
+    assert table["fp32"]["over the level before"] == report.MISSING
+    assert table["tf32"]["over the level before"] == "1.00 [1.00, 1.00] ?"
+    assert table["bf16"]["over the level before"] == "2.00 [1.99, 2.01]"
+    assert table["compile"]["over the baseline"].startswith("2.5")
+    assert [table[name]["TFLOP/s (of the peak)"] for name in ("fp32", "tf32")] == ["0.2 (50%)", "0.2"]
+    assert table["bf16"]["loss apart by"] == "0.0012"
+    assert set(list(table["flash"].values())[2:]) == {report.MISSING}  # it was not measured
+
+
+def test_a_gain_that_may_be_noise_says_how_many_rounds_would_tell():
+    (line,) = facts()["undecided"]
+    assert re.fullmatch(r"`tf32`: no measurable gain in 4 rounds; if it is 1\.000, .* would show it", line)
+
+
+def test_why_a_level_is_faster_is_drawn_from_its_operators():
+    lines = facts()["reasons"]
+    # nothing of tf32, which is not measurably faster; the profiled 260 and 100 ms are scaled to the median step
+    assert lines == [
+        "`bf16`: 300 -> 150 ms a step; aten::mm 240 -> 120 ms, aten::add 60 -> 0 ms, aten::copy_ 0 -> 30 ms",
+        "`compile`: 150 -> 120 ms a step; aten::mm 120 -> 0 ms, fused by torch.compile 0 -> 120 ms, "
+        "aten::copy_ 30 -> 0 ms",
+    ]
+
+
+def test_the_waterfall_starts_where_the_level_before_ended():
+    steps = report.ladder_steps(gains())
+    assert [step["level"] for step in steps] == RUN.levels
+    assert [step["start"] for step in steps] == [0, *(step["end"] for step in steps[:-1])]
+    assert steps[2]["end"] == pytest.approx(2000)  # the baseline's 1000 tokens/s, twice as fast
+    assert steps[2]["low"] <= steps[2]["end"] <= steps[2]["high"]
+    assert [step["verdict"] for step in steps[:3]] == ["baseline", "no measurable gain", "faster"]
+
+
+@pytest.mark.parametrize("page", [report.markdown, lambda found: report.html(found, {"ladder": "<svg/>"})])
+def test_both_pages_say_the_same(page):
+    text = page(facts())
+    for part in (
+        "2.00 [1.99, 2.01]",
+        "A processor",
+        "4 rounds",
+        "124,439,808",
+        "make repro",
+        "2.0e-06",
+        "240 -&gt; 120 ms",
+    ):
+        assert part in text or part.replace("&gt;", ">") in text
+
+
+def test_the_html_page_needs_nothing_but_itself():
+    text = report.html(facts(), {"ladder": "<svg><text>1.2</text></svg>"})
+    assert "<svg><text>1.2</text></svg>" in text
+    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", text)
+
+
+def test_a_device_name_cannot_break_the_page():
+    found = facts() | {"environment": environment(device_name="<b>GPU</b>")}
+    assert "&lt;b&gt;GPU&lt;/b&gt;" in report.html(found, {"ladder": ""})
 
 
 def test_a_skipped_level_has_its_reason_and_no_numbers():
-    results = {name: SKIPPED if name == "compile" else TRAINED for name in LEVELS}
-    row = report.ladder_rows(LEVELS, results)[6]
-    assert row[0] == "compile"
+    results = {name: SKIPPED if name == "flash" else TRAINED for name in LEVELS}
+    found = facts(results)
+    row = next(row for row in found["training"] if row[0] == "flash")
     assert set(row[2:]) == {report.MISSING}
-    assert "- `compile`: no compiler" in page(results)
+    assert "- `flash`: no compiler" in report.markdown(found)
+    assert "<code>flash</code>: no compiler" in report.html(found, {"ladder": ""})
 
 
-def test_the_table_is_aligned():
-    lines = report.markdown_table(report.ladder_rows(LEVELS, dict.fromkeys(LEVELS, TRAINED))).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert len(lines) == 2 + len(LEVELS)
+def test_levels_of_two_machines_do_not_get_into_one_table():
+    elsewhere = {**TRAINED, "environment": environment(torch="3").fingerprint}
+    with pytest.raises(UserError, match=r"level 'bf16' was measured in environment .* `dvc repro -f -s train@bf16`"):
+        facts({name: elsewhere if name == "bf16" else TRAINED for name in LEVELS})
 
 
 def test_the_page_says_plainly_that_a_stand_in_was_used():
     note = "OpenAI's weights were NOT verified: dvc repro -f download"
-    assert f"- {note}" in page(dict.fromkeys(LEVELS, TRAINED), weights="stand-in", note=note)
-    assert "NOT verified" not in page(dict.fromkeys(LEVELS, TRAINED))
+    assert f"- {note}" in report.markdown(facts(weights="stand-in", note=note))
+    assert "random stand-in weights" in report.html(facts(weights="stand-in", note=note), {"ladder": ""})
+    assert "NOT verified" not in report.markdown(facts())
 
 
-@pytest.mark.parametrize("name", ["loss.png", "speed.png"])
-def test_pictures_are_drawn_without_a_network(tmp_path, name):
-    path = tmp_path / name
-    if name == "loss.png":
-        rows = [{"level": level, "group": "speed", "step": step, "loss": 9.0} for level in "ab" for step in range(3)]
-        report.save_loss_chart(rows, path)
-    else:
-        report.save_speed_chart({"fp32": 100.0, "bf16": 160.0}, "title", path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_tables_are_aligned():
+    lines = report.markdown_table(facts()["speed"]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + 6
 
 
-def page(results: dict, weights: str = "openai", note: str | None = None) -> str:
-    difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
-    environment = {"device": "cpu", "device_name": "x", "bf16": True, "compile_problem": None, "threads": 2}
-    return report.ladder_markdown(
-        levels=LEVELS,
-        results=results,
-        trial=TRAINED,
-        verify={"weights": weights, "note": note, **difference, "random": difference},
-        overfit={"steps": 50, "loss_first": 10.98, "loss_last": 0.003},
-        environment=config.Environment(**environment, python="3", torch="2", platform="Linux"),
-        shapes={"quality": PARAMS.quality, "speed": PARAMS.machines["cpu"]},
-    )
+def test_two_machines_stand_side_by_side_and_no_number_mixes_them():
+    here, there = RUN, measurement(fp32=[30.0] * 4, bf16=[10.0] * 4, padded=[9.0] * 4)
+    table = report.side_by_side(here, there)
+    assert table[1:] == [
+        ["fp32", "300", report.MISSING, "30", report.MISSING],
+        ["tf32", "300", "1.00 [1.00, 1.00] ?", report.MISSING, report.MISSING],
+        ["bf16", "150", "2.00 [1.99, 2.01]", "10", "3.00 [3.00, 3.00]"],
+        ["compile", "120", "1.25 [1.24, 1.50]", report.MISSING, report.MISSING],
+        ["padded", report.MISSING, report.MISSING, "9", "1.11 [1.11, 1.11]"],
+    ]

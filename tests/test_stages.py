@@ -8,12 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+import torch
+from conftest import REPOSITORY, measurement
+from conftest import environment as machine
 
 from gpt2_ladder import config, metrics
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
-from pipeline import ENVIRONMENT, environment, overfit, read_environment, run, trainer, write_json
+from pipeline import (
+    BENCHMARK,
+    ENVIRONMENT,
+    compare,
+    environment,
+    overfit,
+    parity,
+    read_environment,
+    run,
+    trainer,
+    write_json,
+)
+from pipeline import benchmark as benchmark_stage
 from pipeline import train as train_stage
 from pipeline.train import train
 
@@ -140,3 +154,77 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
     with pytest.raises(UserError, match="bf16: the loss is nan at step 1"):
         trainer.follow(steps, Recorder(), "bf16", total=3)
     assert len(Recorder.logged) == 2
+
+
+def test_tf32_left_on_is_found_where_no_loss_could_tell():
+    level = config.load(REPOSITORY / "params.yaml").levels["bf16"]
+    parity.check_matmul_precision("bf16", level, "ieee")
+    with pytest.raises(
+        UserError, match="level 'bf16' was trained with tf32 matrix products where precision bf16 means"
+    ):
+        parity.check_matmul_precision("bf16", level, "tf32")
+
+
+def params_with(**changes: object) -> config.Params:
+    return config.load(REPOSITORY / "params.yaml").model_copy(update=changes)
+
+
+def test_the_baseline_has_a_second_arm_of_its_own():
+    params = params_with(model="tiny")
+    levels = {name: params.levels[name] for name in ("fp32", "bf16", "padded")}
+    arms = benchmark_stage.build_arms(params, levels, torch.device("cpu"))
+    assert [arm.name for arm in arms] == ["fp32", "control", "bf16", "padded"]
+    assert arms[0].model is not arms[1].model
+    assert arms[0].optimizer is arms[1].optimizer is arms[2].optimizer is not arms[3].optimizer
+
+
+def test_the_peak_is_the_users_or_a_known_gpus_or_measured_on_a_cpu_or_nobodys():
+    params, run_on_cpu = params_with(), measurement(fp32=[300.0] * 3)
+    assert benchmark_stage.find_peaks(params, "tf32", run_on_cpu) == [0.2] * 3
+    assert benchmark_stage.find_peaks(params, "bf16", run_on_cpu) == [0.4] * 3
+    a100 = run_on_cpu.model_copy(update={"environment": machine(device="cuda", device_name="NVIDIA A100-SXM4-80GB")})
+    unknown = run_on_cpu.model_copy(update={"environment": machine(device="cuda", device_name="NVIDIA X")})
+    assert benchmark_stage.find_peaks(params, "bf16", a100) == [312.0] * 3
+    assert benchmark_stage.find_peaks(params, "bf16", unknown) is None
+    given = params_with(peak_tflops=config.Peaks(fp32=None, tf32=None, bf16=77.0))
+    assert benchmark_stage.find_peaks(given, "bf16", unknown) == [77.0] * 3
+
+
+def test_gains_come_with_rates_and_shares_of_the_peak():
+    params = params_with()
+    levels = {name: params.levels[name] for name in ("fp32", "bf16")}
+    found = benchmark_stage.summarize(params, levels, measurement(fp32=[3940.0] * 3, bf16=[1970.0] * 3))
+    assert found["control"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    bf16 = found["levels"]["bf16"]
+    assert bf16["tokens_per_second"] == pytest.approx(512 / 1.97)
+    assert bf16["tflops"] == pytest.approx(0.2, rel=1e-2)  # 770 MFLOP a token at T=256, 512 tokens
+    assert bf16["mfu"] == pytest.approx(0.5, rel=1e-2)
+    assert (bf16["over_previous"]["over"], bf16["over_previous"]["ratio"]) == ("fp32", 2.0)
+
+
+def test_too_few_rounds_are_refused(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(UserError, match="--rounds 2: at least 3"):
+        benchmark_stage.main("--rounds", "2")
+
+
+def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_json(BENCHMARK, measurement(fp32=[300.0] * 4, bf16=[150.0] * 4).model_dump())
+    compare.main("bf16", "fp32")
+    assert "bf16 over fp32: 2.00 [2.00, 2.00] times as fast, faster; A processor, 2 threads" in capsys.readouterr().out
+    write_json(tmp_path / "there.json", measurement(fp32=[30.0] * 4, bf16=[10.0] * 4).model_dump())
+    compare.main(str(tmp_path / "there.json"))
+    assert "| bf16  |             150 |           2.00 [2.00, 2.00] |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(BENCHMARK, measurement(fp32=[300.0] * 4).model_dump())
+    with pytest.raises(UserError, match="level 'fp16' was not measured; there are fp32"):
+        compare.main("fp16", "fp32")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json: not a benchmark\.json of this project"):
+        compare.main("other.json")
+    with pytest.raises(UserError, match="0 arguments: give two levels"):
+        compare.main()

@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import wandb
 
-from gpt2_ladder import tracking
+import wandb
+from gpt2_ladder import charts, tracking
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.tracking import Tracker
@@ -76,6 +76,18 @@ def test_wandb_holds_the_same_rows_as_the_csv_and_the_config_and_summary(tmp_pat
     assert summary["loss_last"] == 0.3
 
 
+def test_the_summary_run_holds_gains_and_pictures(tmp_path):
+    charts.save_png(charts.memory({"fp32": 3000.0}), tmp_path / "memory.png")
+    gains = {"rounds": 8, "levels": {"bf16": {"mfu": 0.5, "over_previous": {"ratio": 1.7, "low": 1.6, "high": 1.8}}}}
+    tracking.log_summary(start(), gains, {"memory": tmp_path / "memory.png"})
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    summary = {key: value for record in records(folder)["summary"] for key, value in record["update"].items()}
+    assert summary["rounds"] == 8
+    assert summary["levels"] == gains["levels"]
+    (picture,) = folder.glob("files/media/images/memory*.png")
+    assert picture.read_bytes() == (tmp_path / "memory.png").read_bytes()
+
+
 def test_the_users_project_and_folder_win(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
@@ -115,9 +127,8 @@ def test_an_unknown_mode_is_named(monkeypatch):
 
 
 def test_without_git_the_group_says_so(tmp_path, monkeypatch):
-    (tmp_path / "environment.json").write_text("{}")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert tracking.run_group(tmp_path / "environment.json") == "uncommitted-44136fa"
+    assert tracking.run_group("44136fa") == "uncommitted-44136fa"
 
 
 def test_without_a_key_the_run_is_offline_and_named_to_compare(tmp_path):
@@ -152,15 +163,13 @@ def test_a_key_is_found_where_wandb_login_puts_it(tmp_path, monkeypatch):
     assert tracking._has_key()
 
 
-def test_the_group_is_the_users_or_the_experiments_or_the_commit_and_environment(tmp_path, monkeypatch):
-    environment = tmp_path / "environment.json"
-    environment.write_text("{}")
+def test_the_group_is_the_users_or_the_experiments_or_the_commit_and_environment(monkeypatch):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    assert tracking.run_group(environment) == f"{commit.stdout.strip()}-44136fa"  # sha256 of {} begins so
+    assert tracking.run_group("44136fa") == f"{commit.stdout.strip()}-44136fa"
     monkeypatch.setenv("DVC_EXP_NAME", "hazy-loam")
-    assert tracking.run_group(environment) == "hazy-loam"
+    assert tracking.run_group("44136fa") == "hazy-loam"
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    assert tracking.run_group(environment) == "mine"
+    assert tracking.run_group("44136fa") == "mine"
 
 
 def test_a_failed_training_closes_the_file_and_fails_the_run(tmp_path):

@@ -1,35 +1,49 @@
-"""Results -> a table and pictures. Pure: what it is given is what it shows."""
+"""Results -> what the report says, once; the two templates (ladder.md, ladder.html) only lay it out.
 
+Pure: what it is given is what it shows.
+"""
+
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import altair as alt
+import jinja2
 
-from gpt2_ladder.config import Environment, Level, Shape, Switches
+from gpt2_ladder.config import Environment, Level, Shape, Switches, UserError
+from gpt2_ladder.gains import NO_GAIN, Gain, Measurement
 
 Metrics = Mapping[str, Any]
+Table = list[list[str]]
 MISSING = "–"  # noqa: RUF001  an en dash, as tables have it
 
-COLUMNS = {
-    "parameters": "{:,}",
-    "loss_first": "{:.4f}",
-    "loss_last": "{:.4f}",
-    "val_loss": "{:.4f}",
-    "step_ms": "{:,.0f}",
-    "tokens_per_second": "{:,.0f}",
-    "compile_seconds": "{:.0f}",
-    "peak_memory_mib": "{:,.0f}",
+TRAINING_COLUMNS = {  # key in metrics.json: title, format
+    "parameters": ("parameters", "{:,}"),
+    "loss_first": ("loss at step 0", "{:.4f}"),
+    "loss_last": ("last loss", "{:.4f}"),
+    "val_loss": ("validation loss", "{:.4f}"),
+    "tokens_per_second": ("tokens/s in passing", "{:,.0f}"),
 }
-UNITS = {
-    "loss_first": "loss at step 0",
-    "loss_last": "last loss",
-    "val_loss": "validation loss",
-    "step_ms": "ms per step",
-    "tokens_per_second": "tokens/s",
-    "compile_seconds": "compilation s",
-    "peak_memory_mib": "peak memory MiB",
-}
+SPEED_TITLES = [
+    "level",
+    "switch that changes",
+    "over the level before",
+    "over the baseline",
+    "tokens/s",
+    "TFLOP/s (of the peak)",
+    "peak memory MiB",
+    "compilation s",
+    "loss apart by",
+]
+WEIGHTS = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
+templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=jinja2.select_autoescape(["html"]),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def switch_that_changes(level: Switches, previous: Switches | None) -> str:
@@ -40,116 +54,232 @@ def switch_that_changes(level: Switches, previous: Switches | None) -> str:
     return ", ".join(f"{name}: {_word(getattr(level, name))}" for name in changed) or "the speed shape only"
 
 
-def ladder_rows(levels: Mapping[str, Level], results: Mapping[str, Metrics]) -> list[list[str]]:
-    """Return one row of text a level, in the ladder's order: name, switch, COLUMNS."""
-    rows, previous = [], None
-    for name, level in levels.items():
-        rows.append([name, switch_that_changes(level, previous), *_cells(results[name])])
-        previous = level
-    return rows
+def check_one_environment(results: Mapping[str, Metrics], environment: Environment) -> None:
+    """Raise UserError if a level was measured elsewhere: another machine, torch, Python or number of threads.
+
+    DVC trains again what a change of these concerns; results that were copied together by hand end here.
+    """
+    for name, found in results.items():
+        if found["environment"] != environment.fingerprint:
+            raise UserError(
+                f"level '{name}' was measured in environment {found['environment']}, this one is "
+                f"{environment.fingerprint} ({environment.device_name}, torch {environment.torch}): their numbers do "
+                f"not belong into one table; `dvc repro -f -s train@{name}` measures it here"
+            )
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, numbers to the right, columns padded so that a terminal shows it well too."""
-    table = [["level", "switch that changes", *(UNITS.get(name, name) for name in COLUMNS)], *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    left = 2  # columns of words
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(table[0]), line(rule), *(line(row) for row in table[1:])])
+def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics) -> Table:
+    """Return the titles, one row of text a level in the ladder's order, and the trial's."""
+    changes = _changes(levels)
+    rows = [[name, changes[name], *_cells(results[name])] for name in levels]
+    titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
+    return [titles, *rows, ["trial", "the knobs of params.yaml", *_cells(trial)]]
 
 
-def ladder_markdown(
+def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
+    """Return the titles and one row of text a speed level; a skipped one has dashes."""
+    changes, rows = _changes(levels), []
+    for name in (name for name, level in levels.items() if level.group == "speed"):
+        found = gains["levels"].get(name)
+        if found is None:
+            rows.append([name, changes[name], *[MISSING] * (len(SPEED_TITLES) - 2)])
+            continue
+        seconds = results[name]["compile_seconds"]
+        rows.append(
+            [
+                name,
+                changes[name],
+                *(_gain(found[over]) for over in ("over_previous", "over_baseline")),
+                f"{found['tokens_per_second']:,.0f}",
+                f"{found['tflops']:.3g}" + (f" ({found['mfu']:.0%})" if found["mfu"] is not None else ""),
+                f"{results[name]['peak_memory_mib']:,.0f}",
+                MISSING if seconds is None else f"{seconds:,.0f} {results[name]['compile_cache']}",
+                f"{parity['levels'][name]['largest']:.4f}" if name != parity["baseline"] else MISSING,
+            ]
+        )
+    return [SPEED_TITLES, *rows]
+
+
+def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
+    """Return the rows of charts.waterfall: the baseline's tokens/s, times every level's gain over the baseline."""
+    steps: list[dict[str, Any]] = []
+    for name, found in gains["levels"].items():
+        over = found["over_baseline"]
+        if over is None:
+            end = rate = found["tokens_per_second"]
+            steps.append({"start": 0, "end": end, "low": end, "high": end, "verdict": "baseline", "label": ""})
+        else:
+            low, end, high = (rate * over[key] for key in ("low", "ratio", "high"))
+            before = found["over_previous"]
+            steps.append({"start": steps[-1]["end"], "end": end, "low": low, "high": high})
+            steps[-1] |= {"verdict": before["verdict"], "label": f"{before['ratio']:.2f} x"}
+        steps[-1]["level"] = name
+    return steps
+
+
+def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[str]:
+    """Return one line on why, for every speed level that is measurably faster or slower than the level before.
+
+    Only one step of a level is profiled, on a machine that drifts, so its operators' times are scaled to the median
+    step: what the profile says is how that time is divided.
+    """
+    lines = []
+    for name, found in gains["levels"].items():
+        over = found["over_previous"]
+        if over and over["verdict"] != NO_GAIN and operators:
+            before_ms, after_ms = gains["levels"][over["over"]]["step_ms"], found["step_ms"]
+            why = explain(_scaled(operators[over["over"]], before_ms), _scaled(operators[name], after_ms))
+            lines.append(f"`{name}`: {before_ms:,.0f} -> {after_ms:,.0f} ms a step; {why}")
+    return lines
+
+
+def _scaled(operators: Sequence[Metrics], step_ms: float) -> dict[str, float]:
+    """Return the milliseconds of each operator, their sum made `step_ms`."""
+    total = sum(operator["self_ms"] for operator in operators)
+    return {operator["name"]: operator["self_ms"] * step_ms / total for operator in operators}
+
+
+def explain(before: Mapping[str, float], after: Mapping[str, float], count: int = 3) -> str:
+    """Return in one line which operators changed most between two levels, from their milliseconds by name."""
+    changes = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {*before, *after}}
+    largest = sorted(changes, key=lambda name: (-abs(changes[name]), name))[:count]
+    return ", ".join(f"{name} {before.get(name, 0.0):,.0f} -> {after.get(name, 0.0):,.0f} ms" for name in largest)
+
+
+def undecided(gains: Metrics) -> list[str]:
+    """Return one line a level whose gain over the level before cannot be told from noise."""
+    lines = []
+    for name, found in gains["levels"].items():
+        over = found["over_previous"]
+        if over and over["verdict"] == NO_GAIN:
+            many = over["rounds_to_settle"]
+            settle = "more rounds than one can count" if many is None or many > 10_000 else f"about {many:,} rounds"
+            lines.append(
+                f"`{name}`: {NO_GAIN} in {gains['rounds']} rounds; if it is {over['ratio']:.3f}, {settle} would show it"
+            )
+    return lines
+
+
+def side_by_side(here: Measurement, there: Measurement) -> Table:
+    """Return two machines' gains as a table, titles first.
+
+    Every gain is a ratio within one machine: no number of one is set against a number of the other.
+    """
+    titles = [
+        "level",
+        *(f"{place}: {what}" for place in ("here", "there") for what in ("ms a step", "over the level before")),
+    ]
+    rows = [[name] for name in dict.fromkeys([*here.levels, *there.levels])]
+    for row in rows:
+        for machine in (here, there):
+            if row[0] not in machine.levels:
+                row += [MISSING, MISSING]
+                continue
+            index = machine.levels.index(row[0])
+            previous = machine.levels[index - 1] if index else None
+            found = machine.compare(row[0], previous) if previous else None
+            row += [f"{statistics.median(machine.step_ms(row[0])):,.0f}", _gain(found)]
+    return [titles, *rows]
+
+
+def facts(
+    params_model: str,
     levels: Mapping[str, Level],
     results: Mapping[str, Metrics],
+    gains: Metrics,
+    parity: Metrics,
+    operators: Mapping[str, Sequence[Metrics]],
     trial: Metrics,
     verify: Metrics,
     overfit: Metrics,
     environment: Environment,
     shapes: Mapping[str, Shape],
-) -> str:
-    """Return the whole ladder.md."""
+) -> dict[str, Any]:
+    """Return everything that the templates lay out.
+
+    Raises:
+        UserError: a level was measured in another environment.
+    """
+    check_one_environment({**results, "trial": trial}, environment)
     notes = [
-        f"- `{name}`: {metrics['reason'] or metrics['note']}"
+        f"`{name}`: {metrics['reason'] or metrics['note']}"
         for name, metrics in {**results, "trial": trial}.items()
         if metrics["reason"] or metrics["note"]
     ]
-    if verify["note"]:
-        notes.append(f"- {verify['note']}")
-    what = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
-    sizes = "; ".join(
-        f"{group} levels {shape.steps} steps of {shape.batch_size} x {shape.block_size} tokens, "
-        f"the first {shape.warmup_steps} not timed"
-        for group, shape in shapes.items()
-    )
-
-    def difference(found: Metrics) -> str:
-        return f"largest logit difference {found['max_abs_logit_diff']:.1e} of {found['max_abs_logit']:.1f}"
-
-    return f"""# The ladder
-
-{markdown_table([*ladder_rows(levels, results), ["trial", "the knobs of params.yaml", *_cells(trial)]])}
-
-Tokens/s as measured, one level after the other. The machine's speed drifts meanwhile, so two rows are no gain that one
-could quote. Losses are mean cross-entropy in nats; the last loss is that of the last batch, before its update. Peak
-memory is torch's on a GPU and the whole process's on a CPU.
-
-![loss by level](loss.png)
-
-![tokens per second by level](tokens_per_second.png)
-
-## Conditions
-
-- Machine: {environment.device_name} ({environment.device}, {environment.threads} threads), torch {environment.torch}, \
-Python {environment.python}, {environment.platform}
-- Shapes: {sizes}
-- Verified against transformers: {what[verify["weights"]]}, {difference(verify)}; a random GPT-2 of our own, \
-{difference(verify["random"])}
-- Overfitting one batch: loss {overfit["loss_first"]:.4f} at the first step, {overfit["loss_last"]:.4f} at the last of \
-{overfit["steps"]}
-{chr(10).join(["", "## Notes", "", *notes]) if notes else ""}
-"""
+    last = list(gains["levels"])[-1]
+    over = gains["levels"][last]["over_baseline"]
+    return {
+        "model": params_model,
+        "baseline": parity["baseline"],
+        "last": last,
+        "gain": _gain(over) if over else None,
+        "gain_short": f"{over['ratio']:.2f}" if over else None,
+        "apart": max(found["largest"] for found in parity["levels"].values()),
+        "judged": max(found["steps"] for found in parity["levels"].values()),
+        "control": str(Gain(**gains["control"])),
+        "noise": f"{math.expm1(Gain(**gains['control']).uncertainty):.1%}",
+        "estimator": gains["estimator"],
+        "rounds": gains["rounds"],
+        "speed": speed_table(levels, results, gains, parity),
+        "training": training_table(levels, results, trial),
+        "reasons": reasons(gains, operators),
+        "undecided": undecided(gains),
+        "notes": notes + ([verify["note"]] if verify["note"] else []),
+        "environment": environment,
+        "shapes": shapes,
+        "verify": verify,
+        "weights": WEIGHTS[verify["weights"]],
+        "overfit": overfit,
+    }
 
 
-def save_loss_chart(steps: Sequence[Metrics], path: Path) -> None:
-    """Draw the loss of every step, rows of `level`, `group`, `step` and `loss`, one panel a group, as PNG."""
-    order = list(dict.fromkeys(row["level"] for row in steps))
-    panels = [
-        alt.Chart(alt.Data(values=[row for row in steps if row["group"] == group]), title=f"{group} levels")
-        .mark_line(opacity=0.8)
-        .encode(
-            alt.X("step:Q", title="step"),
-            alt.Y("loss:Q", title="training loss in nats", scale=alt.Scale(zero=False)),
-            alt.Color("level:N", title="level", sort=order, scale=alt.Scale(domain=order, scheme="tableau10")),
-        )
-        .properties(width=380, height=300)
-        for group in dict.fromkeys(row["group"] for row in steps)
-    ]
-    alt.hconcat(*panels).save(path, scale_factor=2)
+def markdown(facts: Mapping[str, Any]) -> str:
+    """Return ladder.md; it shows the pictures beside it."""
+    return templates.get_template("ladder.md").render(**facts, table=markdown_table)
 
 
-def save_speed_chart(rates: Mapping[str, float], title: str, path: Path) -> None:
-    """Draw tokens per second by level, in the ladder's order, from zero, as PNG."""
-    base = alt.Chart(alt.Data(values=[{"level": level, "rate": rate} for level, rate in rates.items()]), title=title)
-    encoded = base.encode(
-        alt.Y("level:N", title=None, sort=list(rates)),
-        alt.X("rate:Q", title="tokens/s, median step", scale=alt.Scale(zero=True)),
-    )
-    labels = encoded.mark_text(align="left", dx=4).encode(alt.Text("rate:Q", format=",.0f"))
-    (encoded.mark_bar() + labels).properties(width=520, height=alt.Step(28)).save(path, scale_factor=2)
+def html(facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """Return ladder.html, which needs nothing but itself; `pictures` are SVG elements by the name in the template."""
+    return templates.get_template("ladder.html").render(**facts, pictures=pictures)
+
+
+def markdown_table(table: Sequence[Sequence[str]], words: int = 2) -> str:
+    """Return a Markdown table, titles first, padded so that a terminal shows it well too.
+
+    The first `words` columns stand to the left, the others, numbers, to the right.
+    """
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if column < words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return "\n".join([line(table[0]), f"| {' | '.join(rule)} |", *(line(row) for row in table[1:])])
+
+
+def _changes(levels: Mapping[str, Level]) -> dict[str, str]:
+    """Return what every level changes against the one before."""
+    previous = [None, *levels.values()]
+    return {name: switch_that_changes(level, previous[i]) for i, (name, level) in enumerate(levels.items())}
+
+
+def _gain(found: Metrics | None) -> str:
+    """Write one entry of gains.json as `1.87 [1.80, 1.95]`, marked where it may be noise."""
+    if found is None:
+        return MISSING
+    gain = str(Gain(found["ratio"], found["low"], found["high"]))
+    return f"{gain} ?" if found["verdict"] == NO_GAIN else gain
 
 
 def _cells(metrics: Metrics) -> list[str]:
-    """Return the cells of COLUMNS; a skipped level has dashes."""
+    """Return the cells of TRAINING_COLUMNS; a skipped level has dashes."""
     return [
-        template.format(metrics[name]) if metrics[name] is not None else MISSING for name, template in COLUMNS.items()
+        template.format(metrics[name]) if metrics[name] is not None else MISSING
+        for name, (_, template) in TRAINING_COLUMNS.items()
     ]
 
 

@@ -1,7 +1,6 @@
 """Where steps are recorded: a CSV file, flushed line by line, is the truth; a Weights & Biases run mirrors it."""
 
 import csv
-import hashlib
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
+import wandb
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import STEP_FIELDS, Step
 
@@ -78,10 +77,17 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     return run
 
 
-def run_group(environment: Path) -> str:
+def log_summary(run: wandb.Run, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
+    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, and end it."""
+    run.summary.update(dict(results))
+    run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
+    run.finish()
+
+
+def run_group(fingerprint: str) -> str:
     """Return what the runs of one climb have in common.
 
-    WANDB_RUN_GROUP, else the DVC experiment's name, else the commit and a hash of the file `environment`.
+    WANDB_RUN_GROUP, else the DVC experiment's name, else the commit and the environment's `fingerprint`.
     """
     if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
         return name
@@ -90,7 +96,7 @@ def run_group(environment: Path) -> str:
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git on this machine, or no commit yet
         commit = "uncommitted"
-    return f"{commit}-{hashlib.sha256(environment.read_bytes()).hexdigest()[:7]}"
+    return f"{commit}-{fingerprint}"
 
 
 def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:

@@ -1,0 +1,50 @@
+"""Compare any two levels of results/benchmark.json, or this machine with another one.
+
+python -m pipeline.compare flash bf16             how many times as fast flash is as bf16 here
+python -m pipeline.compare other/benchmark.json   the ladder here and there, side by side
+"""
+
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gpt2_ladder import report
+from gpt2_ladder.config import UserError
+from gpt2_ladder.gains import Measurement
+from pipeline import BENCHMARK, run
+
+
+def main(*arguments: str) -> None:
+    if len(arguments) == 2:
+        level, over = arguments
+        here = read(BENCHMARK)
+        found = here.compare(level, over)
+        print(f"{level} over {over}: {here.gain(level, over)} times as fast, {found['verdict']}; {describe(here)}")
+    elif len(arguments) == 1:
+        here, there = read(BENCHMARK), read(Path(arguments[0]))
+        print(f"here:  {describe(here)}\nthere: {describe(there)}\n")
+        print(report.markdown_table(report.side_by_side(here, there), words=1))
+    else:
+        raise UserError(f"{len(arguments)} arguments: give two levels, or the benchmark.json of another machine")
+
+
+def read(path: Path) -> Measurement:
+    """Return the measurement at `path`."""
+    try:
+        return Measurement.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(f"{path}: not a benchmark.json of this project ({error.errors()[0]['msg']})") from None
+
+
+def describe(found: Measurement) -> str:
+    """Say in a line where and how `found` was measured."""
+    machine = found.environment
+    return (
+        f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, {found.model}, "
+        f"B={found.batch_size}, T={found.block_size}, {len(found.rounds)} rounds, control {found.noise()}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, *sys.argv[1:])

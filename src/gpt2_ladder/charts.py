@@ -1,0 +1,82 @@
+"""The report's pictures: altair describes them, vl-convert draws them as PNG and SVG, without a network."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+Rows = Sequence[Mapping[str, Any]]
+
+# faster, slower, noise: told apart by lightness too, for those who do not see red and green
+COLORS = {"baseline": "#4c78a8", "faster": "#2e8540", "slower": "#d1495b", "no measurable gain": "#b8b8b8"}
+WIDTH = 330
+
+
+def waterfall(rows: Rows) -> alt.LayerChart:
+    """Draw how every level moves tokens/s on from the level before.
+
+    Args:
+        rows: in the ladder's order: `level`, `start` and `end` (tokens/s before and after), `low` and `high` (interval
+            of `end`), `verdict` (a key of COLORS), `label`.
+    """
+    order = [row["level"] for row in rows]
+    base = alt.Chart(alt.Data(values=list(rows))).encode(alt.Y("level:N", title=None, sort=order))
+    words = [word for word in COLORS if any(row["verdict"] == word for row in rows)]
+    scale = alt.Scale(domain=words, range=[COLORS[word] for word in words])
+    legend = alt.Legend(title=None, orient="bottom")
+    room_for_labels = alt.Scale(domain=[0, 1.35 * max(row["high"] for row in rows)], nice=False)
+    bars = base.mark_bar(height=16).encode(
+        alt.X("start:Q", title="tokens/s, with the 95 % interval of the gain over the baseline", scale=room_for_labels),
+        alt.X2("end:Q"),
+        alt.Color("verdict:N", scale=scale, legend=legend),
+    )
+    ends = base.mark_tick(thickness=2, size=20, color="black").encode(alt.X("end:Q"))
+    intervals = base.mark_rule(color="black").encode(alt.X("low:Q"), alt.X2("high:Q"))
+    labels = base.mark_text(align="left", dx=8, fontSize=12).encode(alt.X("high:Q"), alt.Text("label:N"))
+    return (bars + ends + intervals + labels).properties(width=WIDTH + 60, height=alt.Step(30))
+
+
+def losses(rows: Rows, title: str, y_title: str = "training loss in nats") -> alt.Chart:
+    """Draw one line a level from rows of `level`, `step` and `loss`; from zero only where zero is near."""
+    order = list(dict.fromkeys(row["level"] for row in rows))
+    return (
+        alt.Chart(alt.Data(values=list(rows)), title=title)
+        .mark_line(opacity=0.8)
+        .encode(
+            alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
+            alt.Y("loss:Q", title=y_title, scale=alt.Scale(zero=False)),
+            alt.Color("level:N", title=None, sort=order, scale=alt.Scale(domain=order, scheme="tableau10")),
+        )
+        .properties(width=WIDTH, height=240)
+    )
+
+
+def memory(peaks_mib: Mapping[str, float]) -> alt.LayerChart:
+    """Draw the peak memory by level, in MiB, from zero."""
+    rows = [{"level": level, "peak": peak} for level, peak in peaks_mib.items()]
+    base = alt.Chart(alt.Data(values=rows), title="peak memory of a training").encode(
+        alt.Y("level:N", title=None, sort=list(peaks_mib)),
+        alt.X("peak:Q", title="MiB", scale=alt.Scale(domain=[0, 1.15 * max(peaks_mib.values())], nice=False)),
+    )
+    labels = base.mark_text(align="left", dx=4, fontSize=12).encode(alt.Text("peak:Q", format=",.0f"))
+    return (base.mark_bar(color=COLORS["baseline"]) + labels).properties(width=WIDTH, height=alt.Step(24))
+
+
+def save_png(chart: alt.TopLevelMixin, path: Path) -> None:
+    """Write `chart` as PNG, in twice its size for sharp screens."""
+    path.write_bytes(vl_convert.vegalite_to_png(_styled(chart), scale=2))
+
+
+def svg(chart: alt.TopLevelMixin) -> str:
+    """Return `chart` as an SVG element that fits any width up to its own one and a half."""
+    return vl_convert.vegalite_to_svg(_styled(chart))
+
+
+def _styled(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """Return the Vega-Lite specification in one style: readable at a phone's width too."""
+    axis = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+    legend = {"labelFontSize": 12, "symbolStrokeWidth": 2}
+    config = {"axis": axis, "legend": legend, "title": {"fontSize": 13}, "view": {"stroke": "#ddd"}}
+    return {**chart.to_dict(), "config": config}

@@ -1,0 +1,53 @@
+"""The pictures, read back as SVG: what stands in them is what was given."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from gpt2_ladder import charts
+
+STEPS = [
+    {"level": "fp32", "start": 0, "end": 100.0, "low": 100.0, "high": 100.0, "verdict": "baseline", "label": ""},
+    {"level": "tf32", "start": 100.0, "end": 101.0, "low": 97.0, "high": 104.0}
+    | {"verdict": "no measurable gain", "label": "1.01 x"},
+    {
+        "level": "bf16",
+        "start": 101.0,
+        "end": 190.0,
+        "low": 180.0,
+        "high": 200.0,
+        "verdict": "faster",
+        "label": "1.88 x",
+    },
+]
+LOSSES = [{"level": level, "step": step, "loss": 9.0 - step} for level in ("fp32", "bf16") for step in range(3)]
+CHARTS = {
+    "ladder": charts.waterfall(STEPS),
+    "losses": charts.losses(LOSSES, "speed levels"),
+    "memory": charts.memory({"fp32": 3000.0, "bf16": 2500.0}),
+}
+
+
+def words(svg: str) -> list[str]:
+    return [
+        element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text") and element.text
+    ]
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_pictures_are_drawn_without_a_network(name, tmp_path):
+    charts.save_png(CHARTS[name], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r'(src|href)="http', charts.svg(CHARTS[name]))
+
+
+def test_the_waterfall_names_levels_gains_and_verdicts_in_the_ladders_order():
+    found = words(charts.svg(CHARTS["ladder"]))
+    assert [word for word in found if word in ("fp32", "tf32", "bf16")] == ["fp32", "tf32", "bf16"]
+    assert {"1.01 x", "1.88 x", "baseline", "no measurable gain", "faster"} <= set(found)
+    assert "slower" not in found  # nothing was
+
+
+def test_the_memory_chart_has_its_numbers():
+    assert {"3,000", "2,500"} <= set(words(charts.svg(CHARTS["memory"])))
