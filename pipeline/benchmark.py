@@ -8,20 +8,18 @@ import json
 import shutil
 import statistics
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
-from gpt2_ladder import benchmark, config, cost, data, metrics, profiling, runtime
+from gpt2_ladder import benchmark, config, cost, data, metrics, profiling, runtime, training
 from gpt2_ladder.benchmark import Arm
-from gpt2_ladder.config import Params, Switches, UserError
+from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Params, Switches, UserError
 from gpt2_ladder.gains import ESTIMATOR, Measurement
 from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, read_environment, run, write_json
-
-CONTROL = "control"  # the baseline once more: what the two differ by is noise
 
 
 def main(*arguments: str) -> None:
@@ -30,8 +28,8 @@ def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, help="so many rounds, however long they last")
     longer = parser.parse_args(arguments).rounds
-    if longer is not None and longer < benchmark.MINIMUM_ROUNDS:
-        raise UserError(f"--rounds {longer}: at least {benchmark.MINIMUM_ROUNDS} are needed for an interval")
+    if longer is not None and longer < MINIMUM_ROUNDS:
+        raise UserError(f"--rounds {longer}: at least {MINIMUM_ROUNDS} are needed for an interval")
     rounds, seconds = (longer, float("inf")) if longer else (settings.rounds, settings.seconds)
     levels = {
         name: Switches.model_validate({key: found["switches"][key] for key in Switches.model_fields})
@@ -42,10 +40,11 @@ def main(*arguments: str) -> None:
     arms = build_arms(params, levels, device)
     shard = data.open_shard(TRAIN_SHARD)
     batches = list(islice(data.batches(shard, shape.batch_size, shape.block_size), shape.steps))
-    for name in benchmark.warm_up(arms, batches[0], device):
+    for name in benchmark.warm_up(arms, batches[0], device, params.seed):
         print(f"benchmark: warming up {name}", flush=True)
     measured = []
-    matmuls = ("fp32", "bf16") if device.type == "cpu" else ()
+    kinds = sorted({matmul_kind(switches.precision) for switches in levels.values()})
+    matmuls = kinds if device.type == "cpu" else []
     for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
         measured.append(one)
         times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in one.step_ms.items())
@@ -60,39 +59,40 @@ def main(*arguments: str) -> None:
         environment=environment,
         rounds=measured,
     )
-    operators = {}
-    shutil.rmtree(TRACES, ignore_errors=True)
-    TRACES.mkdir()
-    for arm in arms if params.profile else []:
-        if arm.name != CONTROL:
-            step = partial(arm.step, batches[0], device)
-            costs = profiling.profile_step(step, device, TRACES / f"{arm.name}.json.gz")
-            operators[arm.name] = [asdict(operator) for operator in costs]
-    write_json(PROFILE, operators)
     write_json(BENCHMARK, measurement.model_dump())
     write_json(GAINS, summarize(params, levels, measurement))
+    profile(arms if params.profile else [], batches[0], device)
 
 
 def build_arms(params: Params, levels: dict[str, Switches], device: torch.device) -> list[Arm]:
     """Return an arm for every level, and a second one for the first of them."""
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
-    arms: list[Arm] = []
-    for name, switches in levels.items():
+    arms = []
+    for name, switches in {**levels, CONTROL: next(iter(levels.values()))}.items():
         model, optimizer = weights.lend(params.gpt(switches))
         if switches.compile:
             runtime.compile_model(model)
         arms.append(Arm(name, model, optimizer, switches.precision))
-        if len(arms) == 1:
-            arms.append(replace(arms[0], name=CONTROL, model=weights.lend(params.gpt(switches))[0]))
-            if switches.compile:
-                runtime.compile_model(arms[1].model)
     return arms
+
+
+def profile(arms: list[Arm], batch: training.Batch, device: torch.device) -> None:
+    """Take one more step of every arm under the profiler; write the costs of its operators, and a trace of it."""
+    shutil.rmtree(TRACES, ignore_errors=True)
+    TRACES.mkdir()
+    costs = {
+        arm.name: profiling.profile_step(partial(arm.step, batch, device), device, TRACES / f"{arm.name}.json.gz")
+        for arm in arms
+        if arm.name != CONTROL
+    }
+    write_json(PROFILE, {name: [asdict(operator) for operator in found] for name, found in costs.items()})
 
 
 def summarize(params: Params, levels: dict[str, Switches], measurement: Measurement) -> dict[str, Any]:
     """Return what gains.json holds: per level its gains, its rate, and its share of what the machine could do."""
     tokens = measurement.batch_size * measurement.block_size
     flops = tokens * cost.flops_per_token(params.size, measurement.block_size)
+    noise, baseline = measurement.noise(), measurement.levels[0]
     summary: dict[str, Any] = {}
     for previous, name in zip([None, *levels], levels, strict=False):
         step_ms = measurement.step_ms(name)
@@ -104,15 +104,21 @@ def summarize(params: Params, levels: dict[str, Switches], measurement: Measurem
             "tflops": statistics.median(rates),
             "peak_tflops": statistics.median(peaks) if peaks else None,
             "mfu": statistics.median(rate / peak for rate, peak in zip(rates, peaks, strict=True)) if peaks else None,
-            "over_previous": measurement.compare(name, previous) if previous else None,
-            "over_baseline": measurement.compare(name, measurement.levels[0]) if previous else None,
+            "over_previous": measurement.compare(name, previous, noise) if previous else None,
+            "over_baseline": measurement.compare(name, baseline, noise) if previous else None,
         }
     return {
+        "environment": measurement.environment.fingerprint,
         "estimator": measurement.estimator,
         "rounds": len(measurement.rounds),
-        "control": asdict(measurement.noise()),
+        "control": asdict(noise),
         "levels": summary,
     }
+
+
+def matmul_kind(precision: str) -> str:
+    """Return the type of operand whose bare product is the peak for `precision` on a CPU, where there is no TF32."""
+    return "bf16" if precision == "bf16" else "fp32"
 
 
 def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:
@@ -122,8 +128,7 @@ def find_peaks(params: Params, precision: str, measurement: Measurement) -> list
     """
     given, environment = getattr(params.peak_tflops, precision), measurement.environment
     if given is None and environment.device == "cpu":
-        kind = "bf16" if precision == "bf16" else "fp32"  # there is no TF32 on a CPU
-        return [one.matmul_tflops[kind] for one in measurement.rounds]
+        return [one.matmul_tflops[matmul_kind(precision)] for one in measurement.rounds]
     known = given or cost.KNOWN_PEAKS.get(environment.device_name, {}).get(precision)
     return [known] * len(measurement.rounds) if known else None
 

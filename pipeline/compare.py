@@ -19,8 +19,11 @@ def main(*arguments: str) -> None:
     if len(arguments) == 2:
         level, over = arguments
         here = read(BENCHMARK)
-        found = here.compare(level, over)
-        print(f"{level} over {over}: {here.gain(level, over)} times as fast, {found['verdict']}; {describe(here)}")
+        found = here.compare(level, over, here.noise())
+        more = f" (about {found['rounds_to_settle']:,} rounds would settle it)" if found["rounds_to_settle"] else ""
+        print(
+            f"{level} over {over}: {here.gain(level, over)} times as fast, {found['verdict']}{more}; {describe(here)}"
+        )
     elif len(arguments) == 1:
         here, there = read(BENCHMARK), read(Path(arguments[0]))
         print(f"here:  {describe(here)}\nthere: {describe(there)}\n")

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpt2_ladder import config, parity
 from gpt2_ladder.config import Level, UserError
-from pipeline import PARITY, RESULTS, run, write_json
+from pipeline import PARITY, RESULTS, read_environment, run, write_json
 
 MATMUL_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}  # what runtime.py must have recorded
 
@@ -20,7 +20,8 @@ def main() -> None:
     trained = [name for name, found in results.items() if found["status"] == "trained"]
     if not trained:
         raise UserError("parity: no speed level was trained; results/levels/*/metrics.json say why")
-    baseline = trained[0]
+    environment, baseline = read_environment(), trained[0]
+    parity.check_one_environment({name: results[name] for name in trained}, environment)
     found: dict[str, Any] = {}
     for name in trained:
         level = params.levels[name]
@@ -30,7 +31,7 @@ def main() -> None:
         agreement = parity.compare(name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected)
         print(f"{name:8}  largest {agreement.largest:.6f} at step {agreement.largest_step}, allowed {tolerance}")
         found[name] = {"switches": level.model_dump(), **agreement.as_json()}
-    write_json(PARITY, {"baseline": baseline, "levels": found})
+    write_json(PARITY, {"environment": environment.fingerprint, "baseline": baseline, "levels": found})
 
 
 def check_matmul_precision(name: str, level: Level, recorded: str) -> None:

@@ -18,7 +18,7 @@ def main() -> None:
     results = {name: _read(RESULTS / "levels" / name / "metrics.json") for name in params.levels}
     gains, parity = _read(GAINS), _read(PARITY)
     facts = report.facts(
-        params_model=params.model,
+        model=params.model,
         levels=params.levels,
         results=results,
         gains=gains,

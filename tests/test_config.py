@@ -69,6 +69,8 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ),
         ("group: speed", "group: sped", "levels.fp32.group = 'sped': Input should be 'quality' or 'speed'"),
         ("  fp32:\n    group", "  fp.32:\n    group", "levels.fp.32 = 'fp.32': String should match pattern"),
+        ("  tf32:\n    group", "  control:\n    group", "levels.control = control: that is what the benchmark calls"),
+        ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
         ("  tied:\n", "  tied: &row\n", "params.yaml:104: YAML anchor or alias 'row': write the values out"),
         ("learning_rate: 3e-4", "learning_rate: 6e-4x", "models.gpt2.learning_rate = '6e-4x'"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),

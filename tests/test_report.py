@@ -39,10 +39,11 @@ def gains() -> dict:
         levels[name] = {
             **{"step_ms": RUN.step_ms(name)[0], "tokens_per_second": 1000.0, "tflops": 0.2, "peak_tflops": 0.4},
             "mfu": 0.5 if name != "tf32" else None,
-            "over_previous": RUN.compare(name, previous) if previous else None,
-            "over_baseline": RUN.compare(name, "fp32") if previous else None,
+            "over_previous": RUN.compare(name, previous, RUN.noise()) if previous else None,
+            "over_baseline": RUN.compare(name, "fp32", RUN.noise()) if previous else None,
         }
     return {
+        "environment": environment().fingerprint,
         "estimator": RUN.estimator,
         "rounds": 4,
         "control": {"ratio": 1.0, "low": 0.99, "high": 1.01},
@@ -50,9 +51,11 @@ def gains() -> dict:
     }
 
 
-def facts(results: dict | None = None, weights: str = "openai", note: str | None = None) -> dict:
+def facts(
+    results: dict | None = None, weights: str = "openai", note: str | None = None, operators: dict | None = None
+) -> dict:
     difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
-    operators = {
+    operators = operators or {
         "fp32": [
             {"name": "aten::mm", "calls": 2, "self_ms": 200.0},
             {"name": "aten::add", "calls": 1, "self_ms": 50.0},
@@ -68,11 +71,15 @@ def facts(results: dict | None = None, weights: str = "openai", note: str | None
         "compile": [{"name": "fused by torch.compile", "calls": 9, "self_ms": 60.0}],
     }
     return report.facts(
-        params_model="gpt2",
+        model="gpt2",
         levels=LEVELS,
         results=results or dict.fromkeys(LEVELS, TRAINED),
         gains=gains(),
-        parity={"baseline": "fp32", "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels}},
+        parity={
+            "baseline": "fp32",
+            "environment": environment().fingerprint,
+            "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels},
+        },
         operators=operators,
         trial=TRAINED,
         verify={"weights": weights, "note": note, **difference, "random": difference},
@@ -101,7 +108,7 @@ def test_every_level_names_the_one_switch_that_changes():
 def test_the_speed_table_has_gains_with_intervals_and_marks_what_may_be_noise():
     table = {row[0]: dict(zip(report.SPEED_TITLES, row, strict=True)) for row in facts()["speed"]}
     assert table["fp32"]["over the level before"] == report.MISSING
-    assert table["tf32"]["over the level before"] == "1.00 [1.00, 1.00] ?"
+    assert table["tf32"]["over the level before"] == "no measurable gain [1.00, 1.00]"
     assert table["bf16"]["over the level before"] == "2.00 [1.99, 2.01]"
     assert table["compile"]["over the baseline"].startswith("2.5")
     assert [table[name]["TFLOP/s (of the peak)"] for name in ("fp32", "tf32")] == ["0.2 (50%)", "0.2"]
@@ -111,7 +118,9 @@ def test_the_speed_table_has_gains_with_intervals_and_marks_what_may_be_noise():
 
 def test_a_gain_that_may_be_noise_says_how_many_rounds_would_tell():
     (line,) = facts()["undecided"]
-    assert re.fullmatch(r"`tf32`: no measurable gain in 4 rounds; if it is 1\.000, .* would show it", line)
+    assert re.fullmatch(
+        r"`tf32` over `fp32`: no measurable gain in 4 rounds; if it is 1\.000, over 10,000 rounds would show it", line
+    )
 
 
 def test_why_a_level_is_faster_is_drawn_from_its_operators():
@@ -168,10 +177,27 @@ def test_a_skipped_level_has_its_reason_and_no_numbers():
     assert "<code>flash</code>: no compiler" in report.html(found, {"ladder": ""})
 
 
-def test_levels_of_two_machines_do_not_get_into_one_table():
+def test_results_of_two_machines_do_not_get_into_one_table():
     elsewhere = {**TRAINED, "environment": environment(torch="3").fingerprint}
-    with pytest.raises(UserError, match=r"level 'bf16' was measured in environment .* `dvc repro -f -s train@bf16`"):
+    with pytest.raises(UserError, match=r"the results of bf16 are from environment .* `dvc repro` makes again"):
         facts({name: elsewhere if name == "bf16" else TRAINED for name in LEVELS})
+
+
+def test_a_headline_promises_no_gain_that_was_not_measured():
+    found = facts()
+    assert "3.00 [" not in found["gain"]
+    assert "times as fast" in report.html(found, {"ladder": ""})
+    noise = found | {"measurable": False}
+    for text in (report.markdown(noise), report.html(noise, {"ladder": ""})):
+        assert "not measurably faster" in text
+        assert "times as fast" not in text
+
+
+def test_the_ten_costliest_operators_are_shown():
+    many = [{"name": f"aten::op{index}", "calls": 1, "self_ms": 20.0 - index} for index in range(12)]
+    text = report.html(facts(operators={"bf16": many}), {"ladder": ""})
+    assert "aten::op9" in text
+    assert "aten::op10" not in text
 
 
 def test_the_page_says_plainly_that_a_stand_in_was_used():
@@ -192,7 +218,7 @@ def test_two_machines_stand_side_by_side_and_no_number_mixes_them():
     table = report.side_by_side(here, there)
     assert table[1:] == [
         ["fp32", "300", report.MISSING, "30", report.MISSING],
-        ["tf32", "300", "1.00 [1.00, 1.00] ?", report.MISSING, report.MISSING],
+        ["tf32", "300", "no measurable gain [1.00, 1.00]", report.MISSING, report.MISSING],
         ["bf16", "150", "2.00 [1.99, 2.01]", "10", "3.00 [3.00, 3.00]"],
         ["compile", "120", "1.25 [1.24, 1.50]", report.MISSING, report.MISSING],
         ["padded", report.MISSING, report.MISSING, "9", "1.11 [1.11, 1.11]"],

@@ -173,9 +173,9 @@ def test_the_baseline_has_a_second_arm_of_its_own():
     params = params_with(model="tiny")
     levels = {name: params.levels[name] for name in ("fp32", "bf16", "padded")}
     arms = benchmark_stage.build_arms(params, levels, torch.device("cpu"))
-    assert [arm.name for arm in arms] == ["fp32", "control", "bf16", "padded"]
-    assert arms[0].model is not arms[1].model
-    assert arms[0].optimizer is arms[1].optimizer is arms[2].optimizer is not arms[3].optimizer
+    assert [arm.name for arm in arms] == ["fp32", "bf16", "padded", "control"]
+    assert arms[0].model is not arms[3].model
+    assert arms[0].optimizer is arms[1].optimizer is arms[3].optimizer is not arms[2].optimizer
 
 
 def test_the_peak_is_the_users_or_a_known_gpus_or_measured_on_a_cpu_or_nobodys():
@@ -204,8 +204,8 @@ def test_gains_come_with_rates_and_shares_of_the_peak():
 
 def test_too_few_rounds_are_refused(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(UserError, match="--rounds 2: at least 3"):
-        benchmark_stage.main("--rounds", "2")
+    with pytest.raises(UserError, match="--rounds 5: at least 6"):
+        benchmark_stage.main("--rounds", "5")
 
 
 def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):

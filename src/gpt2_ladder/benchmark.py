@@ -15,11 +15,9 @@ from itertools import cycle
 import torch
 
 from gpt2_ladder import runtime, training
-from gpt2_ladder.config import AdamW, GPTConfig
+from gpt2_ladder.config import MINIMUM_ROUNDS, AdamW, GPTConfig
 from gpt2_ladder.gains import Round
 from gpt2_ladder.model import GPT
-
-MINIMUM_ROUNDS = 3  # below that there is no interval to speak of
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,12 @@ class Arm:
     precision: str
 
     def step(self, batch: training.Batch, device: torch.device) -> float:
-        """Train on `batch` at this arm's precision and return the milliseconds."""
+        """Train on `batch` at this arm's precision, return the milliseconds, and leave float32 behind."""
         autocast = runtime.set_precision(self.precision, device)
-        return training.train_step(self.model, self.optimizer, batch, autocast, device)[1]
+        try:
+            return training.train_step(self.model, self.optimizer, batch, autocast, device)[1]
+        finally:
+            runtime.set_precision("fp32", device)
 
 
 class Weights:
@@ -62,10 +63,16 @@ class Weights:
         return model.to(self._device), optimizer
 
 
-def warm_up(arms: Sequence[Arm], batch: training.Batch, device: torch.device, steps: int = 2) -> Iterator[str]:
-    """Take `steps` untimed steps of every arm, the first of which compiles; yield the name before each."""
+def warm_up(
+    arms: Sequence[Arm], batch: training.Batch, device: torch.device, seed: int, steps: int = 2
+) -> Iterator[str]:
+    """Take `steps` untimed steps of every arm, the first of which compiles; yield the name before each.
+
+    The orders are drawn, so that the allocator has met more than one of them before the clock runs.
+    """
+    dice = random.Random(seed)
     for _ in range(steps):
-        for arm in arms:
+        for arm in dice.sample(arms, len(arms)):
             yield arm.name
             arm.model.train()
             arm.step(batch, device)
@@ -101,6 +108,5 @@ def measure(
         order = dice.sample(arms, len(arms))
         with torch.compiler.set_stance("fail_on_recompile"):
             step_ms = {arm.name: arm.step(batch, device) for arm in order}
-        runtime.set_precision("fp32", device)
         peaks = {precision: runtime.matmul_tflops(precision, device) for precision in matmuls}
         yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)

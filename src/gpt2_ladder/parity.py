@@ -12,11 +12,11 @@ much that may be was measured with GPT-2 124M in float32 and bfloat16 (docs/LOG.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Environment, UserError
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,20 @@ def compare(
     largest_step = max(range(len(beyond)), key=beyond.__getitem__)
     mean = math.fsum(map(abs, judged)) / len(judged)
     return Parity(differences, len(judged), beyond[largest_step], largest_step, mean, tolerance, expected)
+
+
+def check_one_environment(results: Mapping[str, Mapping[str, Any]], environment: Environment) -> None:
+    """Raise UserError if a result was made elsewhere: on another machine, torch, Python or number of threads.
+
+    DVC makes again what a change of these concerns; results that were copied together by hand end here.
+    """
+    for name, found in results.items():
+        if found["environment"] != environment.fingerprint:
+            raise UserError(
+                f"the results of {name} are from environment {found['environment']}, this one is "
+                f"{environment.fingerprint} ({environment.device_name}, torch {environment.torch}): they do not belong "
+                "into one table; `dvc repro` makes again what is not from here"
+            )
 
 
 def padding_cost(vocab_size: int, baseline_vocab_size: int) -> float:

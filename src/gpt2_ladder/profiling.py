@@ -20,7 +20,7 @@ class Operator:
     Attributes:
         name: torch's name for it.
         calls: how often it ran.
-        self_ms: milliseconds in it, without the operators that it called; on a GPU the time of its kernels there.
+        self_ms: milliseconds in it, without the operators that it called; on a GPU the time of the kernels it launched.
     """
 
     name: str
@@ -30,7 +30,8 @@ class Operator:
 
 def profile_step(step: Callable[[], object], device: torch.device, trace: Path) -> list[Operator]:
     """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities) as profiler:
         step()
     trace.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,9 @@ def profile_step(step: Callable[[], object], device: torch.device, trace: Path) 
     calls: Counter[str] = Counter()
     self_us: Counter[str] = Counter()
     for event in profiler.key_averages():
+        if event.device_type.name != "CPU":
+            continue  # a kernel: its time stands in the operator that launched it, too
         name = FUSED if event.key.startswith(INDUCTOR) else event.key
         calls[name] += event.count
-        self_us[name] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        self_us[name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     return [Operator(name, calls[name], us / 1000) for name, us in self_us.most_common() if us > 0]

@@ -3,7 +3,6 @@
 Pure: what it is given is what it shows.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import jinja2
 
-from gpt2_ladder.config import Environment, Level, Shape, Switches, UserError
+from gpt2_ladder.config import Environment, Level, Shape, Switches
 from gpt2_ladder.gains import NO_GAIN, Gain, Measurement
+from gpt2_ladder.parity import check_one_environment
 
 Metrics = Mapping[str, Any]
 Table = list[list[str]]
@@ -52,20 +52,6 @@ def switch_that_changes(level: Switches, previous: Switches | None) -> str:
         return "start: PyTorch's defaults"
     changed = [name for name in Switches.model_fields if getattr(level, name) != getattr(previous, name)]
     return ", ".join(f"{name}: {_word(getattr(level, name))}" for name in changed) or "the speed shape only"
-
-
-def check_one_environment(results: Mapping[str, Metrics], environment: Environment) -> None:
-    """Raise UserError if a level was measured elsewhere: another machine, torch, Python or number of threads.
-
-    DVC trains again what a change of these concerns; results that were copied together by hand end here.
-    """
-    for name, found in results.items():
-        if found["environment"] != environment.fingerprint:
-            raise UserError(
-                f"level '{name}' was measured in environment {found['environment']}, this one is "
-                f"{environment.fingerprint} ({environment.device_name}, torch {environment.torch}): their numbers do "
-                f"not belong into one table; `dvc repro -f -s train@{name}` measures it here"
-            )
 
 
 def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics) -> Table:
@@ -126,7 +112,7 @@ def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[
     lines = []
     for name, found in gains["levels"].items():
         over = found["over_previous"]
-        if over and over["verdict"] != NO_GAIN and operators:
+        if over and over["verdict"] != NO_GAIN and operators.get(name) and operators.get(over["over"]):
             before_ms, after_ms = gains["levels"][over["over"]]["step_ms"], found["step_ms"]
             why = explain(_scaled(operators[over["over"]], before_ms), _scaled(operators[name], after_ms))
             lines.append(f"`{name}`: {before_ms:,.0f} -> {after_ms:,.0f} ms a step; {why}")
@@ -147,15 +133,16 @@ def explain(before: Mapping[str, float], after: Mapping[str, float], count: int 
 
 
 def undecided(gains: Metrics) -> list[str]:
-    """Return one line a level whose gain over the level before cannot be told from noise."""
+    """Return one line for every gain that cannot be told from noise: how many rounds would."""
     lines = []
     for name, found in gains["levels"].items():
-        over = found["over_previous"]
-        if over and over["verdict"] == NO_GAIN:
+        pairs = {over["over"]: over for over in (found["over_previous"], found["over_baseline"]) if over}
+        for over in (one for one in pairs.values() if one["verdict"] == NO_GAIN):
             many = over["rounds_to_settle"]
-            settle = "more rounds than one can count" if many is None or many > 10_000 else f"about {many:,} rounds"
+            settle = "over 10,000 rounds" if many is None or many > 10_000 else f"about {many:,} rounds"
             lines.append(
-                f"`{name}`: {NO_GAIN} in {gains['rounds']} rounds; if it is {over['ratio']:.3f}, {settle} would show it"
+                f"`{name}` over `{over['over']}`: {NO_GAIN} in {gains['rounds']} rounds; if it is {over['ratio']:.3f}, "
+                f"{settle} would show it"
             )
     return lines
 
@@ -165,6 +152,7 @@ def side_by_side(here: Measurement, there: Measurement) -> Table:
 
     Every gain is a ratio within one machine: no number of one is set against a number of the other.
     """
+    noises = {id(machine): machine.noise() for machine in (here, there)}
     titles = [
         "level",
         *(f"{place}: {what}" for place in ("here", "there") for what in ("ms a step", "over the level before")),
@@ -177,13 +165,13 @@ def side_by_side(here: Measurement, there: Measurement) -> Table:
                 continue
             index = machine.levels.index(row[0])
             previous = machine.levels[index - 1] if index else None
-            found = machine.compare(row[0], previous) if previous else None
+            found = machine.compare(row[0], previous, noises[id(machine)]) if previous else None
             row += [f"{statistics.median(machine.step_ms(row[0])):,.0f}", _gain(found)]
     return [titles, *rows]
 
 
 def facts(
-    params_model: str,
+    model: str,
     levels: Mapping[str, Level],
     results: Mapping[str, Metrics],
     gains: Metrics,
@@ -200,7 +188,7 @@ def facts(
     Raises:
         UserError: a level was measured in another environment.
     """
-    check_one_environment({**results, "trial": trial}, environment)
+    check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
     notes = [
         f"`{name}`: {metrics['reason'] or metrics['note']}"
         for name, metrics in {**results, "trial": trial}.items()
@@ -209,21 +197,25 @@ def facts(
     last = list(gains["levels"])[-1]
     over = gains["levels"][last]["over_baseline"]
     return {
-        "model": params_model,
+        "model": model,
         "baseline": parity["baseline"],
         "last": last,
-        "gain": _gain(over) if over else None,
-        "gain_short": f"{over['ratio']:.2f}" if over else None,
+        "gain": _gain(over),
+        "measurable": over is not None and over["verdict"] != NO_GAIN,
+        "times": f"{over['ratio']:.2f}" if over else MISSING,
         "apart": max(found["largest"] for found in parity["levels"].values()),
         "judged": max(found["steps"] for found in parity["levels"].values()),
         "control": str(Gain(**gains["control"])),
-        "noise": f"{math.expm1(Gain(**gains['control']).uncertainty):.1%}",
         "estimator": gains["estimator"],
         "rounds": gains["rounds"],
         "speed": speed_table(levels, results, gains, parity),
         "training": training_table(levels, results, trial),
         "reasons": reasons(gains, operators),
         "undecided": undecided(gains),
+        "costliest": {
+            name: [[f"{one['self_ms']:,.1f}", str(one["calls"]), one["name"]] for one in found[:10]]
+            for name, found in operators.items()
+        },
         "notes": notes + ([verify["note"]] if verify["note"] else []),
         "environment": environment,
         "shapes": shapes,
@@ -268,11 +260,12 @@ def _changes(levels: Mapping[str, Level]) -> dict[str, str]:
 
 
 def _gain(found: Metrics | None) -> str:
-    """Write one entry of gains.json as `1.87 [1.80, 1.95]`, marked where it may be noise."""
+    """Write one entry of gains.json as `1.87 [1.80, 1.95]`; what may be noise gets no number."""
     if found is None:
         return MISSING
-    gain = str(Gain(found["ratio"], found["low"], found["high"]))
-    return f"{gain} ?" if found["verdict"] == NO_GAIN else gain
+    if found["verdict"] == NO_GAIN:
+        return f"{NO_GAIN} [{found['low']:.2f}, {found['high']:.2f}]"
+    return str(Gain(found["ratio"], found["low"], found["high"]))
 
 
 def _cells(metrics: Metrics) -> list[str]:

@@ -3,6 +3,7 @@
 Everything here that changes torch's state changes it for the whole process: a training stage is one process.
 """
 
+import os
 import resource
 import sys
 import time
@@ -21,6 +22,7 @@ def open_device(name: str, threads: int) -> torch.device:
         UserError: torch sees a GPU where results/environment.json, which asked nvidia-smi, has none, or the reverse.
     """
     torch.set_num_threads(threads)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts; CUDA itself: the fastest first
     if (name == "cuda") != torch.cuda.is_available():
         found = f"torch {torch.__version__} sees one" if name == "cpu" else f"torch {torch.__version__} cannot use it"
         raise UserError(

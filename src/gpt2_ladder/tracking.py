@@ -79,9 +79,9 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
 
 def log_summary(run: wandb.Run, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
     """Put the results of a whole climb and its pictures, PNG files by name, into `run`, and end it."""
-    run.summary.update(dict(results))
-    run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
-    run.finish()
+    with run:
+        run.summary.update(dict(results))
+        run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
 
 
 def run_group(fingerprint: str) -> str:
