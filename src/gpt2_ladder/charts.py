@@ -26,9 +26,10 @@ def waterfall(rows: Rows) -> alt.LayerChart:
     words = [word for word in COLORS if any(row["verdict"] == word for row in rows)]
     scale = alt.Scale(domain=words, range=[COLORS[word] for word in words])
     legend = alt.Legend(title=None, orient="bottom")
+    title = "tokens/s, with the 95 % interval of the gain over the baseline"
     room_for_labels = alt.Scale(domain=[0, 1.35 * max(row["high"] for row in rows)], nice=False)
     bars = base.mark_bar(height=16).encode(
-        alt.X("start:Q", title="tokens/s, with the 95 % interval of the gain over the baseline", scale=room_for_labels),
+        alt.X("start:Q", title=title, scale=room_for_labels, axis=alt.Axis(tickCount=5)),
         alt.X2("end:Q"),
         alt.Color("verdict:N", scale=scale, legend=legend),
     )

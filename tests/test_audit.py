@@ -1,0 +1,184 @@
+"""What a training step really computes: the operators it dispatches, level by level, against what the level says.
+
+Loss curves cannot tell a level that is only slower than it should be. Here every operator of forward, backward and
+optimizer is recorded, on a CPU, whose autocast and flash kernel stand for CUDA's. Each audit has planted faults that it
+must find. A recorder switches torch.compile off, so compiled levels are recorded uncompiled and their graphs counted.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY, random_ids, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt2_ladder import config, model, runtime, training
+from gpt2_ladder.config import AdamW, Switches
+from gpt2_ladder.model import GPT
+
+CPU = torch.device("cpu")
+LEVELS = config.load(REPOSITORY / "params.yaml").levels
+B, T, N_LAYER = 2, 24, 2  # T differs from every other size, so that a (T, T) shape is attention's
+MATMULS = ("aten.mm", "aten.addmm", "aten.bmm")
+TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers every operator: its name, the types of the tensors that go in, the shapes of those that come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[torch.dtype], list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        outs = [one for one in (out if isinstance(out, tuple | list) else [out]) if isinstance(one, torch.Tensor)]
+        ins = [one.dtype for one in args if isinstance(one, torch.Tensor)]
+        self.calls.append((str(func).removesuffix(".default"), ins, [one.shape for one in outs]))
+        return out
+
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.calls]
+
+
+def record(switches: Switches) -> tuple[Recorder, GPT, torch.Tensor]:
+    """The operators of forward, loss and backward of a step of a small network at `switches`, the network, its loss."""
+    network = GPT(tiny(attention=switches.attention, tie_weights=switches.tie_weights, init=switches.init))
+    x, y = random_ids(B, T), random_ids(B, T, seed=1)
+    recorder = Recorder()
+    autocast = runtime.set_precision(switches.precision, CPU)
+    with recorder:
+        with autocast:
+            _, loss = network(x, y)
+        loss.backward()
+    return recorder, network, loss
+
+
+def audit(switches: Switches) -> None:
+    """Assert that a step at `switches` computes what they say."""
+    recorder, network, loss = record(switches)
+    matmuls = [(name, ins) for name, ins, _ in recorder.calls if name in MATMULS]
+    per_layer = 4 if switches.attention == "flash" else 6  # four linear layers; eager has two products of its own
+    forward = N_LAYER * per_layer + 1  # and the head: 73 and 49 for twelve layers
+    assert len(matmuls) == 3 * forward  # backward: one for each factor
+    assert {kind for _, ins in matmuls for kind in ins} == {TYPES[switches.precision]}
+    flash = [name for name in recorder.names() if "scaled_dot_product_flash_attention" in name]
+    assert len(flash) == (2 * N_LAYER if switches.attention == "flash" else 0)  # forward and backward
+    squares = [shape for _, _, shapes in recorder.calls for shape in shapes if tuple(shape[-2:]) == (T, T)]
+    assert bool(squares) == (switches.attention == "eager")
+    assert "aten._local_scalar_dense" not in recorder.names()  # .item(): on a GPU it waits for everything before it
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_step_computes_what_its_level_says(level):
+    audit(LEVELS[level])
+
+
+@contextmanager
+def eager_attention_under_flash() -> Iterator[None]:
+    def attention(q, k, v, is_causal):
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        return F.softmax((q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf), dim=-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.F, "scaled_dot_product_attention", attention)
+        yield
+
+
+@contextmanager
+def wrapped_forward(part: type, wrap: Callable) -> Iterator[None]:
+    """Replace the forward of a part of the network by `wrap` of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "forward", wrap(part.forward))
+        yield
+
+
+def with_item(forward: Callable) -> Callable:
+    def looks_at_a_value(self, x):
+        out = forward(self, x)
+        out.sum().item()
+        return out
+
+    return looks_at_a_value
+
+
+def in_float32(forward: Callable) -> Callable:
+    def leaves_autocast(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return forward(self, x.float())
+
+    return leaves_autocast
+
+
+@contextmanager
+def autocast_left_off() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "set_precision", lambda *_: nullcontext())
+        yield
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(eager_attention_under_flash, id="eager attention under flash"),
+        pytest.param(lambda: wrapped_forward(model.MLP, with_item), id=".item() in the step"),
+        pytest.param(lambda: wrapped_forward(model.MLP, in_float32), id="float32 products under bf16"),
+        pytest.param(autocast_left_off, id="autocast left off"),
+    ],
+)
+def test_the_audit_finds_a_planted_fault(fault):
+    with fault(), pytest.raises(AssertionError):
+        audit(LEVELS["flash"])
+
+
+def graphs(switches: Switches) -> int:
+    """How many graphs Dynamo cuts the network into, compiled as runtime.compile_model does it."""
+    network, found = GPT(tiny(attention=switches.attention)), []
+
+    def backend(graph, _):
+        found.append(graph)
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_in_place = network.compile
+        patch.setattr(network, "compile", lambda **settings: compile_in_place(backend=backend, **settings))
+        runtime.compile_model(network)
+    with runtime.set_precision(switches.precision, CPU):
+        network(random_ids(B, T), random_ids(B, T, seed=1))
+    torch._dynamo.reset()
+    return len(found)
+
+
+@pytest.mark.parametrize("level", [name for name, switches in LEVELS.items() if switches.compile])
+def test_a_compiled_level_is_one_graph(level):
+    assert graphs(LEVELS[level]) == 1
+
+
+def test_a_graph_break_is_found():
+    def breaks(forward: Callable) -> Callable:
+        def with_a_break(self, x):
+            torch._dynamo.graph_break()
+            return forward(self, x)
+
+        return with_a_break
+
+    with wrapped_forward(model.MLP, breaks), pytest.raises(Exception, match="graph_break"):
+        graphs(LEVELS["compile"])
+
+
+def test_the_optimizer_reads_no_value_back_from_parameters_or_gradients():
+    network = GPT(tiny())
+    optimizer = training.make_optimizer(network, 1e-3, AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
+    network(random_ids(B, T), random_ids(B, T, seed=1))[1].backward()
+    optimizer.step()
+    with Recorder() as recorder:
+        optimizer.step()
+    read = [ins for name, ins, _ in recorder.calls if name == "aten._local_scalar_dense"]
+    assert len(read) == len(list(network.parameters()))  # its own step counters, which live on the CPU on any device
+    assert {state["step"].device for state in optimizer.state.values()} == {CPU}
