@@ -117,7 +117,7 @@ class Pretrained(Strict):
 
 
 class Rounds(Strict):
-    """How long the benchmark takes steps in turn: `rounds`, or as many as fit into `seconds`."""
+    """How long the benchmark takes steps in turn: `rounds`, or as many as fit into `seconds`, but MINIMUM_ROUNDS."""
 
     rounds: Annotated[int, Field(ge=MINIMUM_ROUNDS)]
     seconds: PositiveFloat
