@@ -69,7 +69,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(REPOSITORY / name, folder / name)
     set_param(folder, "model", "tiny")
     set_param(folder, "quality.eval_tokens", 512)
-    for name, value in {"eval_tokens": 512, "steps": 4, "warmup_steps": 1}.items():
+    for name, value in {"block_size": 64, "eval_tokens": 512, "steps": 4, "warmup_steps": 1}.items():
         set_param(folder, f"machines.cpu.{name}", value)
     set_param(folder, "benchmark.cpu.rounds", 6)
     call(folder, "git", "init", "--quiet")

@@ -35,7 +35,11 @@ def waterfall(rows: Rows) -> alt.LayerChart:
     )
     ends = base.mark_tick(thickness=2, size=20, color="black").encode(alt.X("end:Q"))
     intervals = base.mark_rule(color="black").encode(alt.X("low:Q"), alt.X2("high:Q"))
-    labels = base.mark_text(align="left", dx=8, fontSize=12).encode(alt.X("high:Q"), alt.Text("label:N"))
+    labels = (
+        base.transform_calculate(right="max(datum.start, datum.high)")
+        .mark_text(align="left", dx=8, fontSize=12)
+        .encode(alt.X("right:Q"), alt.Text("label:N"))
+    )
     return (bars + ends + intervals + labels).properties(width=WIDTH + 60, height=alt.Step(30))
 
 
