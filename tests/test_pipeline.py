@@ -72,6 +72,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, value in {"block_size": 64, "eval_tokens": 512, "steps": 4, "warmup_steps": 1}.items():
         set_param(folder, f"machines.cpu.{name}", value)
     set_param(folder, "benchmark.cpu.rounds", 6)
+    set_param(folder, "profile", False)
     call(folder, "git", "init", "--quiet")
     call(folder, "git", "add", ".")
     call(folder, "git", "commit", "--quiet", "--message", "Start")
@@ -141,7 +142,6 @@ def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(first_run, c
     assert list(gains["levels"]) == benchmark["levels"] == list(parity["levels"])
     assert [sorted(one["order"]) for one in benchmark["rounds"]] == [sorted([*benchmark["levels"], "control"])] * 6
     assert all(found["mfu"] > 0 for found in gains["levels"].values())
-    assert {path.name for path in (clone / "profiles").iterdir()} == {f"{name}.json.gz" for name in gains["levels"]}
     bf16 = gains["levels"]["bf16"]["over_previous"]
     gain = f"[{bf16['low']:.2f}, {bf16['high']:.2f}]"  # before it stands the ratio, or "no measurable gain"
     for page in ("ladder.md", "ladder.html"):

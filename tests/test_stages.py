@@ -18,6 +18,8 @@ from gpt2_ladder.metrics import Step
 from pipeline import (
     BENCHMARK,
     ENVIRONMENT,
+    PROFILE,
+    TRACES,
     compare,
     environment,
     overfit,
@@ -200,6 +202,18 @@ def test_gains_come_with_rates_and_shares_of_the_peak():
     assert bf16["tflops"] == pytest.approx(0.2, rel=1e-2)  # 770 MFLOP a token at T=256, 512 tokens
     assert bf16["mfu"] == pytest.approx(0.5, rel=1e-2)
     assert (bf16["over_previous"]["over"], bf16["over_previous"]["ratio"]) == ("fp32", 2.0)
+
+
+def test_each_level_leaves_its_costs_and_a_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = params_with(model="tiny")
+    arms = benchmark_stage.build_arms(params, {"fp32": params.levels["fp32"]}, torch.device("cpu"))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    benchmark_stage.profile(arms, (ids, ids), torch.device("cpu"))
+    written = json.loads(PROFILE.read_text())
+    assert list(written) == ["fp32"]  # not its control
+    assert "aten::mm" in {operator["name"] for operator in written["fp32"]}
+    assert [path.name for path in TRACES.iterdir()] == ["fp32.json.gz"]
 
 
 def test_too_few_rounds_are_refused(monkeypatch):

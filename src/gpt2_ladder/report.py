@@ -194,14 +194,15 @@ def facts(
         for name, metrics in {**results, "trial": trial}.items()
         if metrics["reason"] or metrics["note"]
     ]
-    last = list(gains["levels"])[-1]
-    over = gains["levels"][last]["over_baseline"]
+    measured = {name: found["over_baseline"] for name, found in gains["levels"].items() if found["over_baseline"]}
+    fastest = max(measured, key=lambda name: measured[name]["ratio"], default=parity["baseline"])
+    over = measured.get(fastest)
     return {
         "model": model,
         "baseline": parity["baseline"],
-        "last": last,
+        "fastest": fastest,
         "gain": _gain(over),
-        "measurable": over is not None and over["verdict"] != NO_GAIN,
+        "measurable": over is not None and over["verdict"] == "faster",
         "times": f"{over['ratio']:.2f}" if over else MISSING,
         "apart": max(found["largest"] for found in parity["levels"].values()),
         "judged": max(found["steps"] for found in parity["levels"].values()),
