@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-
 import wandb
+
 from gpt2_ladder import charts, tracking
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step

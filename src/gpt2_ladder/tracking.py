@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
-import wandb
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import STEP_FIELDS, Step
 
