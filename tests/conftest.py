@@ -1,13 +1,16 @@
 """What several tests need: tiny configs, servers of our own on 127.0.0.1, GPT-2's encoding from the package index."""
 
 import http.server
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import climbing
 import pytest
 import tiktoken
 import torch
+from filelock import FileLock
 
 from gpt2_ladder import artifacts, data
 from gpt2_ladder.config import Environment, GPTConfig
@@ -58,8 +61,33 @@ def measurement(**step_ms: list[float]) -> Measurement:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes as long as all others together."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """Begin with the climb and end with what waits for it, so that the second worker has something to do meanwhile."""
+    places = {"test_pipeline.py": 0, "test_experiments.py": 2}
+    items.sort(key=lambda item: places.get(item.path.name, 1))
+
+
+@pytest.fixture(scope="session")
+def climbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of one climb, for all workers: made by the first that comes, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent
+    with FileLock(base / "climb.lock"):
+        if not (base / "climb.txt").exists():
+            (base / "climb").mkdir()
+            (base / "climb.txt").write_text(climbing.climb(base / "climb"))
+    return base / "climb"
+
+
+@pytest.fixture(scope="module")
+def clone(climbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository in which the climb was made, to change at will."""
+    return Path(shutil.copytree(climbed, tmp_path_factory.mktemp("clone") / "clone", symlinks=True))
+
+
+@pytest.fixture(scope="module")
+def first_run(climbed: Path) -> str:
+    """What the climb printed."""
+    return climbed.with_suffix(".txt").read_text()
 
 
 @pytest.fixture(scope="session")

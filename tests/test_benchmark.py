@@ -96,6 +96,7 @@ def test_precision_is_each_arms_own_and_restored_afterwards(monkeypatch):
     orders = [one.order for one in measure(contestants, rounds=5)]
     expected = {"fp32": ("ieee", False), "tf32": ("tf32", False), "bf16": ("ieee", True)}
     assert seen == [expected[name] for order in orders for name in order]
+    contestants[1].step(BATCHES[0], CPU)  # tf32
     assert runtime.float32_matmul_precision() == "ieee"
 
 

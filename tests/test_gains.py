@@ -69,7 +69,7 @@ def test_rounds_to_settle_grow_with_the_square_of_what_is_missing():
     expected = 8 * (math.log(1.04) / math.log(1.02)) ** 2
     assert gains.rounds_to_settle(found, control, 8) == math.ceil(expected) == 32
     assert gains.rounds_to_settle(Gain(1.0, 0.9, 1.1), control, 8) is None
-    assert gains.rounds_to_settle(Gain(1.03, 0.9999, 1.04), control, 8) == 9  # never the rounds that did not settle it
+    assert gains.rounds_to_settle(Gain(1.03, 1.0, 1.04), control, 8) == 9  # never the rounds that did not settle it
 
 
 def test_any_two_levels_can_be_compared():

@@ -1,94 +1,14 @@
-"""The real pipeline under real DVC, on the tiny model, in a repository of its own."""
+"""What a climb of the real pipeline under real DVC leaves behind, and what a second one runs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import pytest
+from climbing import call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
-from dvc.utils.serialize import modify_yaml
 
 from gpt2_ladder import config, metrics
 
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
-
-
-def call(folder: Path, *command: str, exit_code: int = 0) -> str:
-    """Run a command with this interpreter's environment first on PATH; return what it printed."""
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_"))},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",  # what is asserted of numbers below holds on a CPU
-        "NETRC": str(folder / "no-netrc"),
-        **{"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "commit.gpgsign", "GIT_CONFIG_VALUE_0": "false"},
-        **{
-            f"GIT_{who}_{what}": f"{what.lower()}@test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-        },
-    }
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == exit_code, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
-def get_back(clone: Path) -> None:
-    """What the README says about getting back to the committed state."""
-    call(clone, "git", "restore", "params.yaml", "dvc.lock", "results")
-    call(clone, "dvc", "checkout")
-    assert call(clone, "git", "status", "--porcelain") == ""
-
-
-def wandb_runs(clone: Path) -> int:
-    return len(list(clone.glob("wandb/offline-run-*")))
-
-
-def stages_that_ran(output: str) -> set[str]:
-    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")}
-
-
-def set_param(folder: Path, key: str, value: object) -> None:
-    """Set a value in params.yaml as `-S` does, by a dotted key; a new key is added."""
-    with modify_yaml(folder / "params.yaml") as params:
-        *parents, last = key.split(".")
-        for parent in parents:
-            params = params[parent]
-        params[last] = value
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with this one's files as they are now, no results, and the tiny model chosen."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = call(REPOSITORY, "git", "ls-files", "--cached", "--others", "--exclude-standard")
-    for name in listed.splitlines():
-        if (REPOSITORY / name).exists() and not name.startswith("results/") and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, folder / name)
-    set_param(folder, "model", "tiny")
-    set_param(folder, "quality.eval_tokens", 512)
-    for name, value in {"block_size": 64, "eval_tokens": 512, "steps": 4, "warmup_steps": 1}.items():
-        set_param(folder, f"machines.cpu.{name}", value)
-    set_param(folder, "benchmark.cpu.rounds", 6)
-    set_param(folder, "profile", False)
-    call(folder, "git", "init", "--quiet")
-    call(folder, "git", "add", ".")
-    call(folder, "git", "commit", "--quiet", "--message", "Start")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def first_run(clone: Path) -> str:
-    output = call(clone, "dvc", "repro")
-    call(clone, "git", "add", ".")
-    call(clone, "git", "commit", "--quiet", "--message", "Climb")
-    return output
-
-
-def read_metrics(clone: Path, name: str) -> dict:
-    return json.loads((clone / "results" / name / "metrics.json").read_text())
 
 
 def test_every_stage_runs(first_run):
@@ -188,49 +108,6 @@ def test_a_level_that_computes_something_else_stops_before_the_benchmark(first_r
     get_back(clone)
 
 
-def test_an_experiment_runs_the_trial_alone(first_run, clone):
-    output = call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
-    assert stages_that_ran(output) == {"environment", "trial", "report"}
-    assert "precision" in call(clone, "dvc", "params", "diff")
-    assert call(clone, "git", "diff", "--numstat", "params.yaml").split() == ["1", "1", "params.yaml"]  # still readable
-    assert "results/trial/metrics.json" in call(clone, "dvc", "metrics", "diff")
-    get_back(clone)
-
-
-def test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone(first_run, clone):
-    before = wandb_runs(clone)
-    output = call(clone, "dvc", "exp", "run", "--temp", "-S", "attention=flash")
-    assert stages_that_ran(output) == {"environment", "trial", "report"}
-    assert call(clone, "git", "status", "--porcelain") == ""
-    assert wandb_runs(clone) == before + 2  # trial and summary: the copy is thrown away, W&B's files are not
-
-
-def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(first_run, clone):
-    sweep = ("-S", "precision=fp32,tf32,bf16", "-S", "vocab_size=50304")
-    call(clone, "dvc", "exp", "run", "--queue", "--name", "sweep", *sweep)
-    (clone / "pipeline/trial.py").write_text("raise SystemExit('the workspace was imported, not the snapshot')\n")
-    try:
-        call(clone, "dvc", "queue", "start")
-        deadline = time.monotonic() + 240
-        while (status := call(clone, "dvc", "queue", "status")).count("Success") < 3 and time.monotonic() < deadline:
-            assert "Failed" not in status, status
-            time.sleep(2)
-    finally:
-        call(clone, "git", "restore", "pipeline")
-    assert status.count("Success") == 3, status
-    shown = json.loads(call(clone, "dvc", "exp", "show", "--json"))
-    revisions = [experiment["revs"][0] for commit in shown for experiment in commit["experiments"] or []]
-    losses = {
-        revision["data"]["params"]["params.yaml"]["data"]["precision"]: revision["data"]["metrics"][
-            "results/trial/metrics.json"
-        ]["data"]["loss_last"]
-        for revision in revisions
-        if revision["name"].startswith("sweep")
-    }
-    assert set(losses) == {"fp32", "tf32", "bf16"}
-    assert losses["fp32"] == losses["tf32"] != losses["bf16"]  # TF32 has no effect on a CPU
-
-
 def test_a_fresh_clone_trains_without_the_cache_and_does_not_with_it(first_run, clone, tmp_path):
     call(clone, "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
     call(clone, "dvc", "push")
@@ -258,14 +135,4 @@ def test_an_edited_row_runs_that_level_alone(first_run, clone):
     assert stages_that_ran(call(clone, "dvc", "repro")) == {
         *("environment", "train@init", "parity", "report")  # no quality row concerns the benchmark
     }
-    get_back(clone)
-
-
-def test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going(first_run, clone):
-    set_param(clone, "levels.tf32.vocab_size", 4_000_000_000_000)  # fits no memory
-    set_param(clone, "levels.tied.attention", "flash")
-    set_param(clone, "levels.init.attention", "flash")
-    ran = stages_that_ran(call(clone, "dvc", "repro", "--keep-going", exit_code=255))
-    assert ran == {"environment", "train@tied", "train@init", "train@tf32"}
-    assert read_metrics(clone, "levels/init")["status"] == "trained"
     get_back(clone)

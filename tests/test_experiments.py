@@ -1,0 +1,64 @@
+"""Experiments of the real pipeline under real DVC: alone, in a copy, queued, and with a level that fails."""
+
+import json
+import time
+
+from climbing import call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
+from conftest import REPOSITORY
+
+from gpt2_ladder import config
+
+LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
+
+
+def test_an_experiment_runs_the_trial_alone(first_run, clone):
+    output = call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
+    assert stages_that_ran(output) == {"environment", "trial", "report"}
+    assert "precision" in call(clone, "dvc", "params", "diff")
+    assert call(clone, "git", "diff", "--numstat", "params.yaml").split() == ["1", "1", "params.yaml"]  # still readable
+    assert "results/trial/metrics.json" in call(clone, "dvc", "metrics", "diff")
+    get_back(clone)
+
+
+def test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone(first_run, clone):
+    before = wandb_runs(clone)
+    output = call(clone, "dvc", "exp", "run", "--temp", "-S", "attention=flash")
+    assert stages_that_ran(output) == {"environment", "trial", "report"}
+    assert call(clone, "git", "status", "--porcelain") == ""
+    assert wandb_runs(clone) == before + 2  # trial and summary: the copy is thrown away, W&B's files are not
+
+
+def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(first_run, clone):
+    sweep = ("-S", "precision=fp32,tf32,bf16", "-S", "vocab_size=50304")
+    call(clone, "dvc", "exp", "run", "--queue", "--name", "sweep", *sweep)
+    (clone / "pipeline/trial.py").write_text("raise SystemExit('the workspace was imported, not the snapshot')\n")
+    try:
+        call(clone, "dvc", "queue", "start")
+        deadline = time.monotonic() + 240
+        while (status := call(clone, "dvc", "queue", "status")).count("Success") < 3 and time.monotonic() < deadline:
+            assert "Failed" not in status, status
+            time.sleep(2)
+    finally:
+        call(clone, "git", "restore", "pipeline")
+    assert status.count("Success") == 3, status
+    shown = json.loads(call(clone, "dvc", "exp", "show", "--json"))
+    revisions = [experiment["revs"][0] for commit in shown for experiment in commit["experiments"] or []]
+    losses = {
+        revision["data"]["params"]["params.yaml"]["data"]["precision"]: revision["data"]["metrics"][
+            "results/trial/metrics.json"
+        ]["data"]["loss_last"]
+        for revision in revisions
+        if revision["name"].startswith("sweep")
+    }
+    assert set(losses) == {"fp32", "tf32", "bf16"}
+    assert losses["fp32"] == losses["tf32"] != losses["bf16"]  # TF32 has no effect on a CPU
+
+
+def test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going(first_run, clone):
+    set_param(clone, "levels.tf32.vocab_size", 4_000_000_000_000)  # fits no memory
+    set_param(clone, "levels.tied.attention", "flash")
+    set_param(clone, "levels.init.attention", "flash")
+    ran = stages_that_ran(call(clone, "dvc", "repro", "--keep-going", exit_code=255))
+    assert ran == {"environment", "train@tied", "train@init", "train@tf32"}
+    assert read_metrics(clone, "levels/init")["status"] == "trained"
+    get_back(clone)
