@@ -183,6 +183,13 @@ def test_results_of_two_machines_do_not_get_into_one_table():
         facts({name: elsewhere if name == "bf16" else TRAINED for name in LEVELS})
 
 
+def test_a_benchmark_of_another_machine_does_not_get_into_the_report(monkeypatch):
+    elsewhere = gains() | {"environment": environment(torch="3").fingerprint}
+    monkeypatch.setitem(globals(), "gains", lambda: elsewhere)
+    with pytest.raises(UserError, match="the results of benchmark are from environment"):
+        facts()
+
+
 def test_a_headline_promises_no_gain_that_was_not_measured():
     found = facts()
     assert "3.00 [" not in found["gain"]

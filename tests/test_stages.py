@@ -190,6 +190,7 @@ def test_the_peak_is_the_users_or_a_known_gpus_or_measured_on_a_cpu_or_nobodys()
     assert benchmark_stage.find_peaks(params, "bf16", unknown) is None
     given = params_with(peak_tflops=config.Peaks(fp32=None, tf32=None, bf16=77.0))
     assert benchmark_stage.find_peaks(given, "bf16", unknown) == [77.0] * 3
+    assert benchmark_stage.find_peaks(given, "bf16", run_on_cpu) == [77.0] * 3
 
 
 def test_gains_come_with_rates_and_shares_of_the_peak():
