@@ -17,7 +17,7 @@ from gpt2_ladder.config import Environment, GPTConfig
 from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
 from pipeline.download import PINNED
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = climbing.REPOSITORY
 
 
 def tiny(**changes: object) -> GPTConfig:
