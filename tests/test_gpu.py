@@ -1,0 +1,279 @@
+"""What a run on an NVIDIA GPU has to show, in ten minutes: `make test-gpu`, which leaves gpu-report.md.
+
+Nobody has run it on a GPU yet. `pytest -m gpu tests/test_gpu.py --rehearse` runs it on a CPU with the tiny model, where
+it proves nothing but that it is not broken itself; test_the_gpu_suite_can_be_rehearsed does that.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice, pairwise
+
+import pytest
+import torch
+from conftest import REPOSITORY, random_ids
+from test_out_of_memory import Capped
+
+from gpt2_ladder import benchmark, config, cost, devices, parity, planning, profiling, runtime, training
+from gpt2_ladder.benchmark import Arm
+from gpt2_ladder.config import CONTROL, Params, Switches
+from gpt2_ladder.gains import ESTIMATOR, Measurement
+from gpt2_ladder.model import GPT
+from pipeline import benchmark as benchmark_stage
+from pipeline import environment, probe
+
+ROUNDS = 10
+REHEARSED = ("fp32", "bf16", "flash")  # each compilation costs 10 s
+ATTENTION = "scaled_dot_product"
+MATH = "scaled_dot_product_attention_math"
+
+
+class Machine:
+    """The machine under test, or the CPU that stands in for it."""
+
+    def __init__(self, rehearsal: bool):
+        self.rehearsal = rehearsal
+        self.environment = environment.describe()
+        params = config.load(REPOSITORY / "params.yaml")
+        small = params.machines["gpu"].model_copy(update={"batch_size": 4, "block_size": 64})
+        shapes = {"gpu": small} if rehearsal else params.machines
+        model = "tiny" if rehearsal else "gpt2"
+        self.params: Params = params.model_copy(update={"model": model, "machine": "gpu", "machines": shapes})
+        self.shape = self.params.shape("speed")
+        self.device = devices.open_device(self.environment.device, self.environment.threads, params.seed, False)
+        self.levels: dict[str, Switches] = {
+            name: level
+            for name, level in params.levels.items()
+            if level.group == "speed"
+            and (not rehearsal or name in REHEARSED)
+            and devices.why_skipped(level, self.environment, rehearsal) is None
+        }
+
+    def batches(self, count: int) -> list[training.Batch]:
+        shape = (self.shape.batch_size, self.shape.block_size, 50257)
+        return [(random_ids(*shape, seed=i), random_ids(*shape, seed=100 + i)) for i in range(count)]
+
+    def losses(self, switches: Switches, steps: int, micro_batch: int, deterministic: bool = False) -> list[float]:
+        """The losses of a training of a new network at `switches`."""
+        devices.set_deterministic(deterministic)
+        try:
+            model = GPT(self.params.gpt(switches), self.params.seed).to(self.device)
+            if switches.compile:
+                runtime.compile_model(model)
+            optimizer = training.make_optimizer(model, self.params.size.learning_rate, self.params.optimizer)
+            autocast = runtime.set_precision(switches.precision, self.device)
+            trained = training.train(model, optimizer, self.batches(steps), autocast, self.device, micro_batch)
+            return [step.loss for step in trained]
+        finally:
+            runtime.set_precision("fp32", self.device)
+            devices.set_deterministic(False)
+
+
+@pytest.fixture(scope="module")
+def machine(request: pytest.FixtureRequest) -> Machine:
+    rehearsal = request.config.getoption("--rehearse")
+    if not rehearsal and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here; --rehearse runs this on a CPU, with the tiny model")
+    return Machine(rehearsal)
+
+
+@pytest.fixture(scope="module")
+def micro_batch(machine: Machine) -> int:
+    return probe.find_micro_batch(machine.params, machine.levels, machine.device)
+
+
+@pytest.fixture(scope="module")
+def arms(machine: Machine, micro_batch: int) -> list[Arm]:
+    made = benchmark_stage.build_arms(machine.params, machine.levels, machine.device, micro_batch)
+    list(benchmark.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed))
+    return made
+
+
+@pytest.fixture(scope="module")
+def report(request: pytest.FixtureRequest, machine: Machine) -> Iterator[dict[str, dict[str, str]]]:
+    """Columns by level; written when all tests are done, also if some failed."""
+    found: dict[str, dict[str, str]] = {name: {} for name in [*machine.levels, "all"]}
+    yield found
+    facts = [f"- {title}: {value}" for title, value in found.pop("all").items()]
+    titles = list(dict.fromkeys(title for row in found.values() for title in row))
+    lines = [" | ".join(["level", *titles]), " | ".join(["---"] * (len(titles) + 1))]
+    lines += [" | ".join([name, *(row.get(title, "") for title in titles)]) for name, row in found.items()]
+    head = (
+        f"# {'REHEARSAL on a CPU with the tiny model: ' if machine.rehearsal else ''}{machine.environment.device_name}"
+    )
+    shape = f"{machine.shape.batch_size} x {machine.shape.block_size} tokens, {machine.environment.model_dump()}"
+    path = REPOSITORY / request.config.getoption("--gpu-report")
+    path.write_text("\n".join([head, "", shape, "", *(f"| {line} |" for line in lines), "", *facts]) + "\n")
+
+
+@pytest.mark.gpu
+def test_products_are_as_exact_as_their_precision_says(machine, report):
+    exact = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, errors = exact @ exact, {}
+    for precision in ("fp32", "tf32", "bf16"):
+        with runtime.set_precision(precision, machine.device):
+            product = exact.float().to(machine.device) @ exact.float().to(machine.device)
+        errors[precision] = ((product.double().cpu() - expected).abs().max() / expected.abs().max()).item()
+    runtime.set_precision("fp32", machine.device)
+    report["all"]["error of a product"] = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    assert errors["fp32"] < 1e-6 < 1e-3 < errors["bf16"] < 1e-2  # 24 and 8 bits
+    if machine.rehearsal:
+        assert errors["tf32"] == errors["fp32"]
+    elif devices.what_to_know(machine.params.levels["tf32"], machine.environment) is None:
+        assert 1e-5 < errors["tf32"] < errors["bf16"]  # 11 bits
+
+
+@pytest.mark.gpu
+def test_gains_and_shares_of_the_peak(machine, arms, report):
+    rounds = list(
+        islice(benchmark.measure(arms, machine.batches(4), machine.device, ROUNDS, 120, machine.params.seed), ROUNDS)
+    )
+    measurement = Measurement(
+        estimator=ESTIMATOR,
+        model=machine.params.model,
+        batch_size=machine.shape.batch_size,
+        block_size=machine.shape.block_size,
+        levels=list(machine.levels),
+        control=CONTROL,
+        environment=machine.environment,
+        rounds=rounds,
+    )
+    noise = measurement.noise()
+    report["all"]["the baseline against itself"] = str(noise)
+    peaks = cost.KNOWN_PEAKS.get(machine.environment.device_name, {})
+    flops = (
+        machine.shape.batch_size
+        * machine.shape.block_size
+        * cost.flops_per_token(machine.params.size, machine.shape.block_size)
+    )
+    for name, switches in machine.levels.items():
+        step_ms = sorted(measurement.step_ms(name))[len(rounds) // 2]
+        report[name]["ms"] = f"{step_ms:,.1f}"
+        reached, peak = cost.tflops(flops, step_ms), peaks.get(switches.precision)
+        report[name]["TFLOP/s"] = f"{reached:,.1f}"
+        report[name]["MFU"] = f"{reached / peak:.0%}" if peak else "peak unknown"
+        assert peak is None or reached < peak
+    for previous, name in pairwise(machine.levels):
+        found = measurement.compare(name, previous, noise)
+        report[name]["over the level before"] = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    if not machine.rehearsal:
+        assert abs(noise.ratio - 1) < 0.02
+        assert measurement.compare("bf16", "fp32", noise)["verdict"] == "faster"
+
+
+@pytest.mark.gpu
+def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
+    for arm in arms[:-1]:
+        switches, network = machine.levels[arm.name], machine.params.gpt(machine.levels[arm.name])
+        arm.optimizer.zero_grad()
+        devices.forget_peak_memory(machine.device)
+        before = devices.peak_memory_mib(machine.device)
+        arm.step(machine.batches(1)[0], machine.device)
+        measured = devices.peak_memory_mib(machine.device)
+        cuda = devices.has_cuda_habits(machine.device)
+        step = planning.trace_step(network, switches.precision == "bf16", micro_batch, machine.shape.block_size, cuda)
+        # all arms' weights are there before: of the step it is the growth that counts
+        held = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
+        predicted = before + step.peak_bytes / 2**20 - held
+        report[arm.name]["peak MiB, predicted"] = f"{measured:,.0f}, {predicted:,.0f}"
+        if not machine.rehearsal:
+            assert measured < 1.05 * predicted
+            assert switches.compile or measured > 0.9 * predicted
+
+
+@pytest.mark.gpu
+def test_flash_runs_a_fused_kernel_and_eager_none(machine, arms, report, tmp_path):
+    for arm in arms[:-1]:
+        step = partial(arm.step, machine.batches(1)[0], machine.device)
+        activities = devices.profiler_activities(machine.device)
+        operators = profiling.profile_step(step, activities, tmp_path / f"{arm.name}.json.gz")
+        attention = {one.name for one in operators if ATTENTION in one.name}
+        report[arm.name]["costliest"] = ", ".join(f"{one.name} {one.self_ms:,.1f} ms" for one in operators[:4])
+        report[arm.name]["attention"] = ", ".join(sorted(attention)) or "written out"
+        assert bool(attention) == (machine.levels[arm.name].attention == "flash")
+        assert not any(MATH in name for name in attention)
+
+
+@pytest.mark.gpu
+def test_no_level_pays_with_quality(machine, micro_batch, report):
+    steps, names = 5, list(machine.levels)
+    baseline = machine.losses(machine.levels[names[0]], steps, micro_batch)
+    for name in names[1:]:
+        level = machine.levels[name]
+        expected = parity.padding_cost(level.vocab_size, machine.levels[names[0]].vocab_size)
+        losses, tolerance = machine.losses(level, steps, micro_batch), getattr(machine.params.parity, level.precision)
+        found = parity.compare(name, losses, baseline, tolerance, steps, expected)
+        report[name]["loss apart by"] = f"{found.largest:.6f}"
+
+
+@pytest.mark.gpu
+def test_nothing_in_a_step_waits_for_the_device(machine, arms):
+    for arm in arms[:-1]:
+        batch = tuple(ids.to(machine.device) for ids in machine.batches(1)[0])
+        autocast = runtime.set_precision(arm.precision, machine.device)
+        if not machine.rehearsal:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            training.accumulate(arm.model, batch, autocast, machine.device, arm.micro_batch)
+            arm.optimizer.step()
+        finally:
+            if not machine.rehearsal:
+                torch.cuda.set_sync_debug_mode("default")
+            runtime.set_precision("fp32", machine.device)
+
+
+@pytest.mark.gpu
+def test_deterministic_runs_are_the_same_to_the_bit(machine, micro_batch, report):
+    for name, level in machine.levels.items():
+        runs = {wanted: [machine.losses(level, 3, micro_batch, wanted) for _ in range(2)] for wanted in (True, False)}
+        report[name]["same bits, deterministic or not"] = ", ".join(str(a == b) for a, b in runs.values())
+        assert runs[True][0] == runs[True][1]
+
+
+@contextmanager
+def little_memory(machine: Machine, share: float) -> Iterator[None]:
+    """Leave only `share` of what a step with the whole batch needs, on top of what is held now."""
+    switches = machine.levels["fp32"]
+    shape = (machine.shape.batch_size, machine.shape.block_size)
+    step = planning.trace_step(machine.params.gpt(switches), False, *shape, devices.has_cuda_habits(machine.device))
+    if machine.rehearsal:
+        with Capped(step.peak_bytes * share):
+            yield
+        return
+    devices.forget_peak_memory(machine.device)
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + step.peak_bytes * share) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_a_batch_that_does_not_fit_is_halved_and_the_loss_stays(machine, report, capsys):
+    fp32 = machine.levels["fp32"]
+    with little_memory(machine, 0.7):
+        halved = machine.losses(fp32, 3, machine.shape.batch_size)
+    assert "on with" in capsys.readouterr().out
+    expected = machine.losses(fp32, 3, machine.shape.batch_size // 2)
+    report["all"]["out of memory"] = (
+        f"halved; loss apart by {max(abs(a - b) for a, b in zip(halved, expected, strict=True)):.1e}"
+    )
+    assert halved == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_gpu_suite_can_be_rehearsed(tmp_path):
+    path = tmp_path / "gpu-report.md"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-p", "no:cacheprovider", __file__, "--rehearse"]
+    result = subprocess.run(
+        [*command, "--gpu-report", str(path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+    assert "skipped" not in result.stdout
+    written = path.read_text()
+    assert written.startswith("# REHEARSAL on a CPU")
+    for name in ("fp32", "flash"):
+        (row,) = [line for line in written.splitlines() if line.startswith(f"| {name} |")]
+        assert all(cell.strip() for cell in row.strip("|").split("|")[1:4])
