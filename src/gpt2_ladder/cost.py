@@ -27,6 +27,25 @@ KNOWN_PEAKS: dict[str, Peaks] = {
     "NVIDIA GeForce RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2},
 }
 
+# Bytes to and from the GPU's memory, in GB/s, from the same data sheets.
+BANDWIDTH: dict[str, float] = {
+    "Tesla T4": 320,
+    "Tesla V100-SXM2-16GB": 900,
+    "Tesla V100-SXM2-32GB": 900,
+    "NVIDIA A10": 600,
+    "NVIDIA A100-PCIE-40GB": 1555,
+    "NVIDIA A100 80GB PCIe": 1935,
+    "NVIDIA A100-SXM4-40GB": 1555,
+    "NVIDIA A100-SXM4-80GB": 2039,
+    "NVIDIA L4": 300,
+    "NVIDIA L40S": 864,
+    "NVIDIA H100 PCIe": 2000,
+    "NVIDIA H100 80GB HBM3": 3350,
+    "NVIDIA H200": 4800,
+    "NVIDIA GeForce RTX 3090": 936,
+    "NVIDIA GeForce RTX 4090": 1008,
+}
+
 
 def flops_per_token(size: Size, block_size: int) -> int:
     """Return the floating-point operations of forward and backward for one token: 6 N + 12 L T C.

@@ -1,0 +1,130 @@
+"""Predictions against arithmetic, against torch's allocator, and against what others predicted for GPUs."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import random_ids, tiny
+from torch.profiler import profile
+
+from gpt2_ladder import planning, runtime, training
+from gpt2_ladder.config import GPTConfig
+from gpt2_ladder.model import GPT
+
+CPU = torch.device("cpu")
+GIB = 2**30
+MID = {"n_layer": 4, "n_head": 8, "n_embd": 512, "n_positions": 256, "vocab_size": 50257}
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
+
+
+def test_what_is_alive_is_counted_once_and_forgotten():
+    with planning.LiveStorage() as seen:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()
+        assert seen.live == 4000
+        c = b + 1
+        assert (seen.live, seen.peak) == (8000, 8000)
+        del a, b
+        assert (seen.live, seen.peak) == (4000, 8000)
+        c.mul_(2)
+        assert seen.live == 4000
+    # zeros, the sum and the product in place move bytes; a view moves none
+    moved = [operation.bytes for operation in seen.operations]
+    assert moved[-2:] == [8000, 4000]
+    assert len(moved) == 3 + (len(moved) == 4)  # zeros may be empty and zero_
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_fake_step_holds_what_a_real_one_holds(monkeypatch, attention, autocast):
+    config = tiny(attention=attention, n_positions=64)
+    fake = planning.trace_step.__wrapped__(config, autocast, 4, 64, cuda=False)
+    monkeypatch.setattr(planning, "FakeTensorMode", nullcontext)
+    real = planning.trace_step.__wrapped__(config, autocast, 4, 64, cuda=False)
+    assert fake.peak_bytes == real.peak_bytes
+    assert [one.flops for one in fake.network] == [one.flops for one in real.network]
+
+
+def allocated_peak(config: GPTConfig, autocast: bool, batch_size: int, block_size: int) -> int:
+    """The most bytes that torch's CPU allocator had given out at once in a real step, its kernels' own included."""
+    model = GPT(config)
+    optimizer = training.make_optimizer(model, 1e-3, planning.SETTINGS)
+    ids = random_ids(batch_size, block_size)
+    context = runtime.set_precision("bf16" if autocast else "fp32", CPU)
+    training.train_step(model, optimizer, (ids, ids), context, CPU, batch_size)
+    optimizer.zero_grad()
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) * 3  # the weights and AdamW's two moments
+    held += sum(buffer.numel() for buffer in model.buffers())
+    with profile(profile_memory=True) as profiler:
+        training.train_step(model, optimizer, (ids, ids), context, CPU, batch_size)
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return held + peak
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 256, "vocab_size": 50257}, (4, 128)),
+        (MID, (2, 256)),
+    ],
+    ids=["tiny", "mid"],
+)
+def test_the_predicted_peak_is_what_torch_allocates(sizes, shape, autocast, attention):
+    config = GPTConfig(**sizes, attention=attention)
+    measured = allocated_peak(config, autocast, *shape)
+    assert planning.trace_step(config, autocast, *shape, cuda=False).peak_bytes == pytest.approx(measured, rel=0.01)
+    one_row_more = planning.trace_step(config, autocast, shape[0] + 1, shape[1], cuda=False).peak_bytes
+    assert one_row_more != pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("attention", "autocast", "batch_size", "gib"),
+    [("eager", True, 16, 29.5), ("eager", True, 4, 8.6), ("flash", True, 16, 16.0), ("flash", True, 4, 5.2)],
+)
+def test_gpt2_on_a_gpu_needs_what_torchs_own_tracker_predicts(attention, autocast, batch_size, gib):
+    """The figures are of torch.distributed's MemTracker, on fake tensors too."""
+    step = planning.trace_step(GPTConfig(**GPT2, attention=attention), autocast, batch_size, 1024, cuda=True)
+    assert step.peak_bytes / GIB == pytest.approx(gib, abs=0.06)
+
+
+def test_the_largest_batch_fits_and_one_more_row_does_not():
+    config, free = GPTConfig(**GPT2), 24 * GIB
+    largest = planning.largest_batch(config, False, 1024, True, free)
+    usable = 0.9 * free - GIB
+    assert planning.trace_step(config, False, largest, 1024, True).peak_bytes <= usable
+    assert planning.trace_step(config, False, largest + 1, 1024, True).peak_bytes > usable
+    assert planning.largest_batch(config, False, 1024, True, 2 * GIB) == 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "ms"),
+    [
+        ("eager", "fp32", (819, 272)),
+        ("eager", "tf32", (211, 107)),
+        ("eager", "bf16", (163, 89)),
+        ("flash", "bf16", (80, 37)),
+    ],
+)
+def test_the_roofline_of_gpt2_is_that_of_an_independent_count(attention, precision, ms):
+    """At B=16, T=1024 on A100-80 and H100, counted once by hand for another implementation."""
+    step = planning.trace_step(GPTConfig(**GPT2, attention=attention), precision == "bf16", 16, 1024, cuda=True)
+    for gpu, expected in zip(("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"), ms, strict=True):
+        found = planning.least_ms(step, gpu, precision, compiled=False)
+        assert found == pytest.approx(expected, rel=0.05)
+        assert planning.least_ms(step, gpu, precision, compiled=True) < found
+    assert planning.least_ms(step, "NVIDIA X", precision, compiled=False) is None
+    assert planning.least_ms(step, "Tesla T4", "tf32", compiled=False) is None
+
+
+def test_the_traced_products_are_those_of_the_formula():
+    """854.4 MFLOP a token at T=1024 with both triangles of attention, half of it where a flash kernel skips one."""
+    for attention, expected in (("eager", 854.4), ("flash", 807.3)):
+        step = planning.trace_step(GPTConfig(**GPT2, attention=attention), True, 4, 1024, cuda=True)
+        assert sum(one.flops for one in step.network) / (4 * 1024) / 1e6 == pytest.approx(expected, rel=1e-3)
+    assert sum(one.flops for one in step.optimizer) == 0
