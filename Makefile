@@ -1,6 +1,7 @@
 # make repro   the whole ladder on real data          make test    the test suite
 # make benchmark  the gains again, in 30 rounds        make plots   DVC's plots as a page that needs no network
 # make show    the experiments, compared              make check   linters and types
+# make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
 # make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
@@ -8,7 +9,7 @@ PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro announce benchmark show plots test check schema pins
+.PHONY: repro announce benchmark show plots plan test test-gpu check schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -40,6 +41,15 @@ plots: .venv/installed
 
 test: .venv/installed
 	python -m pytest
+
+# What this machine's GPU shows, in 10 minutes, and gpu-report.md: please send it back
+test-gpu: .venv/installed
+	python -m pytest -m gpu -n 0 tests/test_gpu.py
+
+# Will it fit? Of this machine, or of a GPU that is not here: make plan MEMORY=24GiB
+plan: .venv/installed
+	@dvc repro --quiet environment
+	@PYTHONPATH=src python -m pipeline.plan $(if $(MEMORY),--memory $(MEMORY))
 
 check: .venv/installed
 	ruff check .

@@ -16,6 +16,7 @@ TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
 MODELS = Path("models")
 RESULTS = Path("results")
 ENVIRONMENT = RESULTS / "environment.json"
+PROBE = RESULTS / "probe.json"
 PARITY = RESULTS / "parity.json"
 BENCHMARK = RESULTS / "benchmark.json"
 GAINS = RESULTS / "gains.json"

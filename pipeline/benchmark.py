@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from gpt2_ladder import benchmark, config, cost, data, metrics, profiling, runtime, training
+from gpt2_ladder import benchmark, config, cost, data, devices, metrics, profiling, runtime, training
 from gpt2_ladder.benchmark import Arm
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Params, Switches, UserError
 from gpt2_ladder.gains import ESTIMATOR, Measurement
 from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, read_environment, run, write_json
+
+PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", False: "the GPU's dense peak"}
 
 
 def main(*arguments: str) -> None:
@@ -31,20 +33,21 @@ def main(*arguments: str) -> None:
     if longer is not None and longer < MINIMUM_ROUNDS:
         raise UserError(f"--rounds {longer}: at least {MINIMUM_ROUNDS} are needed for an interval")
     rounds, seconds = (longer, float("inf")) if longer else (settings.rounds, settings.seconds)
+    parity = json.loads(PARITY.read_text())
     levels = {
         name: Switches.model_validate({key: found["switches"][key] for key in Switches.model_fields})
-        for name, found in json.loads(PARITY.read_text())["levels"].items()
+        for name, found in parity["levels"].items()
     }
 
-    device = runtime.open_device(environment.device, environment.threads)
-    arms = build_arms(params, levels, device)
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    arms = build_arms(params, levels, device, parity["micro_batch"])
     shard = data.open_shard(TRAIN_SHARD)
     batches = list(islice(data.batches(shard, shape.batch_size, shape.block_size), shape.steps))
     for name in benchmark.warm_up(arms, batches[0], device, params.seed):
         print(f"benchmark: warming up {name}", flush=True)
     measured = []
     kinds = sorted({matmul_kind(switches.precision) for switches in levels.values()})
-    matmuls = kinds if device.type == "cpu" else []
+    matmuls = kinds if devices.peak_is_measured(environment.device) else []
     for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
         measured.append(one)
         times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in one.step_ms.items())
@@ -64,15 +67,15 @@ def main(*arguments: str) -> None:
     profile(arms if params.profile else [], batches[0], device)
 
 
-def build_arms(params: Params, levels: dict[str, Switches], device: torch.device) -> list[Arm]:
-    """Return an arm for every level, and a second one for the first of them."""
+def build_arms(params: Params, levels: dict[str, Switches], device: torch.device, micro_batch: int) -> list[Arm]:
+    """Return an arm for every level, and a second one for the first of them; all with one micro-batch."""
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
     arms = []
     for name, switches in {**levels, CONTROL: next(iter(levels.values()))}.items():
         model, optimizer = weights.lend(params.gpt(switches))
         if switches.compile:
             runtime.compile_model(model)
-        arms.append(Arm(name, model, optimizer, switches.precision))
+        arms.append(Arm(name, model, optimizer, switches.precision, micro_batch))
     return arms
 
 
@@ -80,8 +83,9 @@ def profile(arms: list[Arm], batch: training.Batch, device: torch.device) -> Non
     """Take one more step of every arm under the profiler; write the costs of its operators, and a trace of it."""
     shutil.rmtree(TRACES, ignore_errors=True)
     TRACES.mkdir()
+    activities = devices.profiler_activities(device)
     costs = {
-        arm.name: profiling.profile_step(partial(arm.step, batch, device), device, TRACES / f"{arm.name}.json.gz")
+        arm.name: profiling.profile_step(partial(arm.step, batch, device), activities, TRACES / f"{arm.name}.json.gz")
         for arm in arms
         if arm.name != CONTROL
     }
@@ -111,23 +115,25 @@ def summarize(params: Params, levels: dict[str, Switches], measurement: Measurem
         "environment": measurement.environment.fingerprint,
         "estimator": measurement.estimator,
         "rounds": len(measurement.rounds),
+        "peak_source": PEAK_SOURCES[devices.peak_is_measured(measurement.environment.device)],
         "control": asdict(noise),
         "levels": summary,
     }
 
 
 def matmul_kind(precision: str) -> str:
-    """Return the type of operand whose bare product is the peak for `precision` on a CPU, where there is no TF32."""
+    """Return the type of operand whose bare product is the peak for `precision` where the peak is measured: no TF32."""
     return "bf16" if precision == "bf16" else "fp32"
 
 
 def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:
     """Return what the machine could do at `precision` in every round, in TFLOP/s; None where nobody knows.
 
-    The user's word counts first. A GPU is looked up; a CPU's peak is what a bare matrix product reached in that round.
+    The user's word counts first. NVIDIA's GPUs are looked up; the peak of a CPU or an Apple GPU is what a bare matrix
+    product reached in that round.
     """
     given, environment = getattr(params.peak_tflops, precision), measurement.environment
-    if given is None and environment.device == "cpu":
+    if given is None and devices.peak_is_measured(environment.device):
         return [one.matmul_tflops[matmul_kind(precision)] for one in measurement.rounds]
     known = given or cost.KNOWN_PEAKS.get(environment.device_name, {}).get(precision)
     return [known] * len(measurement.rounds) if known else None

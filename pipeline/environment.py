@@ -10,12 +10,14 @@ import sysconfig
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from gpt2_ladder import config
 from gpt2_ladder.config import Environment
 from pipeline import ENVIRONMENT, run, write_json
 
 AMPERE = 8.0  # the first compute capability with bfloat16
+UNTRIED = "torch's compiler for Apple's GPUs is young, and nobody has tried it with this project"
 # What Inductor will ask of the compiler: Python's headers, OpenMP and a shared library.
 PROBE = '#include <Python.h>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
 
@@ -30,13 +32,20 @@ def main() -> None:
 def describe() -> Environment:
     """Look at this machine without importing torch, which would cost seconds at every `dvc repro`."""
     torch_version = version("torch")
-    gpu = None if torch_version.endswith("+cpu") else _first_gpu()
-    cpu_name, cpu_flags, cores = _cpu()
+    device_name, cpu_flags, cores = _cpu()
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    bf16, problem = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}), compile_problem()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if visible not in ("", "-1"):  # by which every GPU is hidden, Apple's too
+        if not torch_version.endswith("+cpu") and (gpu := _nvidia_gpu(visible)):
+            device, device_name, bf16 = "cuda", gpu[0], gpu[1] >= AMPERE
+        elif apple := _apple_gpu():
+            device, device_name, bf16, problem = "mps", apple, True, UNTRIED  # Metal has bfloat16 since macOS 14
     return Environment(
-        device="cuda" if gpu else "cpu",
-        device_name=gpu[0] if gpu else cpu_name,
-        bf16=gpu[1] >= AMPERE if gpu else bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}),
-        compile_problem=compile_problem(),
+        device=device,
+        device_name=device_name,
+        bf16=bf16,
+        compile_problem=problem,
         threads=int(os.environ.get("OMP_NUM_THREADS", cores)),
         python=platform.python_version(),
         torch=torch_version,
@@ -64,21 +73,25 @@ def compile_problem(compiler: str | None = None) -> str | None:
     return f"'{compiler}' cannot build a shared library: {reason}"
 
 
-def _first_gpu() -> tuple[str, float] | None:
-    """Return name and compute capability of the GPU that torch will use, None where nvidia-smi shows none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if visible in ("", "-1"):
-        return None
-    command = ["nvidia-smi", f"--id={visible}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+def _nvidia_gpu(index: str) -> tuple[str, float] | None:
+    """Return name and compute capability of GPU `index`, None where nvidia-smi shows none."""
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    name, capability = result.stdout.strip().rsplit(", ", 1)
-    try:
+        name, capability = _ask(command).rsplit(", ", 1)
         return name, float(capability)
-    except ValueError:  # a driver too old to know the field
+    except (OSError, subprocess.CalledProcessError, ValueError):  # none, or a driver too old to know the field
         return None
+
+
+def _apple_gpu() -> str | None:
+    """Return the chip's name on a Mac with Apple's own, None elsewhere."""
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
+        return None
+    return _ask(["sysctl", "-n", "machdep.cpu.brand_string"])
+
+
+def _ask(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu() -> tuple[str, set[str], int]:

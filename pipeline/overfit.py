@@ -22,7 +22,7 @@ def main() -> None:
     autocast = runtime.set_precision(level.precision, device)
     csv = RESULTS / "overfit" / "steps.csv"
     with trainer.open_tracker("overfit", "overfit", params, level, shape, environment, csv) as tracker:
-        steps = training.train(model, optimizer, repeat(batch, shape.steps), autocast, device)
+        steps = training.train(model, optimizer, repeat(batch, shape.steps), autocast, device, shape.batch_size)
         losses = [step.loss for step in trainer.follow(steps, tracker, "overfit", shape.steps)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}
         tracker.summarize(result)

@@ -31,7 +31,15 @@ def main() -> None:
         agreement = parity.compare(name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected)
         print(f"{name:8}  largest {agreement.largest:.6f} at step {agreement.largest_step}, allowed {tolerance}")
         found[name] = {"switches": level.model_dump(), **agreement.as_json()}
-    write_json(PARITY, {"environment": environment.fingerprint, "baseline": baseline, "levels": found})
+    write_json(
+        PARITY,
+        {
+            "environment": environment.fingerprint,
+            "baseline": baseline,
+            "micro_batch": min(results[name]["micro_batch"] for name in found),  # the benchmark's, for all levels
+            "levels": found,
+        },
+    )
 
 
 def check_matmul_precision(name: str, level: Level, recorded: str) -> None:

@@ -1,14 +1,15 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
+import json
 import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_ladder import config, data, metrics, runtime, training
+from gpt2_ladder import config, data, devices, metrics, runtime, training
 from gpt2_ladder.config import Params, Switches, UserError
 from gpt2_ladder.model import GPT
-from pipeline import RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
+from pipeline import PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
 
 
 def main(name: str) -> None:
@@ -29,8 +30,8 @@ def train(
     environment, shape = read_environment(), params.shape(group)
     result: dict[str, Any] = {
         "status": "trained",
-        "reason": runtime.why_skipped(switches, environment, params.run_slow_levels),
-        "note": runtime.what_to_know(switches, environment),
+        "reason": devices.why_skipped(switches, environment, params.run_slow_levels),
+        "note": devices.what_to_know(switches, environment),
         "environment": environment.fingerprint,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,26 +45,30 @@ def train(
     train_shard, val_shard = data.open_shard(TRAIN_SHARD), data.open_shard(VAL_SHARD)
     train_batches = islice(data.batches(train_shard, shape.batch_size, shape.block_size), shape.steps)
     val_batches = data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size)
+    micro_batch = shape.batch_size if group == "quality" else json.loads(PROBE.read_text())["micro_batch"]
     device, model, optimizer = trainer.build(params, switches, environment)
+    kernel = trainer.attention_kernel(params, switches, micro_batch, shape.block_size, device)
     autocast = runtime.set_precision(switches.precision, device)
     with trainer.open_tracker(name, job_type, params, switches, shape, environment, folder / "steps.csv") as tracker:
         steps = trainer.follow(
-            training.train(model, optimizer, train_batches, autocast, device), tracker, name, shape.steps
+            training.train(model, optimizer, train_batches, autocast, device, micro_batch), tracker, name, shape.steps
         )
         step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
         tokens = shape.batch_size * shape.block_size
-        peak_memory_mib = runtime.peak_memory_mib(device)  # of the training, before validation adds to it
+        peak_memory_mib = devices.peak_memory_mib(device)  # of the training, before validation adds to it
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "loss_first": steps[0].loss,
             "loss_last": steps[-1].loss,
-            "val_loss": training.evaluate(model, val_batches, autocast, device),
+            "val_loss": training.evaluate(model, val_batches, autocast, device, steps[-1].micro_batch),
             "epochs_seen": shape.steps * tokens / len(train_shard),
             "step_ms": step_ms,
             "tokens_per_second": metrics.tokens_per_second(tokens, step_ms),
             "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if switches.compile else None,
             "compile_cache": runtime.compile_cache() if switches.compile else None,
             "peak_memory_mib": peak_memory_mib,
+            "micro_batch": steps[-1].micro_batch,
+            "attention_kernel": kernel,
             "float32_matmul_precision": runtime.float32_matmul_precision(),
         }
         tracker.summarize(result)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_ladder import progress, runtime, tracking, training
+from gpt2_ladder import devices, progress, runtime, tracking, training
 from gpt2_ladder.config import Environment, Params, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
@@ -17,11 +17,22 @@ def build(
     params: Params, switches: Switches, environment: Environment
 ) -> tuple[torch.device, GPT, torch.optim.Optimizer]:
     """Return the device, the network with `switches` on it, seeded, and its optimizer."""
-    device = runtime.open_device(environment.device, environment.threads)
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     model = GPT(params.gpt(switches), params.seed).to(device)
     if switches.compile:
         runtime.compile_model(model)
     return device, model, training.make_optimizer(model, params.size.learning_rate, params.optimizer)
+
+
+def attention_kernel(
+    params: Params, switches: Switches, rows: int, block_size: int, device: torch.device
+) -> str | None:
+    """Return which kernel attends at `switches` to `rows` x `block_size` tokens; None where it is written out."""
+    if switches.attention == "eager":
+        return None
+    size, kind = params.size, torch.bfloat16 if switches.precision == "bf16" else torch.float32
+    shape = (rows, size.n_head, block_size, size.n_embd // size.n_head)  # (B, H, T, D)
+    return devices.attention_kernel(torch.empty(shape, dtype=kind, device=device, requires_grad=True))
 
 
 def open_tracker(

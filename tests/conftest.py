@@ -60,6 +60,11 @@ def measurement(**step_ms: list[float]) -> Measurement:
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="run the gpu tests on a CPU, with the tiny model")
+    parser.addoption("--gpu-report", default="gpu-report.md", help="where the gpu tests write what they found")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the climb and end with what waits for it, so that the second worker has something to do meanwhile."""
     places = {"test_pipeline.py": 0, "test_experiments.py": 2}

@@ -44,22 +44,22 @@ class Recorder(TorchDispatchMode):
         return [name for name, _, _ in self.calls]
 
 
-def record(switches: Switches) -> tuple[Recorder, GPT, torch.Tensor]:
-    """The operators of forward, loss and backward of a step of a small network at `switches`, the network, its loss."""
+def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype, torch.dtype]]:
+    """The operators of a step at `switches` up to the optimizer, the network, and the types of its logits and loss."""
     network = GPT(tiny(attention=switches.attention, tie_weights=switches.tie_weights, init=switches.init))
-    x, y = random_ids(B, T), random_ids(B, T, seed=1)
-    recorder = Recorder()
+    outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    network.register_forward_hook(lambda _, __, output: outputs.append(output))
+    batch = random_ids(B, T), random_ids(B, T, seed=1)
     autocast = runtime.set_precision(switches.precision, CPU)
-    with recorder:
-        with autocast:
-            _, loss = network(x, y)
-        loss.backward()
-    return recorder, network, loss
+    with Recorder() as recorder:
+        training.accumulate(network, batch, autocast, CPU, micro_batch=B)
+    ((logits, loss),) = outputs
+    return recorder, network, (logits.dtype, loss.dtype)
 
 
 def audit(switches: Switches) -> None:
     """Assert that a step at `switches` computes what they say."""
-    recorder, network, loss = record(switches)
+    recorder, network, (logits, loss) = record(switches)
     matmuls = [(name, ins) for name, ins, _ in recorder.calls if name in MATMULS]
     per_layer = 4 if switches.attention == "flash" else 6  # four linear layers; eager has two products of its own
     forward = N_LAYER * per_layer + 1  # and the head: 73 and 49 for twelve layers
@@ -70,7 +70,7 @@ def audit(switches: Switches) -> None:
     squares = [shape for _, _, shapes in recorder.calls for shape in shapes if tuple(shape[-2:]) == (T, T)]
     assert bool(squares) == (switches.attention == "eager")
     assert "aten._local_scalar_dense" not in recorder.names()  # .item(): on a GPU it waits for everything before it
-    assert loss.dtype == torch.float32
+    assert (logits, loss) == (TYPES[switches.precision], torch.float32)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
 
@@ -108,6 +108,14 @@ def with_item(forward: Callable) -> Callable:
     return looks_at_a_value
 
 
+@contextmanager
+def item_beside_the_network() -> Iterator[None]:
+    split = training.split
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "split", lambda batch, rows: (batch[0].max().item(), *split(batch, rows))[1:])
+        yield
+
+
 def in_float32(forward: Callable) -> Callable:
     def leaves_autocast(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -128,6 +136,7 @@ def autocast_left_off() -> Iterator[None]:
     [
         pytest.param(eager_attention_under_flash, id="eager attention under flash"),
         pytest.param(lambda: wrapped_forward(model.MLP, with_item), id=".item() in the step"),
+        pytest.param(item_beside_the_network, id=".item() beside the network"),
         pytest.param(lambda: wrapped_forward(model.MLP, in_float32), id="float32 products under bf16"),
         pytest.param(autocast_left_off, id="autocast left off"),
     ],

@@ -21,7 +21,7 @@ def weights() -> Weights:
 
 def arms(count: int = 3) -> list[Arm]:
     lender = weights()
-    return [Arm(f"arm{i}", *lender.lend(tiny()), "bf16" if i else "fp32") for i in range(count)]
+    return [Arm(f"arm{i}", *lender.lend(tiny()), "bf16" if i else "fp32", 2) for i in range(count)]
 
 
 def measure(contestants, rounds=6, seconds=1e9, seed=0):
@@ -85,14 +85,14 @@ def test_each_round_has_one_batch_for_all(monkeypatch):
 def test_precision_is_each_arms_own_and_restored_afterwards(monkeypatch):
     seen = []
 
-    def train_step(model, optimizer, batch, autocast, device):
+    def train_step(model, optimizer, batch, autocast, device, micro_batch):
         with autocast:
             seen.append((runtime.float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
         return torch.zeros(()), 1.0
 
     monkeypatch.setattr(training, "train_step", train_step)
     lender = weights()
-    contestants = [Arm(precision, *lender.lend(tiny()), precision) for precision in ("fp32", "tf32", "bf16")]
+    contestants = [Arm(precision, *lender.lend(tiny()), precision, 2) for precision in ("fp32", "tf32", "bf16")]
     orders = [one.order for one in measure(contestants, rounds=5)]
     expected = {"fp32": ("ieee", False), "tf32": ("tf32", False), "bf16": ("ieee", True)}
     assert seen == [expected[name] for order in orders for name in order]
@@ -112,7 +112,7 @@ def test_time_ends_the_rounds_but_some_there_are(monkeypatch):
 def test_compilation_happens_in_the_warm_up_and_never_while_the_clock_runs():
     (model, optimizer), (other, _) = (lender := weights()).lend(tiny()), lender.lend(tiny())
     model.compile(backend="eager", dynamic=False, fullgraph=True)
-    contestants = [Arm("compiled", model, optimizer, "fp32"), Arm("plain", other, optimizer, "fp32")]
+    contestants = [Arm("compiled", model, optimizer, "fp32", 2), Arm("plain", other, optimizer, "fp32", 2)]
     assert sorted(benchmark.warm_up(contestants, BATCHES[0], CPU, seed=0)) == ["compiled"] * 2 + ["plain"] * 2
     measure(contestants)
     longer = [(random_ids(time=24), random_ids(time=24))]  # another shape than the one that was compiled
@@ -121,6 +121,6 @@ def test_compilation_happens_in_the_warm_up_and_never_while_the_clock_runs():
 
 
 def test_a_bare_product_is_timed_in_every_round(monkeypatch):
-    monkeypatch.setattr(runtime, "matmul_tflops", lambda precision, device: {"fp32": 1.0, "bf16": 2.0}[precision])
+    monkeypatch.setattr(benchmark, "matmul_tflops", lambda precision, device: {"fp32": 1.0, "bf16": 2.0}[precision])
     found = list(benchmark.measure(arms(2), BATCHES, CPU, 3, 1e9, 0, ("fp32", "bf16")))
     assert [one.matmul_tflops for one in found] == [{"fp32": 1.0, "bf16": 2.0}] * 3

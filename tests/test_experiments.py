@@ -3,10 +3,14 @@
 import json
 import time
 
+import pytest
 from climbing import call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
+from test_out_of_memory import Capped
 
 from gpt2_ladder import config
+from gpt2_ladder.config import UserError
+from pipeline.train import train
 
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
@@ -55,10 +59,35 @@ def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(f
 
 
 def test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going(first_run, clone):
-    set_param(clone, "levels.tf32.vocab_size", 4_000_000_000_000)  # fits no memory
-    set_param(clone, "levels.tied.attention", "flash")
+    set_param(clone, "levels.tied.vocab_size", 4_000_000_000_000)  # fits no memory
     set_param(clone, "levels.init.attention", "flash")
     ran = stages_that_ran(call(clone, "dvc", "repro", "--keep-going", exit_code=255))
-    assert ran == {"environment", "train@tied", "train@init", "train@tf32"}
+    assert ran == {"environment", "probe", "train@tied", "train@init"}
     assert read_metrics(clone, "levels/init")["status"] == "trained"
     get_back(clone)
+
+
+def test_a_stage_that_runs_out_of_memory_goes_on_with_half_and_says_so(clone, tmp_path, monkeypatch):
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    params = config.load()
+    fp32 = params.levels["fp32"]
+    with Capped(float("inf")) as memory:
+        train(params, "fp32", "train", fp32, "speed", tmp_path / "whole")
+    with Capped(memory.peak - 2**20):
+        train(params, "fp32", "train", fp32, "speed", tmp_path / "halved")
+    whole, halved = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "halved"))
+    assert (whole["micro_batch"], halved["micro_batch"]) == (2, 1)
+    assert halved["loss_last"] == pytest.approx(whole["loss_last"], abs=1e-4)
+    assert halved["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+
+
+def test_a_stage_that_cannot_go_on_leaves_no_result(clone, tmp_path, monkeypatch):
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    params = config.load()
+    # the weights, 13 MB, fit, twice while they are drawn; one row's logits and their logarithms do not
+    with Capped(30e6), pytest.raises(UserError, match="out of memory with one row at a time"):
+        train(params, "fp32", "train", params.levels["fp32"], "speed", tmp_path / "failed")
+    assert [path.name for path in (tmp_path / "failed").iterdir()] == ["steps.csv"]
+    assert len((tmp_path / "failed" / "steps.csv").read_text().splitlines()) == 1  # its head

@@ -12,6 +12,7 @@ LEAVES = {
     "model",
     "data",
     "runtime",
+    "devices",
     "artifacts",
     "metrics",
     "cost",

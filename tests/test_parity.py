@@ -30,7 +30,7 @@ def losses(precision="fp32", attention="eager", vocab_size=97, n_embd=256, batch
     optimizer = training.make_optimizer(network, 3e-4, SETTINGS)
     batches = (batch(x, y) for x, y in islice(data.batches(TEXT, 8, 32), STEPS))
     autocast = runtime.set_precision(precision, CPU)
-    return [step.loss for step in training.train(network, optimizer, batches, autocast, CPU)]
+    return [step.loss for step in training.train(network, optimizer, batches, autocast, CPU, 2)]
 
 
 def compare(name: str, found: list[float], baseline: list[float], expected: float = 0.0) -> parity.Parity:

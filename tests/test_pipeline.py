@@ -12,7 +12,8 @@ LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
 
 def test_every_stage_runs(first_run):
-    others = {"environment", "download", "tokenize", "verify", "overfit", "parity", "benchmark", "trial", "report"}
+    others = {"environment", "download", "tokenize", "verify", "overfit", "probe"}
+    others |= {"parity", "benchmark", "trial", "report"}
     assert stages_that_ran(first_run) == others | {f"train@{level}" for level in LEVELS}
 
 
@@ -104,7 +105,7 @@ def test_plots_are_a_page_that_loads_nothing(first_run, clone):
 def test_a_level_that_computes_something_else_stops_before_the_benchmark(first_run, clone):
     set_param(clone, "levels.bf16.init", "pytorch")
     output = call(clone, "dvc", "repro", exit_code=255)
-    assert stages_that_ran(output) == {"environment", "train@bf16", "parity"}
+    assert stages_that_ran(output) == {"environment", "probe", "train@bf16", "parity"}
     get_back(clone)
 
 
@@ -123,7 +124,7 @@ def test_a_new_level_is_one_row(first_run, clone):
     last = config.load(clone / "params.yaml").levels[LEVELS[-1]]
     set_param(clone, "levels.mine", last.model_dump() | {"compile": not last.compile})
     assert stages_that_ran(call(clone, "dvc", "repro")) == {
-        *("environment", "train@mine", "parity", "benchmark", "report")
+        *("environment", "probe", "train@mine", "parity", "benchmark", "report")
     }
     assert "| mine " in (clone / "results/report/ladder.md").read_text()
     shutil.rmtree(clone / "results/levels/mine")  # untracked, so git restore leaves it
@@ -133,6 +134,6 @@ def test_a_new_level_is_one_row(first_run, clone):
 def test_an_edited_row_runs_that_level_alone(first_run, clone):
     set_param(clone, "levels.init.init", "pytorch")
     assert stages_that_ran(call(clone, "dvc", "repro")) == {
-        *("environment", "train@init", "parity", "report")  # no quality row concerns the benchmark
+        *("environment", "probe", "train@init", "parity", "report")  # no quality row concerns the benchmark
     }
     get_back(clone)

@@ -4,15 +4,18 @@ import gzip
 import json
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from gpt2_ladder import profiling
 
-CPU = torch.device("cpu")
+ONLY_CPU = [ProfilerActivity.CPU]
 
 
 def test_the_costliest_operator_comes_first_and_the_trace_is_kept(tmp_path):
     large, small = torch.randn(512, 512), torch.randn(8)
-    found = profiling.profile_step(lambda: (large @ large, small + 1, small + 2), CPU, tmp_path / "a" / "step.json.gz")
+    found = profiling.profile_step(
+        lambda: (large @ large, small + 1, small + 2), ONLY_CPU, tmp_path / "a" / "step.json.gz"
+    )
     assert found[0].name == "aten::mm"
     assert found[0].calls == 1
     assert found[0].self_ms > 0.1  # 0.27 GFLOP: a tenth of a millisecond would be 2.7 TFLOP/s
@@ -29,6 +32,8 @@ def test_inductors_kernels_go_by_one_name(tmp_path):
 
     compiled, x = torch.compile(step), torch.randn(64, 64)
     compiled(x)
-    names = {operator.name for operator in profiling.profile_step(lambda: compiled(x), CPU, tmp_path / "step.json.gz")}
+    names = {
+        operator.name for operator in profiling.profile_step(lambda: compiled(x), ONLY_CPU, tmp_path / "step.json.gz")
+    }
     assert profiling.FUSED in names
     assert not {"aten::sin", "aten::mul"} & names

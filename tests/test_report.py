@@ -25,6 +25,8 @@ TRAINED = {
     "compile_seconds": None,
     "compile_cache": None,
     "peak_memory_mib": 2048.0,
+    "micro_batch": 2,
+    "attention_kernel": None,
     "float32_matmul_precision": "ieee",
 }
 SKIPPED = {**TRAINED, "status": "skipped", "reason": "no compiler"} | dict.fromkeys(metrics.MEASURED)
@@ -46,6 +48,7 @@ def gains() -> dict:
         "environment": environment().fingerprint,
         "estimator": RUN.estimator,
         "rounds": 4,
+        "peak_source": "a bare matrix product in the same round",
         "control": {"ratio": 1.0, "low": 0.99, "high": 1.01},
         "levels": levels,
     }
@@ -77,6 +80,7 @@ def facts(
         gains=gains(),
         parity={
             "baseline": "fp32",
+            "micro_batch": 2,
             "environment": environment().fingerprint,
             "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels},
         },
@@ -231,3 +235,11 @@ def test_two_machines_stand_side_by_side_and_no_number_mixes_them():
         ["compile", "120", "1.25 [1.24, 1.50]", report.MISSING, report.MISSING],
         ["padded", report.MISSING, report.MISSING, "9", "1.11 [1.11, 1.11]"],
     ]
+
+
+def test_a_micro_batch_is_said_and_more_so_where_levels_differ():
+    assert report.micro_batch_notes({"fp32": {"micro_batch": 2}, "bf16": {"micro_batch": 2}}, 2) == []
+    (note,) = report.micro_batch_notes({"fp32": {"micro_batch": 4}, "bf16": {"micro_batch": 4}}, 16)
+    assert note == "memory holds 4 of a batch's 16 rows at a time: gradients were accumulated"
+    _, other = report.micro_batch_notes({"fp32": {"micro_batch": 8}, "bf16": {"micro_batch": 4}}, 16)
+    assert other.startswith("`fp32` was trained with 8 rows at a time where others had 4")

@@ -24,6 +24,7 @@ from pipeline import (
     environment,
     overfit,
     parity,
+    plan,
     read_environment,
     run,
     trainer,
@@ -46,6 +47,40 @@ def test_an_environment_variable_decides_about_threads(monkeypatch):
     assert environment.describe().threads == 7
 
 
+def command(folder: Path, name: str, prints: str) -> None:
+    """Put a program called `name` into `folder`."""
+    (folder / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
+    (folder / name).chmod(0o755)
+
+
+def test_an_nvidia_gpu_is_found_by_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(environment, "version", lambda _: "2.13.0")  # not the CPU's wheel
+    for capability, bf16 in (("9.0", True), ("7.5", False)):
+        command(tmp_path, "nvidia-smi", f"NVIDIA X, {capability}")
+        found = environment.describe()
+        assert (found.device, found.device_name, found.bf16) == ("cuda", "NVIDIA X", bf16)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert environment.describe().device == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    command(tmp_path, "nvidia-smi", "No devices were found")
+    assert environment.describe().device == "cpu"
+
+
+def test_an_apple_gpu_is_found_and_is_not_compiled_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    command(tmp_path, "sysctl", "Apple M3")
+    monkeypatch.setattr(environment.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(environment.platform, "machine", lambda: "arm64")
+    found = environment.describe()
+    assert (found.device, found.device_name, found.bf16) == ("mps", "Apple M3", True)
+    assert "nobody has tried it" in (found.compile_problem or "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert environment.describe().device == "cpu"
+
+
 def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = config.load(REPOSITORY / "params.yaml")
@@ -55,7 +90,7 @@ def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monk
     written = json.loads((tmp_path / "flash" / "metrics.json").read_text())
     assert (written["status"], written["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {written[name] for name in metrics.MEASURED} == {None}
-    assert (tmp_path / "flash" / "steps.csv").read_text() == "step,loss,step_ms,tokens_per_second\n"
+    assert (tmp_path / "flash" / "steps.csv").read_text() == "step,loss,step_ms,tokens_per_second,micro_batch\n"
 
 
 def test_an_unknown_level_is_named(monkeypatch):
@@ -152,7 +187,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
         def log(self, step):
             self.logged.append(step)
 
-    steps = (Step(index, loss, 1.0, 1.0) for index, loss in enumerate([3.0, math.nan, 2.0]))
+    steps = (Step(index, loss, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
     with pytest.raises(UserError, match="bf16: the loss is nan at step 1"):
         trainer.follow(steps, Recorder(), "bf16", total=3)
     assert len(Recorder.logged) == 2
@@ -174,7 +209,7 @@ def params_with(**changes: object) -> config.Params:
 def test_the_baseline_has_a_second_arm_of_its_own():
     params = params_with(model="tiny")
     levels = {name: params.levels[name] for name in ("fp32", "bf16", "padded")}
-    arms = benchmark_stage.build_arms(params, levels, torch.device("cpu"))
+    arms = benchmark_stage.build_arms(params, levels, torch.device("cpu"), 2)
     assert [arm.name for arm in arms] == ["fp32", "bf16", "padded", "control"]
     assert arms[0].model is not arms[3].model
     assert arms[0].optimizer is arms[1].optimizer is arms[3].optimizer is not arms[2].optimizer
@@ -208,7 +243,7 @@ def test_gains_come_with_rates_and_shares_of_the_peak():
 def test_each_level_leaves_its_costs_and_a_trace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = params_with(model="tiny")
-    arms = benchmark_stage.build_arms(params, {"fp32": params.levels["fp32"]}, torch.device("cpu"))
+    arms = benchmark_stage.build_arms(params, {"fp32": params.levels["fp32"]}, torch.device("cpu"), 1)
     ids = torch.zeros(1, 8, dtype=torch.int64)
     benchmark_stage.profile(arms, (ids, ids), torch.device("cpu"))
     written = json.loads(PROFILE.read_text())
@@ -243,3 +278,35 @@ def test_what_cannot_be_compared_is_named(tmp_path, monkeypatch):
         compare.main("other.json")
     with pytest.raises(UserError, match="0 arguments: give two levels"):
         compare.main()
+
+
+def test_a_plan_names_what_fits_and_refuses_what_is_no_memory(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    params = params_with(model="tiny")
+    monkeypatch.setattr(config, "load", lambda: params)
+    plan.main("--memory", "2GiB")
+    table = capsys.readouterr().out
+    assert "an NVIDIA GPU with 2GiB free" in table
+    assert all(f" {name} " in table for name in ("fp32", "tf32", "bf16", "compile", "flash", "padded"))
+    assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
+    with pytest.raises(UserError, match="--memory much: write a number and a unit, as in 24GiB"):
+        plan.main("--memory", "much")
+
+
+def test_levels_with_other_micro_batches_are_measured_with_the_least(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = config.load(REPOSITORY / "params.yaml")
+    found = machine()
+    write_json(ENVIRONMENT, found.model_dump())
+    for name, level in params.levels.items():
+        if level.group == "speed":
+            metrics = {
+                "status": "trained" if name in ("fp32", "bf16") else "skipped",
+                "float32_matmul_precision": "ieee",
+            }
+            metrics |= {"environment": found.fingerprint, "micro_batch": 2 if name == "fp32" else 1}
+            write_json(Path(f"results/levels/{name}/metrics.json"), metrics)
+            Path(f"results/levels/{name}/steps.csv").write_text("step,loss\n0,10.9\n1,9.9\n")
+    monkeypatch.setattr(config, "load", lambda: params)
+    parity.main()
+    assert json.loads(Path("results/parity.json").read_text())["micro_batch"] == 1

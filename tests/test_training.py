@@ -18,10 +18,10 @@ def batches(count: int = 4) -> list[training.Batch]:
     return [(random_ids(seed=2 * i), random_ids(seed=2 * i + 1)) for i in range(count)]
 
 
-def run(model: GPT, precision: str = "fp32", count: int = 4) -> list[float]:
+def run(model: GPT, precision: str = "fp32", count: int = 4, micro_batch: int = 2) -> list[float]:
     optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
     autocast = runtime.set_precision(precision, CPU)
-    return [step.loss for step in training.train(model, optimizer, batches(count), autocast, CPU)]
+    return [step.loss for step in training.train(model, optimizer, batches(count), autocast, CPU, micro_batch)]
 
 
 def test_the_losses_are_those_of_a_loop_by_hand():
@@ -44,7 +44,7 @@ def test_a_loss_is_measured_before_the_update_of_its_batch():
 def test_parameters_gradients_and_optimizer_state_stay_float32_under_bf16():
     model = GPT(tiny())
     optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
-    list(training.train(model, optimizer, batches(2), runtime.set_precision("bf16", CPU), CPU))
+    list(training.train(model, optimizer, batches(2), runtime.set_precision("bf16", CPU), CPU, 2))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     states = [value for state in optimizer.state.values() for value in state.values()]
@@ -68,7 +68,7 @@ def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
     model = GPT(tiny())
     optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
-    steps = training.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU)
+    steps = training.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU, 2)
     for step in steps:
         assert step.step_ms == 1000
         assert step.tokens_per_second == 32
@@ -78,7 +78,7 @@ def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
 def test_evaluation_is_the_mean_loss_and_changes_nothing():
     model = GPT(tiny())
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    value = training.evaluate(model, batches(3), runtime.set_precision("fp32", CPU), CPU)
+    value = training.evaluate(model, batches(3), runtime.set_precision("fp32", CPU), CPU, 2)
     assert value == pytest.approx(sum(model(x, y)[1].item() for x, y in batches(3)) / 3, abs=1e-6)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
@@ -86,7 +86,7 @@ def test_evaluation_is_the_mean_loss_and_changes_nothing():
 def test_evaluation_does_not_compile():
     model, compiled = GPT(tiny()), []
     model.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward, fullgraph=True)
-    training.evaluate(model, batches(1), runtime.set_precision("fp32", CPU), CPU)
+    training.evaluate(model, batches(1), runtime.set_precision("fp32", CPU), CPU, 2)
     assert compiled == []
     model(*batches(1)[0])
     assert len(compiled) == 1  # one graph, no break

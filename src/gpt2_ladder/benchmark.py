@@ -16,24 +16,26 @@ import torch
 
 from gpt2_ladder import runtime, training
 from gpt2_ladder.config import MINIMUM_ROUNDS, AdamW, GPTConfig
+from gpt2_ladder.devices import matmul_tflops
 from gpt2_ladder.gains import Round
 from gpt2_ladder.model import GPT
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One contestant: a network, its optimizer, and the precision at which it trains."""
+    """One contestant: a network, its optimizer, the precision at which it trains, and how many rows at a time."""
 
     name: str
     model: GPT
     optimizer: torch.optim.Optimizer
     precision: str
+    micro_batch: int
 
     def step(self, batch: training.Batch, device: torch.device) -> float:
         """Train on `batch` at this arm's precision, return the milliseconds, and leave float32 behind."""
         autocast = runtime.set_precision(self.precision, device)
         try:
-            return training.train_step(self.model, self.optimizer, batch, autocast, device)[1]
+            return training.train_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)[1]
         finally:
             runtime.set_precision("fp32", device)
 
@@ -108,5 +110,5 @@ def measure(
         order = dice.sample(arms, len(arms))
         with torch.compiler.set_stance("fail_on_recompile"):
             step_ms = {arm.name: arm.step(batch, device) for arm in order}
-        peaks = {precision: runtime.matmul_tflops(precision, device) for precision in matmuls}
+        peaks = {precision: matmul_tflops(precision, device) for precision in matmuls}
         yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)

@@ -146,6 +146,7 @@ class Params(Switches):
     model: Literal["gpt2", "tiny"]
     machine: Literal["cpu", "gpu"]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    deterministic: bool
     run_slow_levels: bool
     pretrained: Pretrained
     optimizer: AdamW
@@ -208,7 +209,7 @@ class Params(Switches):
 class Environment(Strict):
     """What the environment stage found out about this machine; a level re-runs when any of it changes."""
 
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]
     device_name: str
     bf16: bool
     compile_problem: str | None  # why torch.compile cannot work here, None where it can

@@ -14,12 +14,14 @@ class Step:
         loss: mean cross-entropy in nats of this step's batch, before its update.
         step_ms: milliseconds for zero_grad, forward, loss, backward and optimizer step, the device synchronized.
         tokens_per_second: the batch's tokens over step_ms.
+        micro_batch: how many rows of the batch went through the network at a time.
     """
 
     step: int
     loss: float
     step_ms: float
     tokens_per_second: float
+    micro_batch: int
 
 
 STEP_FIELDS = tuple(field.name for field in fields(Step))
@@ -36,6 +38,8 @@ MEASURED = (
     "compile_seconds",
     "compile_cache",
     "peak_memory_mib",
+    "micro_batch",
+    "attention_kernel",
     "float32_matmul_precision",
 )
 

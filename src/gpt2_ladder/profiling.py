@@ -1,11 +1,10 @@
 """Where a step's time goes, by torch.profiler."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 FUSED = "fused by torch.compile"  # one name for Inductor's kernels, whose own differ from graph to graph
@@ -28,14 +27,13 @@ class Operator:
     self_ms: float
 
 
-def profile_step(step: Callable[[], object], device: torch.device, trace: Path) -> list[Operator]:
+def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:
     """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities) as profiler:
         step()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
+    on_gpu = ProfilerActivity.CUDA in activities
     calls: Counter[str] = Counter()
     self_us: Counter[str] = Counter()
     for event in profiler.key_averages():

@@ -147,6 +147,21 @@ def undecided(gains: Metrics) -> list[str]:
     return lines
 
 
+def micro_batch_notes(results: Mapping[str, Metrics], batch_size: int) -> list[str]:
+    """Return what a reader must know where a whole batch of a speed level did not fit into memory at once."""
+    rows = {name: found["micro_batch"] for name, found in results.items()}
+    least = min(rows.values())
+    if least == batch_size:
+        return []
+    notes = [f"memory holds {least} of a batch's {batch_size} rows at a time: gradients were accumulated"]
+    return notes + [
+        f"`{name}` was trained with {many} rows at a time where others had {least}: compare the benchmark, which gave "
+        f"all {least}, not the trainings' tokens/s and memory"
+        for name, many in rows.items()
+        if many != least
+    ]
+
+
 def side_by_side(here: Measurement, there: Measurement) -> Table:
     """Return two machines' gains as a table, titles first.
 
@@ -194,6 +209,7 @@ def facts(
         for name, metrics in {**results, "trial": trial}.items()
         if metrics["reason"] or metrics["note"]
     ]
+    notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, shapes["speed"].batch_size)
     measured = {name: found["over_baseline"] for name, found in gains["levels"].items() if found["over_baseline"]}
     fastest = max(measured, key=lambda name: measured[name]["ratio"], default=parity["baseline"])
     over = measured.get(fastest)
@@ -208,6 +224,7 @@ def facts(
         "judged": max(found["steps"] for found in parity["levels"].values()),
         "control": str(Gain(**gains["control"])),
         "estimator": gains["estimator"],
+        "peak_source": gains["peak_source"],
         "rounds": gains["rounds"],
         "speed": speed_table(levels, results, gains, parity),
         "training": training_table(levels, results, trial),
@@ -221,6 +238,7 @@ def facts(
         "environment": environment,
         "shapes": shapes,
         "verify": verify,
+        "kernels": {name: found for name in parity["levels"] if (found := results[name]["attention_kernel"])},
         "weights": WEIGHTS[verify["weights"]],
         "overfit": overfit,
     }

@@ -1,17 +1,22 @@
 """The training loop, the same at every level: what differs between levels comes in as an argument."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gpt2_ladder import config, metrics, runtime
+from gpt2_ladder import config, metrics
+from gpt2_ladder.config import UserError
+from gpt2_ladder.devices import forget_peak_memory, is_out_of_memory, synchronize
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 
 Batch = tuple[Tensor, Tensor]
+Result = TypeVar("Result")
 
 
 def make_optimizer(model: GPT, learning_rate: float, settings: config.AdamW) -> torch.optim.AdamW:
@@ -25,27 +30,60 @@ def make_optimizer(model: GPT, learning_rate: float, settings: config.AdamW) -> 
     )
 
 
+def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield `micro_batch` rows of `batch` after another, (micro_batch, T) twice, and their share of all its rows."""
+    for x, y in zip(*(ids.split(micro_batch) for ids in batch), strict=True):
+        yield x, y, len(x) / len(batch[0])
+
+
+def accumulate(
+    model: GPT, batch: Batch, autocast: AbstractContextManager[object], device: torch.device, micro_batch: int
+) -> Tensor:
+    """Add the gradient of the mean loss over `batch`, int64 (B, T) twice, to the parameters', and return that loss.
+
+    `micro_batch` rows at a time go through the network: fewer need less memory and give the same sum, up to rounding.
+    `autocast` is entered around forward and loss only.
+    """
+    total = torch.zeros((), device=device)
+    for x, y, share in split(batch, micro_batch):
+        with autocast:
+            loss = model(x, y)[1]  # the logits are let go: held until the end of the step, they would add to its peak
+        (loss * share).backward()
+        total += loss.detach() * share
+    return total
+
+
 def train_step(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     autocast: AbstractContextManager[object],
     device: torch.device,
+    micro_batch: int,
 ) -> tuple[Tensor, float]:
     """Train on one batch, a pair of int64 (B, T); return its loss before the update, and how many ms that took.
 
-    `autocast` is entered around forward and loss only. The batch reaches the device before the clock starts.
+    The batch reaches the device before the clock starts.
+
+    Raises:
+        UserError: memory ran out in the optimizer's step, which leaves some parameters updated and others not.
     """
-    x, y = (ids.to(device) for ids in batch)  # (B, T) each
-    runtime.synchronize(device)
+    batch = batch[0].to(device), batch[1].to(device)  # (B, T) each
+    synchronize(device)
     start = time.perf_counter()
     optimizer.zero_grad()
-    with autocast:
-        _, loss = model(x, y)
-    loss.backward()
-    optimizer.step()
-    runtime.synchronize(device)
-    return loss.detach(), (time.perf_counter() - start) * 1000
+    loss = accumulate(model, batch, autocast, device, micro_batch)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory in the optimizer's step, which no smaller micro-batch makes smaller: {error}; "
+            "`make plan` says what fits here"
+        ) from None
+    synchronize(device)
+    return loss, (time.perf_counter() - start) * 1000
 
 
 def train(
@@ -54,26 +92,58 @@ def train(
     batches: Iterable[Batch],
     autocast: AbstractContextManager[object],
     device: torch.device,
+    micro_batch: int,
 ) -> Iterator[Step]:
     """Train on each of `batches` and yield its Step as soon as it is done.
 
-    The clock stops before the yield: what the consumer does with a Step (logging, drawing, writing) is not timed.
+    Where memory runs out, the step is taken again from the same rows with half the micro-batch, and so are all that
+    follow. The clock stops before the yield: what the consumer does with a Step (logging, writing) is not timed.
+
+    Raises:
+        UserError: memory runs out with a micro-batch of one row.
     """
     model.train()
     for index, batch in enumerate(batches):
-        loss, step_ms = train_step(model, optimizer, batch, autocast, device)
-        yield Step(index, loss.item(), step_ms, metrics.tokens_per_second(batch[0].numel(), step_ms))
+        step = partial(train_step, model, optimizer, batch, autocast, device)
+        (loss, step_ms), micro_batch = within_memory(step, micro_batch, device)
+        yield Step(index, loss.item(), step_ms, metrics.tokens_per_second(batch[0].numel(), step_ms), micro_batch)
+
+
+def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
+    """Take `step` with `micro_batch` rows at a time, or half as many, and so on; return its result and how many.
+
+    Raises:
+        UserError: memory runs out with one row.
+    """
+    while True:
+        try:
+            return step(micro_batch), micro_batch
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())  # its text alone: the traceback would keep the activations alive
+        if micro_batch == 1:
+            raise UserError(f"out of memory with one row at a time ({reason}); `make plan` says what fits here")
+        print(f"out of memory with {micro_batch} rows at a time, on with {micro_batch // 2} ({reason})", flush=True)
+        micro_batch //= 2
+        forget_peak_memory(device)
 
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[Batch], autocast: AbstractContextManager[object], device: torch.device
+    model: GPT,
+    batches: Iterable[Batch],
+    autocast: AbstractContextManager[object],
+    device: torch.device,
+    micro_batch: int,
 ) -> float:
-    """Return the mean loss in nats over `batches`, all of one shape, without compiling for it."""
+    """Return the mean loss in nats over `batches`, all of one shape, `micro_batch` rows at a time; nothing compiles."""
     model.eval()
     losses = []
     with torch.compiler.set_stance("force_eager"):  # a compiled model would compile once more for inference
-        for x, y in batches:
-            with autocast:
-                losses.append(model(x.to(device), y.to(device))[1].item())
+        for batch in batches:
+            losses.append(0.0)
+            for x, y, share in split(batch, micro_batch):
+                with autocast:
+                    losses[-1] += model(x.to(device), y.to(device))[1].item() * share
     return sum(losses) / len(losses)

@@ -1,0 +1,72 @@
+"""Find how many rows of a batch fit into memory at once: one whole step of every speed level, before any is trained.
+
+Levels that are compared train with the same micro-batch: the largest that fits all of them, and the benchmark, which
+holds them all. Compiled levels are tried uncompiled; compilation would take minutes, and fuses memory away.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from gpt2_ladder import benchmark, config, devices, planning, runtime, training
+from gpt2_ladder.config import GPTConfig, Params, Switches, UserError
+from pipeline import PROBE, read_environment, run, write_json
+
+
+def main() -> None:
+    params, environment = config.load(), read_environment()
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    levels = {
+        name: level
+        for name, level in params.levels.items()
+        if level.group == "speed" and devices.why_skipped(level, environment, params.run_slow_levels) is None
+    }
+    micro_batch = find_micro_batch(params, levels, device)
+    print(f"probe: {micro_batch} of {params.shape('speed').batch_size} rows at a time", flush=True)
+    write_json(PROBE, {"micro_batch": micro_batch})
+
+
+def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: torch.device) -> int:
+    """Return the largest of batch_size, half of it, and so on, at which a step of each of `levels` fits into memory.
+
+    What is predicted not to fit is not tried: a CPU does not refuse memory, the system kills who asks for too much.
+
+    Raises:
+        UserError: one row is too much; it says what would fit.
+    """
+    shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.has_cuda_habits(device)
+    micro_batch, ids = shape.batch_size, torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
+    weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
+    distinct = {(params.gpt(switches), switches.precision): name for name, switches in levels.items()}
+    for (network, precision), name in distinct.items():
+
+        def fits(rows: int, block_size: int, network: GPTConfig = network, precision: str = precision) -> bool:
+            return planning.trace_step(network, precision == "bf16", rows, block_size, cuda).peak_bytes <= free
+
+        def step(rows: int, network: GPTConfig = network, precision: str = precision) -> None:
+            model, optimizer = weights.lend(network)
+            autocast = runtime.set_precision(precision, device)
+            training.train_step(model, optimizer, (ids, ids), autocast, device, rows)
+
+        try:
+            micro_batch = next((rows for rows in _halves(micro_batch) if fits(rows, shape.block_size)), 0)
+            if not micro_batch:
+                raise UserError("one row is predicted to be too much")
+            _, micro_batch = training.within_memory(step, micro_batch, device)
+        except UserError as error:
+            block_size = next((size for size in _halves(shape.block_size // 2) if fits(1, size)), None)
+            mend = "not even one token would fit: free memory, or take model: tiny"
+            if block_size:
+                mend = f"machines.{params.machine}.block_size: {block_size} would fit"
+            raise UserError(f"probe: level '{name}', {free / 2**30:.1f} GiB free: {error}; {mend}") from None
+    return micro_batch
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number:
+        yield number
+        number //= 2
+
+
+if __name__ == "__main__":
+    run(main)

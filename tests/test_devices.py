@@ -1,0 +1,171 @@
+"""What each device can and cannot do, and that nobody else asks which it is."""
+
+import ast
+import os
+
+import pytest
+import torch
+from conftest import REPOSITORY, environment
+
+from gpt2_ladder import devices
+from gpt2_ladder.config import Switches, UserError
+
+CPU = torch.device("cpu")
+
+
+def switches(**changes: object) -> Switches:
+    row = {"tie_weights": True, "init": "gpt2", "precision": "fp32", "compile": False, "attention": "eager"}
+    return Switches.model_validate({**row, "vocab_size": 50257, **changes})
+
+
+def test_a_level_is_skipped_only_where_the_machine_cannot_run_it():
+    assert devices.why_skipped(switches(precision="bf16", compile=True), environment(), False) is None
+    without_compiler = environment(compile_problem="no C++ compiler")
+    assert "no C++ compiler" in (devices.why_skipped(switches(compile=True), without_compiler, True) or "")
+    assert devices.why_skipped(switches(), without_compiler, False) is None
+    old_cpu, old_gpu = environment(bf16=False), environment(bf16=False, device="cuda")
+    assert "bfloat16" in (devices.why_skipped(switches(precision="bf16"), old_cpu, False) or "")
+    assert devices.why_skipped(switches(precision="bf16"), old_cpu, True) is None
+    assert devices.why_skipped(switches(precision="bf16"), old_gpu, False) is None
+    compiled = switches(precision="bf16", compile=True)
+    assert "compute capability 8.0" in (devices.why_skipped(compiled, old_gpu, True) or "")
+
+
+def test_a_switch_without_effect_or_hardware_is_noted():
+    assert "no effect" in (devices.what_to_know(switches(precision="tf32"), environment()) or "")
+    assert "emulated" in (devices.what_to_know(switches(precision="bf16"), environment(bf16=False)) or "")
+    assert devices.what_to_know(switches(precision="tf32"), environment(device="cuda")) is None
+    assert "no TF32" in (devices.what_to_know(switches(precision="tf32"), environment(device="cuda", bf16=False)) or "")
+    assert devices.what_to_know(switches(precision="bf16"), environment()) is None
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"has a GPU, but torch .* cannot use it"):
+        devices.open_device("cuda", torch.get_num_threads(), 0, False)
+
+
+def test_a_gpu_that_nvidia_smi_does_not_list_is_not_ignored(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"lists no GPU, but torch .* sees one"):
+        devices.open_device("cpu", torch.get_num_threads(), 0, False)
+
+
+def test_peak_memory_covers_what_was_allocated():
+    before = devices.peak_memory_mib(CPU)
+    torch.ones(int(before + 100) * 2**20, dtype=torch.uint8)
+    assert before + 100 <= devices.peak_memory_mib(CPU) < 3 * (before + 100)
+
+
+def test_opening_a_device_seeds_every_generator():
+    drawn = []
+    for seed in (1, 1, 2):
+        devices.open_device("cpu", torch.get_num_threads(), seed, deterministic=False)
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_gpu_is_asked_by_its_own_functions(monkeypatch, kind):
+    """There is none here: what is asked of torch is recorded instead."""
+    device, asked = torch.device(kind), []
+
+    def answer(name: str, value: object = None):
+        return lambda *_: asked.append(name) or value
+
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "synchronize", answer("cuda.synchronize"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", answer("cuda.max_memory_allocated", 3 * gib))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", answer("cuda.mem_get_info", (5 * gib, 8 * gib)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", answer("cuda.empty_cache"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", answer("cuda.reset_peak_memory_stats"))
+    monkeypatch.setattr(torch.mps, "synchronize", answer("mps.synchronize"))
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", answer("mps.driver_allocated_memory", 3 * gib))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", answer("mps.recommended_max_memory", 8 * gib))
+    monkeypatch.setattr(torch.mps, "empty_cache", answer("mps.empty_cache"))
+    devices.synchronize(device)
+    devices.forget_peak_memory(device)
+    assert devices.peak_memory_mib(device) == 3 * 1024
+    assert devices.free_memory(device) == 5 * gib
+    assert f"{kind}.synchronize" in asked
+    assert f"{kind}.empty_cache" in asked
+    assert {name.split(".")[0] for name in asked} == {kind}
+
+
+def test_free_memory_is_what_the_system_has():
+    assert 2**28 < devices.free_memory(CPU) < 2**46
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB)"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_known_in_every_devices_words(error, expected):
+    assert devices.is_out_of_memory(error) is expected
+
+
+def test_cpus_really_run_out_in_these_words():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert devices.is_out_of_memory(caught.value)
+
+
+def test_the_kernel_of_attention_is_torchs_own_choice():
+    q = torch.empty(2, 2, 16, 8, requires_grad=True)
+    assert devices.attention_kernel(q) == "FLASH_ATTENTION"
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        assert devices.attention_kernel(q) == "MATH"
+
+
+def test_math_on_an_nvidia_gpu_is_refused(monkeypatch):
+    class OnGpu:
+        device, shape, dtype = torch.device("cuda"), (16, 12, 1024, 64), torch.bfloat16
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla X")
+    for choice, kernel in ((1, "FLASH_ATTENTION"), (2, "EFFICIENT_ATTENTION"), (3, "CUDNN_ATTENTION")):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, choice=choice, **__: choice)
+        assert devices.attention_kernel(OnGpu()) == kernel
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
+    with pytest.raises(UserError, match=r"only its math kernel for \(16, 12, 1024, 64\) in torch.bfloat16 on Tesla X"):
+        devices.attention_kernel(OnGpu())
+
+
+DEVICES = {"cpu", "cuda", "mps"}
+
+
+def asks_for_a_device(source: str) -> list[int]:
+    """The lines that compare something with a device's name, or use torch.cuda or torch.mps."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+            lines += [node.lineno] * bool(words & DEVICES)
+        elif isinstance(node, ast.Attribute) and node.attr in DEVICES:
+            lines += [node.lineno] * (isinstance(node.value, ast.Name) and node.value.id == "torch")
+    return lines
+
+
+def test_only_the_adapter_asks_which_device_it_is():
+    for path in [*(REPOSITORY / "src" / "gpt2_ladder").glob("*.py"), *(REPOSITORY / "pipeline").glob("*.py")]:
+        assert bool(asks_for_a_device(path.read_text())) == (path.name == "devices.py"), path
+    assert asks_for_a_device("x = 1 if device.type == 'mps' else 2")
+    assert asks_for_a_device("torch.cuda.synchronize()")
+
+
+def test_deterministic_algorithms_are_switched_on_and_off_again(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    devices.set_deterministic(True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    devices.set_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,207 @@
+"""Memory runs out by injection, past a cap on live storage, and once for real: the loss curve does not notice."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import REPOSITORY, random_ids, tiny
+
+from gpt2_ladder import config, devices, planning, runtime, training
+from gpt2_ladder.config import AdamW, UserError
+from gpt2_ladder.model import GPT
+from pipeline import probe
+
+CPU = torch.device("cpu")
+SETTINGS = AdamW(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+B, T, STEPS = 8, 32, 5
+BATCHES = [(random_ids(B, T, seed=2 * i), random_ids(B, T, seed=2 * i + 1)) for i in range(STEPS)]
+
+
+class Capped(planning.LiveStorage):
+    """Refuses storage past `cap` bytes more than are alive when it begins, in CUDA's words."""
+
+    def __init__(self, cap: float):
+        super().__init__()
+        self.cap, self.refused = cap, 0
+
+    def _watch(self, storage: torch.UntypedStorage) -> bool:
+        new = super()._watch(storage)
+        if self.live > self.cap:
+            self.refused += 1
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {storage.nbytes()} bytes.")
+        return new
+
+
+def train(memory: Capped | None = None, micro_batch: int = B, before_step: dict | None = None):
+    """Train STEPS steps, the cap changed before the steps named in `before_step`; return steps and weights."""
+    model = GPT(tiny())
+    optimizer = training.make_optimizer(model, 1e-2, SETTINGS)
+    autocast = runtime.set_precision("fp32", CPU)
+    steps = []
+    with memory or nullcontext():
+        for step in training.train(model, optimizer, BATCHES, autocast, CPU, micro_batch):
+            steps.append(step)
+            if memory and before_step and step.step + 1 in before_step:
+                memory.cap = before_step[step.step + 1]
+    return steps, model.state_dict()
+
+
+def peak(micro_batch: int) -> int:
+    """The most bytes that a training with this micro-batch has alive."""
+    memory = Capped(float("inf"))
+    train(memory, micro_batch)
+    return memory.peak
+
+
+@pytest.mark.parametrize("micro_batch", [4, 3, 1])
+def test_accumulated_gradients_train_as_the_whole_batch_does(micro_batch):
+    (whole, weights), (parts, others) = train(), train(micro_batch=micro_batch)
+    assert [step.micro_batch for step in parts] == [micro_batch] * STEPS
+    # float32: another order of sums; five steps of AdamW at 1e-2 make 1e-7 of a gradient at most 1e-5 of a weight
+    assert [step.loss for step in parts] == pytest.approx([step.loss for step in whole], abs=1e-5)
+    torch.testing.assert_close(others, weights, rtol=0, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_scaled_by_its_share_would_be_found(monkeypatch):
+    whole, _ = train()
+    monkeypatch.setattr(training, "split", lambda batch, rows: ((x, y, 1.0) for x, y, _ in split(batch, rows)))
+    wrong, _ = train(micro_batch=4)
+    assert [step.loss for step in wrong] != pytest.approx([step.loss for step in whole], abs=1e-5)
+
+
+split = training.split
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(capsys):
+    memory = Capped((peak(4) + peak(2)) / 2)
+    steps, _ = train(memory)
+    assert memory.refused == 2  # 8 rows, 4 rows
+    assert [step.micro_batch for step in steps] == [2] * STEPS
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in train()[0]], abs=1e-5)
+    assert [step.step for step in steps] == list(range(STEPS))
+    assert "out of memory with 8 rows at a time, on with 4 (CUDA out of memory" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_the_middle_halves_from_there_on():
+    steps, weights = train(Capped(float("inf")), before_step={3: (peak(8) + peak(4)) / 2})
+    assert [step.micro_batch for step in steps] == [8, 8, 8, 4, 4]
+    whole, others = train()
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in whole], abs=1e-5)
+    torch.testing.assert_close(weights, others, rtol=0, atol=1e-4)
+
+
+def test_nothing_is_kept_of_the_step_that_did_not_fit():
+    """What a traceback or a partial gradient held would count against every later step."""
+    memory = Capped((peak(8) + peak(4)) / 2)
+    train(memory)
+    again = Capped(float("inf"))
+    train(again, micro_batch=4)
+    memory.peak = memory.live
+    assert memory.peak <= again.peak
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    with pytest.raises(UserError, match=r"out of memory with one row at a time \(CUDA out of memory.*`make plan` says"):
+        train(Capped(peak(1) / 2))
+
+
+def test_the_optimizers_step_is_never_taken_twice(monkeypatch):
+    """Half of the parameters may be updated when memory runs out there: no smaller micro-batch mends that."""
+    memory = Capped(float("inf"))
+
+    def full_from_here(*_: object) -> None:
+        memory.cap = memory.live
+
+    make = training.make_optimizer
+
+    def make_optimizer(*arguments: object) -> torch.optim.Optimizer:
+        optimizer = make(*arguments)
+        optimizer.register_step_pre_hook(full_from_here)
+        return optimizer
+
+    monkeypatch.setattr(training, "make_optimizer", make_optimizer)
+    with pytest.raises(UserError, match="out of memory in the optimizer's step, which no smaller micro-batch makes"):
+        train(memory)
+    assert memory.refused == 1
+
+
+def test_another_error_is_no_reason_to_halve(monkeypatch):
+    monkeypatch.setattr(training, "accumulate", lambda *_: torch.ones(2, 3) @ torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train()
+
+
+def tiny_params(block_size: int = 64) -> config.Params:
+    params = config.load(REPOSITORY / "params.yaml")
+    shape = params.machines["cpu"].model_copy(update={"batch_size": 8, "block_size": block_size})
+    return params.model_copy(update={"model": "tiny", "machines": {"cpu": shape}})
+
+
+LEVELS = {name: tiny_params().levels[name] for name in ("fp32", "bf16", "flash", "padded")}
+
+
+def need(name: str, rows: int, block_size: int = 64) -> int:
+    params, level = tiny_params(), LEVELS[name]
+    return planning.trace_step(params.gpt(level), level.precision == "bf16", rows, block_size, False).peak_bytes
+
+
+def test_the_probe_keeps_the_whole_batch_where_it_fits():
+    assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) == 8
+
+
+def test_the_probe_finds_one_micro_batch_for_all_levels_by_taking_a_step():
+    everything = Capped(float("inf"))
+    with everything:
+        probe.find_micro_batch(tiny_params(), LEVELS, CPU)
+    memory = Capped(everything.peak * 0.8)
+    with memory:
+        assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) < 8
+    assert memory.refused
+
+
+def test_the_probe_does_not_try_what_is_predicted_not_to_fit(monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda _: need("fp32", 4))
+    tried = []
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *call: tried.append(call[-1]) or step(*call))
+    assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) <= 4
+    assert max(tried) <= 4
+
+
+@pytest.mark.parametrize("free", ["row", "nothing"])
+def test_a_probe_that_fails_says_what_would_fit(monkeypatch, free):
+    memory = need("fp32", 1, 32) if free == "row" else 1000
+    monkeypatch.setattr(devices, "free_memory", lambda _: memory)
+    mend = "machines.cpu.block_size: 32 would fit" if free == "row" else "not even one token would fit"
+    with pytest.raises(UserError, match=f"level 'fp32', 0.[01] GiB free: one row is predicted to be too much; {mend}"):
+        probe.find_micro_batch(tiny_params(), LEVELS, CPU)
+
+
+REALLY = """
+import json, resource, sys
+import torch
+from test_out_of_memory import CPU, SETTINGS, random_ids, runtime, tiny, training, GPT
+model = GPT(tiny(n_positions=256, vocab_size=50257, n_embd=64))
+optimizer = training.make_optimizer(model, 1e-3, SETTINGS)
+batch = random_ids(16, 256), random_ids(16, 256, seed=1)
+autocast = runtime.set_precision("fp32", CPU)
+training.train_step(model, optimizer, batch, autocast, CPU, 1)
+address_space = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (address_space + 800 * 2**20, -1))  # 16 rows of float32 logits: 785 MiB each
+print(json.dumps([(s.loss, s.micro_batch) for s in training.train(model, optimizer, [batch], autocast, CPU, 16)]))
+"""
+
+
+def test_a_cpu_that_refuses_memory_halves_too():
+    environment = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", REALLY]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    ((loss, micro_batch),) = json.loads(result.stdout.splitlines()[-1])
+    assert 1 <= micro_batch < 16
+    assert 10 < loss < 12
+    assert "on with 8" in result.stdout
+    assert "can't allocate memory" in result.stdout
