@@ -1,6 +1,7 @@
 """What several tests need: tiny configs, servers of our own on 127.0.0.1, GPT-2's encoding from the package index."""
 
 import http.server
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -63,6 +64,12 @@ def measurement(**step_ms: list[float]) -> Measurement:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rehearse", action="store_true", help="run the gpu tests on a CPU, with the tiny model")
     parser.addoption("--gpu-report", default="gpu-report.md", help="where the gpu tests write what they found")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU from all but the gpu tests: what the others assert of numbers and devices holds on a CPU."""
+    if config.option.markexpr != "gpu" or config.option.rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
 """The same bits in two processes, with `deterministic: true`, at every kind of level that needs no compiler."""
 
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ for seed, precision in ((1337, "fp32"), (1337, "bf16"), (1338, "fp32")):
 
 
 def train() -> list[str]:
-    environment = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}"}
     command = [sys.executable, "-c", TRAINING]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

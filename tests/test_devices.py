@@ -106,6 +106,7 @@ def test_free_memory_is_what_the_system_has():
         ),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB)"), True),
         (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],

@@ -4,12 +4,13 @@ Nobody has run it on a GPU yet. `pytest -m gpu tests/test_gpu.py --rehearse` run
 it proves nothing but that it is not broken itself; test_the_gpu_suite_can_be_rehearsed does that.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,14 +27,16 @@ from pipeline import environment, probe
 
 ROUNDS = 10
 REHEARSED = ("fp32", "bf16", "flash")  # each compilation costs 10 s
-ATTENTION = "scaled_dot_product"
-MATH = "scaled_dot_product_attention_math"
+# the operators that launch a fused kernel, on CUDA and on a CPU; the math path has none of them
+ATTENTION = ("_flash_attention", "_efficient_attention", "_cudnn_attention")
+pytestmark = pytest.mark.filterwarnings("default")  # a driver's or a profiler's that nobody here has seen is no failure
 
 
 class Machine:
     """The machine under test, or the CPU that stands in for it."""
 
     def __init__(self, rehearsal: bool):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks once, at the first product
         self.rehearsal = rehearsal
         self.environment = environment.describe()
         params = config.load(REPOSITORY / "params.yaml")
@@ -74,7 +77,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def machine(request: pytest.FixtureRequest) -> Machine:
     rehearsal = request.config.getoption("--rehearse")
-    if not rehearsal and not torch.cuda.is_available():
+    if not rehearsal and environment.describe().device != "cuda":
         pytest.skip("no NVIDIA GPU here; --rehearse runs this on a CPU, with the tiny model")
     return Machine(rehearsal)
 
@@ -127,9 +130,7 @@ def test_products_are_as_exact_as_their_precision_says(machine, report):
 
 @pytest.mark.gpu
 def test_gains_and_shares_of_the_peak(machine, arms, report):
-    rounds = list(
-        islice(benchmark.measure(arms, machine.batches(4), machine.device, ROUNDS, 120, machine.params.seed), ROUNDS)
-    )
+    rounds = list(benchmark.measure(arms, machine.batches(4), machine.device, ROUNDS, 120, machine.params.seed))
     measurement = Measurement(
         estimator=ESTIMATOR,
         model=machine.params.model,
@@ -160,7 +161,8 @@ def test_gains_and_shares_of_the_peak(machine, arms, report):
         report[name]["over the level before"] = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
     if not machine.rehearsal:
         assert abs(noise.ratio - 1) < 0.02
-        assert measurement.compare("bf16", "fp32", noise)["verdict"] == "faster"
+        if machine.environment.bf16:
+            assert measurement.compare("bf16", "fp32", noise)["verdict"] == "faster"
 
 
 @pytest.mark.gpu
@@ -173,7 +175,9 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
         arm.step(machine.batches(1)[0], machine.device)
         measured = devices.peak_memory_mib(machine.device)
         cuda = devices.has_cuda_habits(machine.device)
-        step = planning.trace_step(network, switches.precision == "bf16", micro_batch, machine.shape.block_size, cuda)
+        rows, pieces = micro_batch, 1 if micro_batch == machine.shape.batch_size else 2
+        bf16, block_size = switches.precision == "bf16", machine.shape.block_size
+        step = planning.trace_step(network, bf16, rows, block_size, cuda, pieces)
         # all arms' weights are there before: of the step it is the growth that counts
         held = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
         predicted = before + step.peak_bytes / 2**20 - held
@@ -189,11 +193,10 @@ def test_flash_runs_a_fused_kernel_and_eager_none(machine, arms, report, tmp_pat
         step = partial(arm.step, machine.batches(1)[0], machine.device)
         activities = devices.profiler_activities(machine.device)
         operators = profiling.profile_step(step, activities, tmp_path / f"{arm.name}.json.gz")
-        attention = {one.name for one in operators if ATTENTION in one.name}
+        attention = {one.name for one in operators if any(word in one.name for word in ATTENTION)}
         report[arm.name]["costliest"] = ", ".join(f"{one.name} {one.self_ms:,.1f} ms" for one in operators[:4])
         report[arm.name]["attention"] = ", ".join(sorted(attention)) or "written out"
         assert bool(attention) == (machine.levels[arm.name].attention == "flash")
-        assert not any(MATH in name for name in attention)
 
 
 @pytest.mark.gpu
@@ -213,9 +216,9 @@ def test_nothing_in_a_step_waits_for_the_device(machine, arms):
     for arm in arms[:-1]:
         batch = tuple(ids.to(machine.device) for ids in machine.batches(1)[0])
         autocast = runtime.set_precision(arm.precision, machine.device)
-        if not machine.rehearsal:
-            torch.cuda.set_sync_debug_mode("error")
         try:
+            if not machine.rehearsal:
+                torch.cuda.set_sync_debug_mode("error")
             training.accumulate(arm.model, batch, autocast, machine.device, arm.micro_batch)
             arm.optimizer.step()
         finally:
@@ -244,7 +247,8 @@ def little_memory(machine: Machine, share: float) -> Iterator[None]:
         return
     devices.forget_peak_memory(machine.device)
     _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + step.peak_bytes * share) / total)
+    wanted = (torch.cuda.memory_allocated() + step.peak_bytes * share) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, wanted))  # a small card is too small as it is
     try:
         yield
     finally:

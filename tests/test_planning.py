@@ -14,6 +14,7 @@ from gpt2_ladder.model import GPT
 CPU = torch.device("cpu")
 GIB = 2**30
 MID = {"n_layer": 4, "n_head": 8, "n_embd": 512, "n_positions": 256, "vocab_size": 50257}
+LOGITS = 16 * 1024 * 50257 * 4 / GIB
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
 
 
@@ -31,7 +32,7 @@ def test_what_is_alive_is_counted_once_and_forgotten():
     # zeros, the sum and the product in place move bytes; a view moves none
     moved = [operation.bytes for operation in seen.operations]
     assert moved[-2:] == [8000, 4000]
-    assert len(moved) == 3 + (len(moved) == 4)  # zeros may be empty and zero_
+    assert len(moved) in (3, 4)  # zeros may be empty and zero_
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
@@ -85,10 +86,17 @@ def test_the_predicted_peak_is_what_torch_allocates(sizes, shape, autocast, atte
 
 @pytest.mark.parametrize(
     ("attention", "autocast", "batch_size", "gib"),
-    [("eager", True, 16, 29.5), ("eager", True, 4, 8.6), ("flash", True, 16, 16.0), ("flash", True, 4, 5.2)],
+    [
+        ("eager", False, 16, 31.8 - LOGITS),
+        ("eager", False, 4, 9.0 - LOGITS / 4),
+        ("eager", True, 16, 29.5),
+        ("eager", True, 4, 8.6),
+        ("flash", True, 16, 16.0),
+        ("flash", True, 4, 5.2),
+    ],
 )
 def test_gpt2_on_a_gpu_needs_what_torchs_own_tracker_predicts(attention, autocast, batch_size, gib):
-    """The figures are of torch.distributed's MemTracker, on fake tensors too."""
+    """The figures are of torch.distributed's MemTracker, on fake tensors too; its float32 step kept the logits."""
     step = planning.trace_step(GPTConfig(**GPT2, attention=attention), autocast, batch_size, 1024, cuda=True)
     assert step.peak_bytes / GIB == pytest.approx(gib, abs=0.06)
 

@@ -71,6 +71,7 @@ def test_an_nvidia_gpu_is_found_by_nvidia_smi(tmp_path, monkeypatch):
 def test_an_apple_gpu_is_found_and_is_not_compiled_for(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    command(tmp_path, "nvidia-smi", "No devices were found")
     command(tmp_path, "sysctl", "Apple M3")
     monkeypatch.setattr(environment.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(environment.platform, "machine", lambda: "arm64")

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from gpt2_ladder.config import Environment, Switches, UserError
 
 MEND_DRIVER = "mend the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "std::bad_alloc")
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
 
 def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torch.device:
@@ -40,10 +40,9 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Switch deterministic algorithms on or off for the process, before the first work on a GPU and compilation."""
-    if wanted:  # cuBLAS and Inductor read these once
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no choice between kernels by timing them
+    """Switch deterministic algorithms on or off for the process, Inductor's too; on, before any work on a GPU."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks once, at the first product on a GPU
     torch.use_deterministic_algorithms(wanted)
     # with it, torch also fills fresh memory with NaN to show who reads it too early: that costs, and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -126,9 +125,9 @@ def has_cuda_habits(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def peak_is_measured(device_name: str) -> bool:
+def peak_is_measured(device: str) -> bool:
     """Tell whether the matmul peak is measured in every round, because no data sheet has it, or looked up."""
-    return device_name != "cuda"
+    return device != "cuda"
 
 
 def matmul_tflops(precision: str, device: torch.device, size: int = 2048, repeats: int = 3) -> float:

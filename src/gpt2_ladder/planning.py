@@ -89,16 +89,19 @@ class CudaHabits(TorchFunctionMode):
 
 
 @cache
-def trace_step(config: GPTConfig, autocast: bool, batch_size: int, block_size: int, cuda: bool) -> Step:
+def trace_step(
+    config: GPTConfig, autocast: bool, batch_size: int, block_size: int, cuda: bool, micro_batches: int = 1
+) -> Step:
     """Trace a training step of GPT(config) on (batch_size, block_size) ids, with AdamW's state already there.
 
+    `micro_batches`: how many times so many ids, their gradients accumulated; from the second on they are all alive.
     `cuda`: as on an NVIDIA GPU, where AdamW left alone updates all parameters at once, with a temporary copy of them.
     """
     with FakeTensorMode(), LiveStorage() as seen, CudaHabits() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = training.make_optimizer(model, 1.0, SETTINGS)
         optimizer.param_groups[0]["foreach"] = cuda
-        ids = torch.zeros(batch_size, block_size, dtype=torch.int64)
+        ids = torch.zeros(micro_batches * batch_size, block_size, dtype=torch.int64)
         context = runtime.set_precision("bf16" if autocast else "fp32", CPU)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -109,6 +112,12 @@ def trace_step(config: GPTConfig, autocast: bool, batch_size: int, block_size: i
         split = len(seen.operations)
         optimizer.step()
         return Step(seen.peak, tuple(seen.operations[:split]), tuple(seen.operations[split:]))
+
+
+def held_bytes(config: GPTConfig) -> int:
+    """Return what GPT(config) holds besides activations: float32 weights, gradients, AdamW's two moments."""
+    with torch.device("meta"):
+        return 16 * sum(parameter.numel() for parameter in GPT(config, seed=None).parameters())
 
 
 def largest_batch(config: GPTConfig, autocast: bool, block_size: int, cuda: bool, free: int) -> int:

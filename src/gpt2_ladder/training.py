@@ -75,7 +75,7 @@ def train_step(
     loss = accumulate(model, batch, autocast, device, micro_batch)
     try:
         optimizer.step()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -118,7 +118,7 @@ def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch
     while True:
         try:
             return step(micro_batch), micro_batch
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())  # its text alone: the traceback would keep the activations alive
