@@ -16,7 +16,7 @@ repro: announce .venv/installed
 	@cat results/report/ladder.md
 
 announce:
-	@echo "The ladder takes about 17 minutes on two cores with bfloat16 where a float32 step of B=4, T=32 takes 1.1 s,"
+	@echo "The ladder takes about 20 minutes on two cores with bfloat16 where a float32 step of B=4, T=32 takes 1.1 s,"
 	@echo "the installation 1 or 2 of them, and 6 GB of memory."
 	@echo "Disk: 1.6 GB for packages (several GB more with CUDA's) and 1.6 GB for data. Free here:$$(df -h . | awk 'END {print " " $$4}')."
 

@@ -37,21 +37,25 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.has_cuda_habits(device)
     micro_batch, ids = shape.batch_size, torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
-    distinct: dict[tuple[GPTConfig, str], str] = {}
+    distinct: dict[tuple[GPTConfig, bool], str] = {}
+    shapes: dict[tuple[int, bool], tuple[tuple[GPTConfig, bool], str]] = {}
     for name, switches in levels.items():
-        distinct.setdefault((params.gpt(switches), switches.precision), name)
-    held = {(network.vocab_size, network.tie_weights): planning.held_bytes(network) for network, _ in distinct}
-    for (network, precision), name in [*distinct.items()] * 2:  # by the second time all weights and AdamW's state exist
-        others = sum(held.values()) - planning.held_bytes(network)
+        network, bf16 = params.gpt(switches), switches.precision == "bf16"
+        distinct.setdefault((network, bf16), name)
+        shapes.setdefault((network.vocab_size, network.tie_weights), ((network, bf16), name))
+    # one of every shape first, so that all weights and AdamW's state exist when the others take their step
+    held = sum(planning.held_bytes(network) for (network, _), _ in shapes.values())
+    for (network, bf16), name in (*shapes.values(), *distinct.items()):
+        others = held - planning.held_bytes(network)
 
         def fits(rows: int, block_size: int) -> bool:
             pieces = 1 if rows == shape.batch_size else 2
-            step = planning.trace_step(network, precision == "bf16", rows, block_size, cuda, pieces)  # noqa: B023
+            step = planning.trace_step(network, bf16, rows, block_size, cuda, pieces)  # noqa: B023
             return step.peak_bytes + others <= free  # noqa: B023
 
         def step(rows: int) -> None:
             model, optimizer = weights.lend(network)  # noqa: B023
-            autocast = runtime.set_precision(precision, device)  # noqa: B023
+            autocast = runtime.set_precision("bf16" if bf16 else "fp32", device)  # noqa: B023
             training.train_step(model, optimizer, (ids, ids), autocast, device, rows)
 
         try:
