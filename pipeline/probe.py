@@ -5,6 +5,7 @@ holds them all. Compiled levels are tried uncompiled; compilation would take min
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -46,30 +47,35 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     # one of every shape first, so that all weights and AdamW's state exist when the others take their step
     held = sum(planning.held_bytes(network) for (network, _), _ in shapes.values())
     for (network, bf16), name in (*shapes.values(), *distinct.items()):
-        others = held - planning.held_bytes(network)
-
-        def fits(rows: int, block_size: int) -> bool:
-            pieces = 1 if rows == shape.batch_size else 2
-            step = planning.trace_step(network, bf16, rows, block_size, cuda, pieces)  # noqa: B023
-            return step.peak_bytes + others <= free  # noqa: B023
-
-        def step(rows: int) -> None:
-            model, optimizer = weights.lend(network)  # noqa: B023
-            autocast = runtime.set_precision("bf16" if bf16 else "fp32", device)  # noqa: B023
-            training.train_step(model, optimizer, (ids, ids), autocast, device, rows)
-
+        room = free - (held - planning.held_bytes(network))
+        need = partial(_predict, network, bf16, batch_size=shape.batch_size, cuda=cuda)
         try:
-            micro_batch = next((rows for rows in _halves(micro_batch) if fits(rows, shape.block_size)), 0)
-            if not micro_batch:
+            fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= room)
+            if not (micro_batch := next(fitting, 0)):
                 raise UserError("one row is predicted to be too much")
+            step = partial(_take_step, weights, network, bf16, ids, device)
             _, micro_batch = training.within_memory(step, micro_batch, device)
         except UserError as error:
-            block_size = next((size for size in _halves(shape.block_size // 2) if fits(1, size)), None)
+            block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= room), None)
             mend = "not even one token would fit: free memory, or take model: tiny"
             if block_size:
                 mend = f"machines.{params.machine}.block_size: {block_size} would fit"
             raise UserError(f"probe: level '{name}', {free / 2**30:.1f} GiB free: {error}; {mend}") from None
     return micro_batch
+
+
+def _predict(network: GPTConfig, bf16: bool, rows: int, block_size: int, *, batch_size: int, cuda: bool) -> int:
+    """Return the bytes of a step that takes `rows` of `batch_size` rows at a time."""
+    micro_batches = 1 if rows == batch_size else 2
+    return planning.trace_step(network, bf16, rows, block_size, cuda, micro_batches).peak_bytes
+
+
+def _take_step(
+    weights: benchmark.Weights, network: GPTConfig, bf16: bool, ids: torch.Tensor, device: torch.device, rows: int
+) -> None:
+    model, optimizer = weights.lend(network)
+    autocast = runtime.set_precision("bf16" if bf16 else "fp32", device)
+    training.train_step(model, optimizer, (ids, ids), autocast, device, rows)
 
 
 def _halves(number: int) -> Iterator[int]:

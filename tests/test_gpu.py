@@ -26,7 +26,7 @@ from pipeline import benchmark as benchmark_stage
 from pipeline import environment, probe
 
 ROUNDS = 10
-REHEARSED = ("fp32", "bf16", "flash")  # each compilation costs 10 s
+REHEARSED = ("fp32", "bf16", "flash")  # uncompiled, because each compilation costs 10 s
 # the operators that launch a fused kernel, on CUDA and on a CPU; the math path has none of them
 ATTENTION = ("_flash_attention", "_efficient_attention", "_cudnn_attention")
 pytestmark = pytest.mark.filterwarnings("default")  # a driver's or a profiler's that nobody here has seen is no failure
@@ -47,7 +47,7 @@ class Machine:
         self.shape = self.params.shape("speed")
         self.device = devices.open_device(self.environment.device, self.environment.threads, params.seed, False)
         self.levels: dict[str, Switches] = {
-            name: level
+            name: level.model_copy(update={"compile": level.compile and not rehearsal})
             for name, level in params.levels.items()
             if level.group == "speed"
             and (not rehearsal or name in REHEARSED)
