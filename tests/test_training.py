@@ -75,10 +75,11 @@ def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
         next(now)  # the consumer takes its time
 
 
-def test_evaluation_is_the_mean_loss_and_changes_nothing():
+@pytest.mark.parametrize("micro_batch", [2, 1])
+def test_evaluation_is_the_mean_loss_and_changes_nothing(micro_batch):
     model = GPT(tiny())
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    value = training.evaluate(model, batches(3), runtime.set_precision("fp32", CPU), CPU, 2)
+    value = training.evaluate(model, batches(3), runtime.set_precision("fp32", CPU), CPU, micro_batch)
     assert value == pytest.approx(sum(model(x, y)[1].item() for x, y in batches(3)) / 3, abs=1e-6)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
