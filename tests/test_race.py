@@ -1,0 +1,34 @@
+"""The race's bookkeeping: who steps when, on which batch, and what the table says. Speed itself is not tested."""
+
+import torch
+from conftest import REPOSITORY
+
+from benchmarks import race
+from benchmarks.race import Cell
+
+
+def counts(cell: Cell):
+    """A contestant whose loss says which batch it got."""
+    return lambda x, y: float((x.sum() + 2 * y.sum()).item())
+
+
+def test_contestants_step_on_the_same_batches_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}")
+    cell = Cell(2, 8, "fp32", compile=False)
+    contestants = [("ours", "test_race:counts", True), ("other", "test_race:counts", False)]
+    found = race.race(cell, contestants, rounds=3, warm_up=1)
+    assert {name: len(times) for name, times in found["step_ms"].items()} == {"ours": 3, "other": 3}
+    assert len(found["peak_tflops"]) == 3
+    assert found["first_losses"]["ours"] == found["first_losses"]["other"]
+    ids = torch.randint(race.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert found["first_losses"]["ours"] == ids[:, :-1].sum() + 2 * ids[:, 1:].sum()
+
+
+def test_the_table_gives_ratios_with_intervals_and_the_share_of_the_peak():
+    cell = {"batch_size": 2, "block_size": 256, "precision": "bf16", "compile": True, "keep_memory": True}
+    times = {"ours": [1970.0] * 4, "transformers": [2955.0] * 4}
+    table = race.table([{"cell": cell, "step_ms": times, "peak_tflops": [0.4] * 4}]).splitlines()
+    assert table[0] == "| B x T | precision | compiled | ours ms | over transformers | of the peak |"
+    assert (
+        table[2] == "| 2 x 256 | bf16 | yes | 1,970 | 1.50 [1.50, 1.50] | 50% |"
+    )  # 394 GFLOP in 1.97 s of 0.4 TFLOP/s
