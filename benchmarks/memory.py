@@ -8,6 +8,8 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import psutil
 import torch
@@ -27,29 +29,39 @@ SHAPE = (2, 256)
 MIB = 2**20
 
 
-def measure(size: str, attention: str, precision: str, profiled: bool) -> float:
-    """Return the peak of a step in MiB: torch's own count if `profiled`, else by how much the process grew."""
-    (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # what the first product loads is not the step's
-    before = psutil.Process().memory_info().rss
-    model = GPT(GPTConfig(**SIZES[size], attention=attention))
-    optimizer = training.make_optimizer(model, 1e-3, planning.SETTINGS)
-    ids = torch.randint(50257, SHAPE)
-    autocast = runtime.set_precision(precision, CPU)
-    held = sum(p.numel() * p.element_size() for p in model.parameters()) * 3  # the weights and AdamW's two moments
-    held += sum(buffer.numel() for buffer in model.buffers())
-    training.train_step(model, optimizer, (ids, ids), autocast, CPU, SHAPE[0])
-    if not profiled:
-        training.train_step(model, optimizer, (ids, ids), autocast, CPU, SHAPE[0])
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / MIB
-    optimizer.zero_grad()
+def allocated_peak(config: GPTConfig, precision: str, batch_size: int, block_size: int) -> int:
+    """Return the most bytes that torch's CPU allocator had given out at once in a step, its kernels' own included."""
+    step, held = prepare(config, precision, batch_size, block_size)
     with profile(profile_memory=True) as profiler:
-        training.train_step(model, optimizer, (ids, ids), autocast, CPU, SHAPE[0])
+        step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return (held + peak) / MIB
+    return held + peak
+
+
+def resident_growth(config: GPTConfig, precision: str, batch_size: int, block_size: int) -> int:
+    """Return by how many bytes this process grows, at its largest, when it builds a network and trains two steps."""
+    (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # what the first product loads is not the step's
+    before = psutil.Process().memory_info().rss
+    step, _ = prepare(config, precision, batch_size, block_size)
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def prepare(config: GPTConfig, precision: str, batch_size: int, block_size: int) -> tuple[Callable[[], object], int]:
+    """Return the second step of a new network, and the bytes that it finds: weights, AdamW's moments and buffers."""
+    model = GPT(config)
+    optimizer = training.make_optimizer(model, 1e-3, planning.SETTINGS)
+    ids = torch.randint(config.vocab_size, (batch_size, block_size))
+    autocast = runtime.set_precision(precision, CPU)
+    step = partial(training.train_step, model, optimizer, (ids, ids), autocast, CPU, batch_size)
+    step()
+    optimizer.zero_grad()
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) * 3
+    return step, held + sum(buffer.numel() for buffer in model.buffers())
 
 
 def main() -> None:
@@ -63,8 +75,8 @@ def main() -> None:
                 config = GPTConfig(**sizes, attention=attention)
                 predicted = planning.trace_step(config, precision == "bf16", *SHAPE, cuda=False).peak_bytes / MIB
                 found = []
-                for profiled in ("1", ""):
-                    command = [sys.executable, __file__, size, attention, precision, profiled]
+                for what in ("allocated", "resident"):
+                    command = [sys.executable, __file__, size, attention, precision, what]
                     found.append(
                         json.loads(subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[-1])
                     )
@@ -76,4 +88,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:
-        print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], bool(sys.argv[4]))))
+        size, attention, precision, what = sys.argv[1:]
+        measure = {"allocated": allocated_peak, "resident": resident_growth}[what]
+        print(json.dumps(measure(GPTConfig(**SIZES[size], attention=attention), precision, *SHAPE) / MIB))

@@ -1,4 +1,4 @@
-"""Race our fastest level against transformers' GPT-2, or any other contestant, a process each, one step in turn.
+"""Race a step of ours against transformers' GPT-2, or any other contestant, a process each, one step in turn.
 
 `PYTHONPATH=src:. python benchmarks/race.py` takes every cell of CELLS; `--contestant module:function` adds another one:
 a function (cell) -> step, where step takes ids and targets, int64 (B, T) each, trains on them, from zero_grad to the
