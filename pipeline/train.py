@@ -2,12 +2,15 @@
 
 import json
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from gpt2_ladder import config, data, devices, metrics, runtime, training
-from gpt2_ladder.config import Params, Switches, UserError
+from gpt2_ladder.config import Params, Recipe, Switches, UserError
 from gpt2_ladder.model import GPT
 from pipeline import PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
 
@@ -21,9 +24,15 @@ def main(name: str) -> None:
 
 
 def train(
-    params: Params, name: str, job_type: str, switches: Switches, group: Literal["quality", "speed"], folder: Path
+    params: Params,
+    name: str,
+    job_type: str,
+    switches: Switches,
+    group: Literal["quality", "speed"],
+    folder: Path,
+    recipe: Recipe = trainer.PLAIN,
 ) -> GPT | None:
-    """Train at `switches`, write steps.csv and metrics.json to `folder`, and return the network.
+    """Train at `switches` by `recipe`, write steps.csv and metrics.json to `folder`, and return the network.
 
     Where this machine cannot do it, both files say so instead, and None is returned.
     """
@@ -43,18 +52,22 @@ def train(
     if result["note"]:
         print(f"{name}: {result['note']}", flush=True)
     train_shard, val_shard = data.open_shard(TRAIN_SHARD), data.open_shard(VAL_SHARD)
-    train_batches = islice(data.batches(train_shard, shape.batch_size, shape.block_size), shape.steps)
+    tokens = recipe.tokens_per_step or shape.batch_size * shape.block_size
+    batches = data.batches(train_shard, shape.batch_size, shape.block_size)
+    train_batches = islice(data.joined(batches, tokens // (shape.batch_size * shape.block_size)), shape.steps)
     val_batches = data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size)
     micro_batch = shape.batch_size if group == "quality" else json.loads(PROBE.read_text())["micro_batch"]
-    device, model, optimizer = trainer.build(params, switches, environment)
+    device, model, optimizer = trainer.build(params, switches, environment, recipe.decay)
+    schedule = LambdaLR(optimizer, partial(training.learning_rate_factor, steps=shape.steps, recipe=recipe))
     kernel = trainer.attention_kernel(params, switches, micro_batch, shape.block_size, device)
     autocast = runtime.set_precision(switches.precision, device)
-    with trainer.open_tracker(name, job_type, params, switches, shape, environment, folder / "steps.csv") as tracker:
-        steps = trainer.follow(
-            training.train(model, optimizer, train_batches, autocast, device, micro_batch), tracker, name, shape.steps
+    csv = folder / "steps.csv"
+    with trainer.open_tracker(name, job_type, params, switches, shape, environment, csv, recipe) as tracker:
+        training_steps = training.train(
+            model, optimizer, train_batches, autocast, device, micro_batch, schedule, recipe.clip_norm
         )
+        steps = trainer.follow(training_steps, tracker, name, shape.steps)
         step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
-        tokens = shape.batch_size * shape.block_size
         peak_memory_mib = devices.peak_memory_mib(device)  # of the training, before validation adds to it
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

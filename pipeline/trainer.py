@@ -7,21 +7,26 @@ from pathlib import Path
 import torch
 
 from gpt2_ladder import devices, progress, runtime, tracking, training
-from gpt2_ladder.config import Environment, Params, Shape, Switches, UserError
+from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 from gpt2_ladder.tracking import Tracker
 
+PLAIN = Recipe()  # of every level
+
 
 def build(
-    params: Params, switches: Switches, environment: Environment
+    params: Params, switches: Switches, environment: Environment, decay: str = "all"
 ) -> tuple[torch.device, GPT, torch.optim.Optimizer]:
     """Return the device, the network with `switches` on it, seeded, and its optimizer."""
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    if switches.allocator == "caching":
+        devices.keep_freed_memory(device)
     model = GPT(params.gpt(switches), params.seed).to(device)
     if switches.compile:
         runtime.compile_model(model)
-    return device, model, training.make_optimizer(model, params.size.learning_rate, params.optimizer)
+    optimizer = training.make_optimizer(model, params.size.learning_rate, params.optimizer, switches.fused_adamw, decay)
+    return device, model, optimizer
 
 
 def attention_kernel(
@@ -36,7 +41,14 @@ def attention_kernel(
 
 
 def open_tracker(
-    name: str, job_type: str, params: Params, switches: Switches, shape: Shape, environment: Environment, csv: Path
+    name: str,
+    job_type: str,
+    params: Params,
+    switches: Switches,
+    shape: Shape,
+    environment: Environment,
+    csv: Path,
+    recipe: Recipe = PLAIN,
 ) -> Tracker:
     """Return a Tracker that writes to `csv` and to a new W&B run with the resolved configuration."""
     config = {
@@ -44,6 +56,7 @@ def open_tracker(
         **shape.model_dump(),
         **params.size.model_dump(),
         **params.optimizer.model_dump(),
+        **recipe.model_dump(),
         **{"level": name, "model": params.model, "machine": params.machine, "seed": params.seed},
         "environment": environment.model_dump(),
     }

@@ -1,4 +1,4 @@
-"""Train once on the top-level knobs of params.yaml, at the speed levels' shape, and keep the network."""
+"""Train once on the top-level knobs of params.yaml and its recipe, at the speed levels' shape; keep the network."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from pipeline.train import train
 
 def main() -> None:
     params = config.load()
-    model = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial")
+    model = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe)
     folder = MODELS / "trial"
     shutil.rmtree(folder, ignore_errors=True)
     if model is None:

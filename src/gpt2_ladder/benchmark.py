@@ -49,20 +49,23 @@ class Weights:
 
     def __init__(self, seed: int, learning_rate: float, settings: AdamW, device: torch.device):
         self._seed, self._learning_rate, self._settings, self._device = seed, learning_rate, settings, device
-        self._lent: dict[tuple[int, bool], tuple[GPT, torch.optim.Optimizer]] = {}
+        self._owners: dict[tuple[int, bool], GPT] = {}
+        self._optimizers: dict[tuple[int, bool, bool], torch.optim.Optimizer] = {}
 
-    def lend(self, config: GPTConfig) -> tuple[GPT, torch.optim.Optimizer]:
-        """Return a new network of `config` on the shared parameters, and the optimizer that belongs to those."""
+    def lend(self, config: GPTConfig, fused: bool = False) -> tuple[GPT, torch.optim.Optimizer]:
+        """Return a new network of `config` on the shared parameters, and an optimizer of those, `fused` or not."""
         shape = (config.vocab_size, config.tie_weights)
-        if shape not in self._lent:
-            first = GPT(config, self._seed).to(self._device)
-            self._lent[shape] = (first, training.make_optimizer(first, self._learning_rate, self._settings))
-        owner, optimizer = self._lent[shape]
+        if shape not in self._owners:
+            self._owners[shape] = GPT(config, self._seed).to(self._device)
+        owner = self._owners[shape]
+        if (*shape, fused) not in self._optimizers:  # a state of its own: on a GPU the two keep it in different places
+            optimizer = training.make_optimizer(owner, self._learning_rate, self._settings, fused)
+            self._optimizers[*shape, fused] = optimizer
         with torch.device("meta"):
             model = GPT(config, seed=None)
         # keep_vars, because a plain state_dict() holds detached tensors: two tied names would become two parameters
         model.load_state_dict(owner.state_dict(keep_vars=True), assign=True)
-        return model.to(self._device), optimizer
+        return model.to(self._device), self._optimizers[*shape, fused]
 
 
 def warm_up(

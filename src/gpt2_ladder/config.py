@@ -32,7 +32,7 @@ class Strict(BaseModel):
 
 
 class Switches(Strict):
-    """The six switches of the ladder; each level sets all of them."""
+    """The switches of the ladder; each level sets all of them. The last three go past the seed."""
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]
@@ -40,6 +40,9 @@ class Switches(Strict):
     compile: bool
     attention: Literal["eager", "flash"]
     vocab_size: Annotated[int, Field(ge=GPT2_VOCAB_SIZE)]
+    fused_adamw: bool
+    chunked_loss: bool
+    allocator: Literal["system", "caching"]
 
 
 class Level(Switches):
@@ -88,6 +91,7 @@ class GPTConfig(Size):
     tie_weights: bool = True
     init: Literal["pytorch", "gpt2"] = "gpt2"
     attention: Literal["eager", "flash"] = "eager"
+    chunked_loss: bool = False
 
 
 class ModelSize(Size):
@@ -107,6 +111,24 @@ class AdamW(Strict):
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # strict mode refuses a YAML list for a tuple
     eps: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
+
+
+class Recipe(Strict):
+    """What training goes on to do after the seed, in the trial alone; by default nothing, as in every level.
+
+    Attributes:
+        clip_norm: the largest norm that a step's gradient may have; None: any.
+        schedule: of the learning rate over the training: constant, or a cosine down to a tenth.
+        lr_warmup_steps: how many steps the learning rate takes to rise to its full value.
+        decay: what weight decay acts on: all parameters, or matrices only and neither biases nor LayerNorms.
+        tokens_per_step: how many tokens' gradients one step accumulates; None: those of one batch.
+    """
+
+    clip_norm: PositiveFloat | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["all", "matrices"] = "all"
+    tokens_per_step: PositiveInt | None = None
 
 
 class Pretrained(Strict):
@@ -150,6 +172,7 @@ class Params(Switches):
     run_slow_levels: bool
     pretrained: Pretrained
     optimizer: AdamW
+    recipe: Recipe
     quality: Shape
     machines: dict[Literal["cpu", "gpu"], Shape]
     benchmark: dict[Literal["cpu", "gpu"], Rounds]
@@ -174,6 +197,17 @@ class Params(Switches):
                     f"{name}.block_size = {shape.block_size}: is over models.{self.model}.n_positions "
                     f"({self.size.n_positions})"
                 )
+        tokens, shape = self.recipe.tokens_per_step, self.shape("speed")
+        if tokens and tokens % (shape.batch_size * shape.block_size):
+            raise ValueError(
+                f"recipe.tokens_per_step = {tokens}: must be a multiple of machines.{self.machine}'s batch_size * "
+                f"block_size ({shape.batch_size * shape.block_size})"
+            )
+        if self.recipe.lr_warmup_steps >= shape.steps:
+            raise ValueError(
+                f"recipe.lr_warmup_steps = {self.recipe.lr_warmup_steps}: must be below "
+                f"machines.{self.machine}.steps ({shape.steps})"
+            )
         if CONTROL in self.levels:
             raise ValueError(
                 f"levels.{CONTROL} = {CONTROL}: that is what the benchmark calls the baseline's second arm"
@@ -202,7 +236,7 @@ class Params(Switches):
     def gpt(self, switches: Switches) -> GPTConfig:
         """Return the network of the chosen size with `switches` applied."""
         return self.size.gpt().model_copy(
-            update=switches.model_dump(include={"vocab_size", "tie_weights", "init", "attention"})
+            update=switches.model_dump(include={"vocab_size", "tie_weights", "init", "attention", "chunked_loss"})
         )
 
 

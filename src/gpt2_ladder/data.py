@@ -111,6 +111,13 @@ def _windows(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tu
             yield window[:-1].view(batch_size, block_size), window[1:].view(batch_size, block_size)
 
 
+def joined(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the rows of `count` batches after another as one batch, int64 (count * B, T) twice."""
+    while several := list(islice(batches, count)):
+        xs, ys = zip(*several, strict=True)
+        yield torch.cat(xs), torch.cat(ys)
+
+
 def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches that predict the first `tokens` tokens of `shard` after its very first, each once.
 

@@ -14,6 +14,7 @@ class Step:
         loss: mean cross-entropy in nats of this step's batch, before its update.
         step_ms: milliseconds for zero_grad, forward, loss, backward and optimizer step, the device synchronized.
         tokens_per_second: the batch's tokens over step_ms.
+        grad_norm: Euclidean norm of the whole gradient, before any clipping.
         micro_batch: how many rows of the batch went through the network at a time.
     """
 
@@ -21,6 +22,7 @@ class Step:
     loss: float
     step_ms: float
     tokens_per_second: float
+    grad_norm: float
     micro_batch: int
 
 

@@ -12,8 +12,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
+
+CHUNKS = 4  # of a chunked loss; each saves less memory than the one before and costs a sum over the head's gradient
 
 
 class CausalSelfAttention(nn.Module):
@@ -133,7 +136,7 @@ class GPT(nn.Module):
                 else:
                     module.bias.zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Predict the next token at every position.
 
         Args:
@@ -141,18 +144,29 @@ class GPT(nn.Module):
             targets: the ids that follow, int64 (B, T), or None.
 
         Returns:
-            logits (B, T, V), and the mean cross-entropy in nats as a float32 scalar, None without targets.
+            logits (B, T, V), None where `config.chunked_loss` spares them, and the mean cross-entropy in nats as a
+            float32 scalar, None without targets.
         """
         T = idx.size(1)
         positions = torch.arange(T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
             x = block(x)  # (B, T, C)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        x = self.ln_f(x)  # (B, T, C)
+        if targets is not None and self.config.chunked_loss:
+            pieces = zip(x.flatten(0, 1).chunk(CHUNKS), targets.flatten().chunk(CHUNKS), strict=True)
+            # a checkpoint keeps no logits: backward computes a piece's anew, for one more product of the head in all
+            sums = [checkpoint(self._loss_sum, *piece, use_reentrant=False) for piece in pieces]  # CHUNKS x scalar
+            return None, torch.stack(sums).sum() / targets.numel()
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B * T, V), (B * T,) -> scalar
         return logits, loss
+
+    def _loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross-entropy of some tokens: (N, C), (N,) -> scalar."""
+        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")  # (N, V), (N,) -> scalar
 
 
 @torch.no_grad()

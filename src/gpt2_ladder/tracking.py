@@ -4,7 +4,7 @@ import csv
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,8 +34,8 @@ class Tracker:
         """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
         self._writer.writerow(astuple(step))
         self._file.flush()
-        values = {"loss": step.loss, "step_ms": step.step_ms, "tokens_per_second": step.tokens_per_second}
-        self._run.log(values, step=step.step)
+        values = asdict(step)
+        self._run.log(values, step=values.pop("step"))
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
         """Put the results of the whole training into the run's summary, where W&B's tables compare them."""

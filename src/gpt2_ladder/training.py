@@ -1,13 +1,16 @@
 """The training loop, the same at every level: what differs between levels comes in as an argument."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.lr_scheduler import LRScheduler
 
 from gpt2_ladder import config, metrics
 from gpt2_ladder.config import UserError
@@ -19,15 +22,40 @@ Batch = tuple[Tensor, Tensor]
 Result = TypeVar("Result")
 
 
-def make_optimizer(model: GPT, learning_rate: float, settings: config.AdamW) -> torch.optim.AdamW:
-    """Return plain AdamW, not fused, over all parameters at a constant learning rate."""
+def make_optimizer(
+    model: GPT, learning_rate: float, settings: config.AdamW, fused: bool = False, decay: str = "all"
+) -> torch.optim.AdamW:
+    """Return AdamW over all parameters; `fused` updates them all in one kernel.
+
+    `decay`: "all", or "matrices" for weight decay on weights and embeddings only and not on biases and LayerNorms.
+    """
+    decaying = [parameter for parameter in model.parameters() if decay == "all" or parameter.dim() >= 2]
+    groups: list[dict[str, Any]] = [{"params": decaying}]
+    if decay == "matrices":
+        groups.append({"params": [one for one in model.parameters() if one.dim() < 2], "weight_decay": 0.0})
     return torch.optim.AdamW(
-        model.parameters(),
+        groups,
         lr=learning_rate,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=fused or None,  # False would also forbid torch to update many parameters at once on a GPU
     )
+
+
+def learning_rate_factor(step: int, steps: int, recipe: config.Recipe) -> float:
+    """Return the share of the full learning rate that `step` of `steps`, from 0, trains with.
+
+    It rises linearly over the warm-up, and then stays, or falls along half a cosine to a tenth at the last step.
+
+    Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B.
+    """
+    if step < recipe.lr_warmup_steps:
+        return (step + 1) / recipe.lr_warmup_steps
+    if recipe.schedule == "constant":
+        return 1.0
+    done = (step - recipe.lr_warmup_steps) / max(1, steps - 1 - recipe.lr_warmup_steps)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -60,8 +88,11 @@ def train_step(
     autocast: AbstractContextManager[object],
     device: torch.device,
     micro_batch: int,
-) -> tuple[Tensor, float]:
+    clip_norm: float | None = None,
+) -> tuple[Tensor, float, Tensor | None]:
     """Train on one batch, a pair of int64 (B, T); return its loss before the update, and how many ms that took.
+
+    A gradient whose norm is over `clip_norm` is scaled down to it; what its norm was is returned as well.
 
     The batch reaches the device before the clock starts.
 
@@ -73,6 +104,7 @@ def train_step(
     start = time.perf_counter()
     optimizer.zero_grad()
     loss = accumulate(model, batch, autocast, device, micro_batch)
+    norm = None if clip_norm is None else clip_grad_norm_(model.parameters(), clip_norm)
     try:
         optimizer.step()
     except (RuntimeError, MemoryError) as error:
@@ -83,7 +115,7 @@ def train_step(
             "`make plan` says what fits here"
         ) from None
     synchronize(device)
-    return loss, (time.perf_counter() - start) * 1000
+    return loss, (time.perf_counter() - start) * 1000, norm
 
 
 def train(
@@ -93,8 +125,12 @@ def train(
     autocast: AbstractContextManager[object],
     device: torch.device,
     micro_batch: int,
+    schedule: LRScheduler | None = None,
+    clip_norm: float | None = None,
 ) -> Iterator[Step]:
     """Train on each of `batches` and yield its Step as soon as it is done.
+
+    `schedule` sets the learning rate of every step after the first; a gradient over `clip_norm` is scaled down to it.
 
     Where memory runs out, the step is taken again from the same rows with half the micro-batch, and so are all that
     follow. The clock stops before the yield: what the consumer does with a Step (logging, writing) is not timed.
@@ -104,9 +140,14 @@ def train(
     """
     model.train()
     for index, batch in enumerate(batches):
-        step = partial(train_step, model, optimizer, batch, autocast, device)
-        (loss, step_ms), micro_batch = within_memory(step, micro_batch, device)
-        yield Step(index, loss.item(), step_ms, metrics.tokens_per_second(batch[0].numel(), step_ms), micro_batch)
+        step = partial(train_step, model, optimizer, batch, autocast, device, clip_norm=clip_norm)
+        (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device)
+        if norm is None:  # recorded at every level, outside the clock
+            norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        if schedule:
+            schedule.step()
+        rate = metrics.tokens_per_second(batch[0].numel(), step_ms)
+        yield Step(index, loss.item(), step_ms, rate, norm.item(), micro_batch)
 
 
 def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
