@@ -6,30 +6,30 @@ optimizer's step, and returns the loss.
 """
 
 import argparse
-import ctypes
 import importlib
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from gpt2_ladder import cost, gains
-from gpt2_ladder.config import Size
+from gpt2_ladder.config import AdamW, Size
 
 Step = Callable[..., float]
 OURS, THEIRS = "benchmarks.race:ours", "benchmarks.race:transformers"
 SHAPES = ((2, 256), (4, 64))
 SIZE = Size(n_layer=12, n_head=12, n_embd=768, n_positions=1024)
 VOCAB_SIZE, LEARNING_RATE = 50257, 3e-4
+SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)  # torch's own
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ CELLS = [
 
 
 def ours(cell: Cell) -> Step:
-    """Return the step of this project's GPT with flash attention and fused AdamW."""
+    """Return the step of this project's GPT with fused AdamW and written-out attention, at these T the faster one."""
     import torch
 
     from gpt2_ladder import runtime, training
     from gpt2_ladder.config import GPTConfig
     from gpt2_ladder.model import GPT
 
-    model, device = GPT(GPTConfig(**SIZE.model_dump(), attention="flash")), torch.device("cpu")
+    model, device = GPT(GPTConfig(**SIZE.model_dump(), attention="eager")), torch.device("cpu")
     if cell.compile:
         runtime.compile_model(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    optimizer = training.make_optimizer(model, LEARNING_RATE, SETTINGS, fused=True)
     autocast = runtime.set_precision(cell.precision, device)
 
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -91,94 +91,61 @@ def transformers(cell: Cell) -> Step:
     return step
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step, instead of handing it to the kernel; before torch allocates."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch asks for huge pages
-    libc = ctypes.CDLL("libc.so.6")
-    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)):
-        sys.exit("error: mallopt refuses")
-
-
-def drive(contestant: str, cell: Cell) -> None:
-    """Be a contestant's process: train one step for every line that comes in, and print how long it took."""
-    if cell.keep_memory:
-        keep_freed_memory()
+@cache
+def open_contestant(contestant: str, cell: Cell) -> Step:
+    """Return the step of `contestant`, module:function, in this process, which is its own; once."""
     import torch
 
     from gpt2_ladder import devices
     from pipeline import environment
 
     torch.set_num_threads(environment.describe().threads)
+    if cell.keep_memory:
+        devices.keep_freed_memory(torch.device("cpu"))
     module, function = contestant.split(":")
-    step = getattr(importlib.import_module(module), function)(cell)
-    dice = torch.Generator().manual_seed(1)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "peak":
-            answer = {"tflops": devices.matmul_tflops(cell.precision, torch.device("cpu"))}
-        else:
-            ids = torch.randint(VOCAB_SIZE, (cell.batch_size, cell.block_size + 1), generator=dice)
-            x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-            start = time.perf_counter()
-            loss = step(x, y)
-            answer = {"ms": (time.perf_counter() - start) * 1000, "loss": loss}
-        print(json.dumps(answer), flush=True)
+    return getattr(importlib.import_module(module), function)(cell)
 
 
-class Contestant:
-    """A process that waits for its turn."""
+def take_step(contestant: str, cell: Cell, index: int) -> tuple[float, float]:
+    """Take a step of `contestant` on batch `index` in its process; return the milliseconds and the loss."""
+    import torch
 
-    def __init__(self, name: str, function: str, cell: Cell):
-        self.name = name
-        command = [sys.executable, "-c", DRIVER, function, json.dumps(asdict(cell))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> "Contestant":
-        self._read()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()  # closes the pipes
-
-    def ask(self, what: str) -> dict[str, float]:
-        """Have it take a step, or multiply two matrices at its peak."""
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._read())
-
-    def _read(self) -> str:
-        while not (line := self._process.stdout.readline()).startswith(("{", "ready")):
-            if not line:
-                sys.exit(f"error: contestant {self.name} ended with exit code {self._process.wait()}")
-        return line
+    step, dice = open_contestant(contestant, cell), torch.Generator().manual_seed(index)
+    ids = torch.randint(VOCAB_SIZE, (cell.batch_size, cell.block_size + 1), generator=dice)
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    start = time.perf_counter()
+    loss = step(x, y)
+    return (time.perf_counter() - start) * 1000, loss
 
 
-DRIVER = (
-    "import json, sys; from benchmarks.race import Cell, drive; drive(sys.argv[1], Cell(**json.loads(sys.argv[2])))"
-)
+def peak_tflops(precision: str) -> float:
+    """Return what a bare matrix product reaches now, in TFLOP/s."""
+    import torch
+
+    from gpt2_ladder import devices
+
+    return devices.matmul_tflops(precision, torch.device("cpu"))
 
 
 def race(cell: Cell, contestants: Sequence[tuple[str, str, bool]], rounds: int, warm_up: int = 2) -> dict[str, Any]:
     """Return every contestant's milliseconds by round, and the peak of a bare matrix product in the same rounds."""
     dice = random.Random(1337)
+    step_ms: dict[str, list[float]] = {name: [] for name, _, _ in contestants}
+    losses: dict[str, float] = {}
+    peaks = []
     with ExitStack() as stack:
-        runners = [
-            stack.enter_context(Contestant(name, function, replace(cell, keep_memory=keep)))
-            for name, function, keep in contestants
-        ]
-        step_ms: dict[str, list[float]] = {runner.name: [] for runner in runners}
-        losses: dict[str, float] = {}
-        peaks = []
+        processes = {
+            name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name, _, _ in contestants
+        }
         for index in range(-warm_up, rounds):
-            for runner in dice.sample(runners, len(runners)):
-                answer = runner.ask("step")
-                losses.setdefault(runner.name, answer["loss"])
+            for name, function, keep in dice.sample(contestants, len(contestants)):
+                own = replace(cell, keep_memory=keep)
+                ms, loss = processes[name].submit(take_step, function, own, warm_up + index).result()
+                losses.setdefault(name, loss)
                 if index >= 0:
-                    step_ms[runner.name].append(answer["ms"])
+                    step_ms[name].append(ms)
             if index >= 0:
-                peaks.append(runners[0].ask("peak")["tflops"])
+                peaks.append(processes[contestants[0][0]].submit(peak_tflops, cell.precision).result())
     return {"cell": asdict(cell), "step_ms": step_ms, "first_losses": losses, "peak_tflops": peaks}
 
 

@@ -8,17 +8,21 @@ import json
 import shutil
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2_ladder import benchmark, config, cost, data, devices, metrics, profiling, runtime, training
-from gpt2_ladder.benchmark import Arm
+from gpt2_ladder.benchmark import Arm, Elsewhere
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Params, Switches, UserError
 from gpt2_ladder.gains import ESTIMATOR, Measurement
+from gpt2_ladder.profiling import Operator
 from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, read_environment, run, write_json
 
 PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", False: "the GPU's dense peak"}
@@ -33,25 +37,26 @@ def main(*arguments: str) -> None:
     if longer is not None and longer < MINIMUM_ROUNDS:
         raise UserError(f"--rounds {longer}: at least {MINIMUM_ROUNDS} are needed for an interval")
     rounds, seconds = (longer, float("inf")) if longer else (settings.rounds, settings.seconds)
-    parity = json.loads(PARITY.read_text())
-    levels = {
-        name: Switches.model_validate({key: found["switches"][key] for key in Switches.model_fields})
-        for name, found in parity["levels"].items()
-    }
-
+    contestants, micro_batch = read_contestants()
+    levels = {name: switches for name, switches in contestants.items() if name != CONTROL}
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    arms = build_arms(params, levels, device, parity["micro_batch"])
+    alone = {name for name, switches in contestants.items() if devices.needs_own_process(switches, environment)}
+    here = {name: switches for name, switches in contestants.items() if name not in alone}
+    built = {arm.name: arm for arm in build_arms(params, here, device, micro_batch)}
     shard = data.open_shard(TRAIN_SHARD)
     batches = list(islice(data.batches(shard, shape.batch_size, shape.block_size), shape.steps))
-    for name in benchmark.warm_up(arms, batches[0], device, params.seed):
-        print(f"benchmark: warming up {name}", flush=True)
     measured = []
     kinds = sorted({matmul_kind(switches.precision) for switches in levels.values()})
     matmuls = kinds if devices.peak_is_measured(environment.device) else []
-    for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
-        measured.append(one)
-        times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in one.step_ms.items())
-        print(f"benchmark: round {len(measured)}/{rounds}, ms a step: {times}", flush=True)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # started for the first level that needs it
+        arms = [Elsewhere(name, process, open_alone) if name in alone else built[name] for name in contestants]
+        for name in benchmark.warm_up(arms, batches[0], device, params.seed):
+            print(f"benchmark: warming up {name}", flush=True)
+        for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
+            measured.append(one)
+            times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in one.step_ms.items())
+            print(f"benchmark: round {len(measured)}/{rounds}, ms a step: {times}", flush=True)
+        profile(arms if params.profile else [], batches[0], device)
     measurement = Measurement(
         estimator=ESTIMATOR,
         model=params.model,
@@ -64,32 +69,55 @@ def main(*arguments: str) -> None:
     )
     write_json(BENCHMARK, measurement.model_dump())
     write_json(GAINS, summarize(params, levels, measurement))
-    profile(arms if params.profile else [], batches[0], device)
 
 
-def build_arms(params: Params, levels: dict[str, Switches], device: torch.device, micro_batch: int) -> list[Arm]:
-    """Return an arm for every level, and a second one for the first of them; all with one micro-batch."""
+def read_contestants() -> tuple[dict[str, Switches], int]:
+    """Return the switches of every level that passed parity, and of the control, by name; and their micro-batch."""
+    parity = json.loads(PARITY.read_text())
+    levels = {
+        name: Switches.model_validate({key: found["switches"][key] for key in Switches.model_fields})
+        for name, found in parity["levels"].items()
+    }
+    return {**levels, CONTROL: levels[parity["baseline"]]}, parity["micro_batch"]
+
+
+@cache
+def open_alone(name: str) -> Arm:
+    """Return the arm of level `name`, whose switches set the whole of this process; one process, one set of them."""
+    params, environment = config.load(), read_environment()
+    contestants, micro_batch = read_contestants()
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    devices.keep_freed_memory(device)
+    return build_arms(params, {name: contestants[name]}, device, micro_batch)[0]
+
+
+def build_arms(params: Params, contestants: dict[str, Switches], device: torch.device, micro_batch: int) -> list[Arm]:
+    """Return an arm for each of `contestants`, on shared weights, all with one micro-batch."""
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
     arms = []
-    for name, switches in {**levels, CONTROL: next(iter(levels.values()))}.items():
-        model, optimizer = weights.lend(params.gpt(switches))
+    for name, switches in contestants.items():
+        model, optimizer = weights.lend(params.gpt(switches), switches.fused_adamw)
         if switches.compile:
             runtime.compile_model(model)
         arms.append(Arm(name, model, optimizer, switches.precision, micro_batch))
     return arms
 
 
-def profile(arms: list[Arm], batch: training.Batch, device: torch.device) -> None:
+def profile(arms: list[Arm | Elsewhere], batch: training.Batch, device: torch.device) -> None:
     """Take one more step of every arm under the profiler; write the costs of its operators, and a trace of it."""
     shutil.rmtree(TRACES, ignore_errors=True)
     TRACES.mkdir()
-    activities = devices.profiler_activities(device)
     costs = {
-        arm.name: profiling.profile_step(partial(arm.step, batch, device), activities, TRACES / f"{arm.name}.json.gz")
+        arm.name: arm.do(profile_arm, batch, device, TRACES / f"{arm.name}.json.gz")
         for arm in arms
         if arm.name != CONTROL
     }
     write_json(PROFILE, {name: [asdict(operator) for operator in found] for name, found in costs.items()})
+
+
+def profile_arm(arm: Arm, batch: training.Batch, device: torch.device, trace: Path) -> list[Operator]:
+    """Return what the operators of a step of `arm` cost, the costliest first."""
+    return profiling.profile_step(partial(arm.step, batch, device), devices.profiler_activities(device), trace)
 
 
 def summarize(params: Params, levels: dict[str, Switches], measurement: Measurement) -> dict[str, Any]:

@@ -38,22 +38,22 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.has_cuda_habits(device)
     micro_batch, ids = shape.batch_size, torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
-    distinct: dict[tuple[GPTConfig, bool], str] = {}
-    shapes: dict[tuple[int, bool], tuple[tuple[GPTConfig, bool], str]] = {}
+    distinct: dict[tuple[GPTConfig, bool, bool], str] = {}
+    shapes: dict[tuple[int, bool, bool], tuple[tuple[GPTConfig, bool, bool], str]] = {}
     for name, switches in levels.items():
-        network, bf16 = params.gpt(switches), switches.precision == "bf16"
-        distinct.setdefault((network, bf16), name)
-        shapes.setdefault((network.vocab_size, network.tie_weights), ((network, bf16), name))
+        network, bf16, fused = params.gpt(switches), switches.precision == "bf16", switches.fused_adamw
+        distinct.setdefault((network, bf16, fused), name)
+        shapes.setdefault((network.vocab_size, network.tie_weights, fused), ((network, bf16, fused), name))
     # one of every shape first, so that all weights and AdamW's state exist when the others take their step
-    held = sum(planning.held_bytes(network) for (network, _), _ in shapes.values())
-    for (network, bf16), name in (*shapes.values(), *distinct.items()):
+    held = sum(planning.held_bytes(network) for (network, _, _), _ in shapes.values())
+    for (network, bf16, fused), name in (*shapes.values(), *distinct.items()):
         room = free - (held - planning.held_bytes(network))
         need = partial(_predict, network, bf16, batch_size=shape.batch_size, cuda=cuda)
         try:
             fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= room)
             if not (micro_batch := next(fitting, 0)):
                 raise UserError("one row is predicted to be too much")
-            step = partial(_take_step, weights, network, bf16, ids, device)
+            step = partial(_take_step, weights, network, bf16, fused, ids, device)
             _, micro_batch = training.within_memory(step, micro_batch, device)
         except UserError as error:
             block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= room), None)
@@ -71,9 +71,15 @@ def _predict(network: GPTConfig, bf16: bool, rows: int, block_size: int, *, batc
 
 
 def _take_step(
-    weights: benchmark.Weights, network: GPTConfig, bf16: bool, ids: torch.Tensor, device: torch.device, rows: int
+    weights: benchmark.Weights,
+    network: GPTConfig,
+    bf16: bool,
+    fused: bool,
+    ids: torch.Tensor,
+    device: torch.device,
+    rows: int,
 ) -> None:
-    model, optimizer = weights.lend(network)
+    model, optimizer = weights.lend(network, fused)
     autocast = runtime.set_precision("bf16" if bf16 else "fp32", device)
     training.train_step(model, optimizer, (ids, ids), autocast, device, rows)
 

@@ -1,6 +1,10 @@
 """Steps in turn: who shares what, in which order, and what is not allowed while the clock runs."""
 
 import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -36,6 +40,15 @@ def test_networks_of_one_shape_share_parameters_and_optimizer():
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in eager.parameters()}
     assert eager.wte.weight is eager.lm_head.weight  # still tied
     assert eager.h[0].attn.attention != flash.h[0].attn.attention
+
+
+def test_a_fused_optimizer_has_a_state_of_its_own_for_the_same_parameters():
+    lender = weights()
+    (model, plain), (same, fused) = lender.lend(tiny()), lender.lend(tiny(), True)
+    assert plain is not fused
+    assert fused.defaults["fused"]
+    assert [id(p) for p in model.parameters()] == [id(p) for p in same.parameters()]
+    assert lender.lend(tiny(), True)[1] is fused
 
 
 def test_networks_of_another_shape_have_parameters_of_their_own():
@@ -77,7 +90,7 @@ def test_the_seed_decides_the_order():
 
 def test_each_round_has_one_batch_for_all(monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "train_step", lambda *call: seen.append(id(call[2])) or (torch.zeros(()), 1.0))
+    monkeypatch.setattr(training, "train_step", lambda *call: seen.append(id(call[2])) or (torch.zeros(()), 1.0, None))
     measure(arms(2), rounds=4)
     assert seen == [id(BATCHES[index]) for index in (0, 0, 1, 1, 2, 2, 0, 0)]
 
@@ -88,7 +101,7 @@ def test_precision_is_each_arms_own_and_restored_afterwards(monkeypatch):
     def train_step(model, optimizer, batch, autocast, device, micro_batch):
         with autocast:
             seen.append((runtime.float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
-        return torch.zeros(()), 1.0
+        return torch.zeros(()), 1.0, None
 
     monkeypatch.setattr(training, "train_step", train_step)
     lender = weights()
@@ -100,10 +113,40 @@ def test_precision_is_each_arms_own_and_restored_afterwards(monkeypatch):
     assert runtime.float32_matmul_precision() == "ieee"
 
 
+@cache
+def open_here(name: str) -> Arm:
+    """An arm, and a mark in the process that opened it."""
+    return Arm(name, *weights().lend(tiny()), "fp32", 2)
+
+
+def where(arm: Arm) -> tuple[str, int, int]:
+    return arm.name, os.getpid(), id(arm)
+
+
+def test_an_arm_elsewhere_steps_in_one_process_of_its_own():
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        alone = benchmark.Elsewhere("alone", process, open_here)
+        contestants = [alone, *arms(1)]
+        assert sorted(benchmark.warm_up(contestants, BATCHES[0], CPU, seed=0)) == ["alone"] * 2 + ["arm0"] * 2
+        found = measure(contestants)
+        assert all(one.step_ms["alone"] > 0 for one in found)
+        first, second = alone.do(where), alone.do(where)
+    assert first == second  # the same arm in the same process
+    assert first[0] == "alone"
+    assert first[1] != os.getpid()
+
+
+def test_an_error_elsewhere_arrives_here():
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        alone = benchmark.Elsewhere("alone", process, open_here)
+        with pytest.raises(ValueError, match="batch_size"):
+            alone.do(benchmark.step_as_compiled, (random_ids(time=32), random_ids(time=31)), CPU)
+
+
 def test_time_ends_the_rounds_but_some_there_are(monkeypatch):
     clock = itertools.count(step=10)  # every look at the clock is ten seconds later
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(training, "train_step", lambda *_: (torch.zeros(()), 1.0))
+    monkeypatch.setattr(training, "train_step", lambda *_: (torch.zeros(()), 1.0, None))
     assert len(measure(arms(2), rounds=30, seconds=1)) == MINIMUM_ROUNDS
     assert len(measure(arms(2), rounds=30, seconds=100)) == 8
     assert len(measure(arms(2), rounds=5, seconds=100)) == 5

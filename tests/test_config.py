@@ -22,11 +22,14 @@ def load_with(tmp_path: Path, old: str, new: str) -> config.Params:
     return config.load(tmp_path / "params.yaml")
 
 
-def test_the_ladder_has_its_nine_levels_in_order():
+def test_the_ladder_has_the_seeds_levels_in_order_and_then_those_past_it():
     levels = config.load(PARAMS).levels
     seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
-    assert list(levels)[:9] == seed  # levels of one's own come after them
+    past = ["fused", "chunked", "allocator"]
+    assert list(levels)[:12] == seed + past  # levels of one's own come after them
     assert [levels[name].group for name in seed] == ["quality"] * 3 + ["speed"] * 6
+    off = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}
+    assert all(levels[name].model_dump(include=set(off)) == off for name in seed)
 
 
 def test_a_level_differs_from_the_one_above_in_at_most_one_switch():
@@ -71,26 +74,41 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("  fp32:\n    group", "  fp.32:\n    group", "levels.fp.32 = 'fp.32': String should match pattern"),
         ("  tf32:\n    group", "  control:\n    group", "levels.control = control: that is what the benchmark calls"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
-        ("  tied:\n", "  tied: &row\n", "params.yaml:105: YAML anchor or alias 'row': write the values out"),
+        ("  tied:\n", "  tied: &row\n", "params.yaml:119: YAML anchor or alias 'row': write the values out"),
         ("learning_rate: 3e-4", "learning_rate: 6e-4x", "models.gpt2.learning_rate = '6e-4x'"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
-        ("n_head: 12", "n_head: 13", "params.yaml:82: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
+        ("n_head: 12", "n_head: 13", "params.yaml:93: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
         (
             "block_size: 256",
             "block_size: 2048",
-            "params.yaml:43: machines.cpu.block_size = 2048: is over",
+            "params.yaml:54: machines.cpu.block_size = 2048: is over",
         ),
         (
             "warmup_steps: 2\n",
             "warmup_steps: 10\n",
-            "params.yaml:45: machines.cpu.warmup_steps = 10: must be below steps (10)",
+            "params.yaml:56: machines.cpu.warmup_steps = 10: must be below steps (10)",
+        ),
+        (
+            "tokens_per_step: ",
+            "tokens_per_step: 500 ",
+            "recipe.tokens_per_step = 500: must be a multiple of machines.cpu's batch_size * block_size (512)",
+        ),
+        (
+            "lr_warmup_steps: 0",
+            "lr_warmup_steps: 10",
+            "recipe.lr_warmup_steps = 10: must be below machines.cpu.steps (10)",
+        ),
+        (
+            "schedule: constant",
+            "schedule: linear",
+            "recipe.schedule = 'linear': Input should be 'constant' or",
         ),
         (
             "eval_tokens: 32768",
             "eval_tokens: 32000",
-            "params.yaml:52: machines.gpu.eval_tokens = 32000: must be a multiple",
+            "params.yaml:63: machines.gpu.eval_tokens = 32000: must be a multiple",
         ),
     ],
 )
@@ -110,14 +128,14 @@ def test_a_file_that_is_no_map_is_refused(tmp_path, content):
 def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
     text = PARAMS.read_text().replace("model: gpt2 ", "model: tiny ").replace("source: auto", "source: openai")
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"params\.yaml:23: pretrained\.source = openai: no weights for model: tiny"):
+    with pytest.raises(UserError, match=r"params\.yaml:26: pretrained\.source = openai: no weights for model: tiny"):
         config.load(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
 def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other):
     (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("folder:  ", "folder: here  ").replace(*other))
-    with pytest.raises(UserError, match=r"params\.yaml:24: pretrained\.folder = here: not read with these"):
+    with pytest.raises(UserError, match=r"params\.yaml:27: pretrained\.folder = here: not read with these"):
         config.load(tmp_path / "params.yaml")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -84,3 +85,11 @@ def test_validation_sees_its_tokens_once():
     assert inputs.flatten().tolist() == list(range(24))
     with pytest.raises(UserError, match=r"eval_tokens \(30\)"):
         data.first_batches(shard, 30, 2, 3)
+
+
+def test_joined_batches_are_the_same_rows_in_the_same_order():
+    shard = np.arange(100, dtype=np.uint16)
+    parts, whole = data.batches(shard, 2, 8), next(data.joined(data.batches(shard, 2, 8), 3))
+    for index in range(2):
+        assert torch.equal(whole[index], torch.cat([batch[index] for batch in [*islice(data.batches(shard, 2, 8), 3)]]))
+    assert torch.equal(next(data.joined(parts, 1))[0], whole[0][:2])

@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ CPU = torch.device("cpu")
 
 def switches(**changes: object) -> Switches:
     row = {"tie_weights": True, "init": "gpt2", "precision": "fp32", "compile": False, "attention": "eager"}
-    return Switches.model_validate({**row, "vocab_size": 50257, **changes})
+    past = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}
+    return Switches.model_validate({**row, "vocab_size": 50257, **past, **changes})
 
 
 def test_a_level_is_skipped_only_where_the_machine_cannot_run_it():
@@ -29,6 +32,39 @@ def test_a_level_is_skipped_only_where_the_machine_cannot_run_it():
     assert devices.why_skipped(switches(precision="bf16"), old_gpu, False) is None
     compiled = switches(precision="bf16", compile=True)
     assert "compute capability 8.0" in (devices.why_skipped(compiled, old_gpu, True) or "")
+
+
+def test_an_allocator_that_is_not_glibc_is_not_passed_over(monkeypatch):
+    caching = switches(allocator="caching")
+    assert devices.why_skipped(caching, environment(), False) is None
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
+    assert "a setting of glibc" in (devices.why_skipped(caching, environment(), False) or "")
+    assert devices.why_skipped(caching, environment(device="cuda"), False) is None
+    assert "caches a GPU's memory" in (devices.what_to_know(caching, environment(device="cuda")) or "")
+    assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
+
+
+PAGES = """
+import json, resource, sys
+import torch
+from gpt2_ladder import devices
+if sys.argv[1] == "caching":
+    devices.keep_freed_memory(torch.device("cpu"))
+def use():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(100 * 2**20, dtype=torch.uint8)  # freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults = [use() for _ in range(40)]
+print(sum(faults[-10:]))  # the heap finds its shape in the first ten
+"""
+
+
+@pytest.mark.parametrize("allocator", ["system", "caching"])
+def test_memory_that_is_kept_is_not_paged_in_again(allocator):
+    command = [sys.executable, "-c", PAGES, allocator]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    faults = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert faults < 1_000 if allocator == "caching" else faults > 200_000  # 100 MiB are 25,600 pages of 4 KiB
 
 
 def test_a_switch_without_effect_or_hardware_is_noted():

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import random_ids, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpt2_ladder.model import GPT, generate
 
@@ -144,3 +146,45 @@ def test_sampling_stays_among_the_top_k_and_follows_its_generator():
     drawn = generate(model, prompt, 1, 5, torch.Generator().manual_seed(0))[:, -1]
     assert set(drawn.tolist()) == set(model(prompt[:1])[0][0, -1].topk(5).indices.tolist())
     assert torch.equal(drawn, generate(model, prompt, 1, 5, torch.Generator().manual_seed(0))[:, -1])
+
+
+class Shapes(TorchDispatchMode):
+    """Remembers the shapes of everything that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(one.shape) for one in tree_leaves(out) if isinstance(one, torch.Tensor)}
+        return out
+
+
+def test_a_chunked_loss_is_the_plain_one_with_its_gradients_and_without_all_logits_at_once():
+    ids, targets = random_ids(3, 17), random_ids(3, 17, seed=1)  # 51 tokens: the last of four chunks is shorter
+    plain, chunked = GPT(tiny()), GPT(tiny(chunked_loss=True))
+    plain(ids, targets)[1].backward()
+    with Shapes() as shapes:
+        logits, loss = chunked(ids, targets)
+        loss.backward()
+    assert logits is None
+    assert loss.item() == pytest.approx(plain(ids, targets)[1].item(), abs=1e-6)
+    for name, parameter in plain.named_parameters():
+        # sums in another order: last bits of gradients that are at most about 1
+        assert torch.allclose(parameter.grad, chunked.get_parameter(name).grad, atol=1e-6), name
+    rows = {shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] == 97 and shape[0] != 16}
+    assert max(rows) == 13  # ceil(51 / 4)
+    assert torch.equal(chunked(ids)[0], plain(ids)[0])  # without targets all logits are wanted
+
+
+def test_a_chunked_loss_compiles_to_one_graph():
+    model, graphs = GPT(tiny(chunked_loss=True)), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend, dynamic=False, fullgraph=True)
+    model(random_ids(), random_ids(seed=1))[1].backward()
+    assert len(graphs) == 1

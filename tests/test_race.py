@@ -20,7 +20,7 @@ def test_contestants_step_on_the_same_batches_in_processes_of_their_own(monkeypa
     assert {name: len(times) for name, times in found["step_ms"].items()} == {"ours": 3, "other": 3}
     assert len(found["peak_tflops"]) == 3
     assert found["first_losses"]["ours"] == found["first_losses"]["other"]
-    ids = torch.randint(race.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(race.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
     assert found["first_losses"]["ours"] == ids[:, :-1].sum() + 2 * ids[:, 1:].sum()
 
 

@@ -91,7 +91,7 @@ def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monk
     written = json.loads((tmp_path / "flash" / "metrics.json").read_text())
     assert (written["status"], written["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {written[name] for name in metrics.MEASURED} == {None}
-    assert (tmp_path / "flash" / "steps.csv").read_text() == "step,loss,step_ms,tokens_per_second,micro_batch\n"
+    assert (tmp_path / "flash" / "steps.csv").read_text() == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
 
 
 def test_an_unknown_level_is_named(monkeypatch):
@@ -188,7 +188,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
         def log(self, step):
             self.logged.append(step)
 
-    steps = (Step(index, loss, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
+    steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
     with pytest.raises(UserError, match="bf16: the loss is nan at step 1"):
         trainer.follow(steps, Recorder(), "bf16", total=3)
     assert len(Recorder.logged) == 2
@@ -210,7 +210,7 @@ def params_with(**changes: object) -> config.Params:
 def test_the_baseline_has_a_second_arm_of_its_own():
     params = params_with(model="tiny")
     levels = {name: params.levels[name] for name in ("fp32", "bf16", "padded")}
-    arms = benchmark_stage.build_arms(params, levels, torch.device("cpu"), 2)
+    arms = benchmark_stage.build_arms(params, {**levels, "control": levels["fp32"]}, torch.device("cpu"), 2)
     assert [arm.name for arm in arms] == ["fp32", "bf16", "padded", "control"]
     assert arms[0].model is not arms[3].model
     assert arms[0].optimizer is arms[1].optimizer is arms[3].optimizer is not arms[2].optimizer

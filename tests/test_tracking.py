@@ -16,7 +16,7 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.tracking import Tracker
 
-STEPS = [Step(0, 10.9, 500.0, 256.0, 4), Step(1, 0.1 + 0.2, 400.0, 320.0, 4)]
+STEPS = [Step(0, 10.9, 500.0, 256.0, 1.5, 4), Step(1, 0.1 + 0.2, 400.0, 320.0, 1.25, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_every_step_is_in_the_file_before_the_next_one(tmp_path, monkeypatch):
             rows = list(csv.DictReader(path.read_text().splitlines()))
             assert len(rows) == count
             assert float(rows[-1]["loss"]) == step.loss  # all digits, nothing rounded
-    assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second,micro_batch"
+    assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch"
 
 
 def records(folder: Path) -> dict[str, list[dict]]:

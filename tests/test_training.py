@@ -7,7 +7,8 @@ import torch
 from conftest import random_ids, tiny
 
 from gpt2_ladder import runtime, training
-from gpt2_ladder.config import AdamW
+from gpt2_ladder.config import AdamW, Recipe
+from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 
 CPU = torch.device("cpu")
@@ -55,6 +56,71 @@ def test_bf16_follows_float32_and_is_not_float32():
     exact, rounded = run(GPT(tiny())), run(GPT(tiny()), "bf16")
     assert rounded == pytest.approx(exact, abs=2e-2)  # bfloat16 keeps 8 bits: 2 ** -8 of a loss near 4.6
     assert rounded != exact
+
+
+def recipe(**changes: object) -> Recipe:
+    return Recipe.model_validate(changes)
+
+
+def test_the_learning_rate_rises_and_then_falls_along_a_cosine_to_a_tenth():
+    cosine = recipe(schedule="cosine", lr_warmup_steps=2)
+    factors = [training.learning_rate_factor(step, 7, cosine) for step in range(7)]
+    # by hand: 1/2, 1, then 0.1 + 0.9 (1 + cos(pi k / 4)) / 2 for k = 0 ... 4
+    assert factors == pytest.approx(
+        [0.5, 1.0, 1.0, 0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]
+    )
+    assert [training.learning_rate_factor(step, 7, recipe()) for step in range(7)] == [1.0] * 7
+    assert training.learning_rate_factor(0, 1, recipe(schedule="cosine")) == 1.0
+
+
+def test_weight_decay_can_leave_biases_and_layernorms_alone():
+    model = GPT(tiny())
+    matrices, vectors = training.make_optimizer(model, 1e-2, SETTINGS, decay="matrices").param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in vectors["params"]} == {1}
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def train_one(model: GPT, **changes: object) -> tuple[Step, torch.Tensor]:
+    """One step of plain SGD with learning rate 1: what it adds to the weights is minus the gradient it used."""
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    (step,) = training.train(model, optimizer, batches(1), runtime.set_precision("fp32", CPU), CPU, 2, **changes)
+    return step, before - torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_that_is_recorded():
+    step, gradient = train_one(GPT(tiny()))
+    assert step.grad_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+    clipped_step, clipped = train_one(GPT(tiny()), clip_norm=0.1)
+    assert clipped_step.grad_norm == pytest.approx(step.grad_norm, rel=1e-6)
+    assert clipped.norm().item() == pytest.approx(0.1, rel=1e-3)
+    assert torch.allclose(clipped / clipped.norm(), gradient / gradient.norm(), atol=1e-4)
+
+
+def test_a_schedule_sets_every_steps_learning_rate():
+    model, rates = GPT(tiny()), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+    list(training.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU, 2, schedule))
+    assert rates == [2.0, 1.0, pytest.approx(2 / 3)]
+
+
+def test_fused_adamw_is_asked_for_and_updates_as_the_plain_one():
+    plain, fused = GPT(tiny()), GPT(tiny())
+    optimizers = [training.make_optimizer(plain, 1e-2, SETTINGS), training.make_optimizer(fused, 1e-2, SETTINGS, True)]
+    assert [one.defaults["fused"] for one in optimizers] == [None, True]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        dice = torch.Generator().manual_seed(0)  # gradients that are not zero: of those Adam keeps only the rounding
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=dice)
+            optimizer.step()
+    for name, parameter in plain.named_parameters():
+        # another order of the same operations: a few last bits of weights near 1, over three steps
+        assert torch.allclose(parameter, fused.get_parameter(name), atol=1e-6), name
 
 
 def test_the_optimizer_is_plain_adamw():

@@ -8,9 +8,11 @@ rotated cycle that would always be the same neighbour.
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +21,8 @@ from gpt2_ladder.config import MINIMUM_ROUNDS, AdamW, GPTConfig
 from gpt2_ladder.devices import matmul_tflops
 from gpt2_ladder.gains import Round
 from gpt2_ladder.model import GPT
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,39 @@ class Arm:
             return training.train_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)[1]
         finally:
             runtime.set_precision("fp32", device)
+
+    def do(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Return `work(arm, *arguments)`."""
+        return work(self, *arguments)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An arm in a process of its own, because one of its switches, the allocator, sets the whole process.
+
+    Attributes:
+        name: of the level.
+        process: an executor of one worker.
+        open: called there with `name` for the arm itself: a function of a module, which remembers what it returned.
+    """
+
+    name: str
+    process: ProcessPoolExecutor
+    open: Callable[[str], Arm]
+
+    def do(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Return `work(arm, *arguments)`, done there while this process waits."""
+        return self.process.submit(_do, self.open, self.name, work, arguments).result()
+
+
+def step_as_compiled(arm: Arm, batch: training.Batch, device: torch.device) -> float:
+    """Return the milliseconds of a step; one that compiles once more raises RuntimeError."""
+    with torch.compiler.set_stance("fail_on_recompile"):
+        return arm.step(batch, device)
+
+
+def _do(open_arm: Callable[[str], Arm], name: str, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+    return work(open_arm(name), *arguments)
 
 
 class Weights:
@@ -69,7 +106,7 @@ class Weights:
 
 
 def warm_up(
-    arms: Sequence[Arm], batch: training.Batch, device: torch.device, seed: int, steps: int = 2
+    arms: Sequence[Arm | Elsewhere], batch: training.Batch, device: torch.device, seed: int, steps: int = 2
 ) -> Iterator[str]:
     """Take `steps` untimed steps of every arm, the first of which compiles; yield the name before each.
 
@@ -79,12 +116,11 @@ def warm_up(
     for _ in range(steps):
         for arm in dice.sample(arms, len(arms)):
             yield arm.name
-            arm.model.train()
-            arm.step(batch, device)
+            arm.do(Arm.step, batch, device)
 
 
 def measure(
-    arms: Sequence[Arm],
+    arms: Sequence[Arm | Elsewhere],
     batches: Sequence[training.Batch],
     device: torch.device,
     rounds: int,
@@ -111,7 +147,6 @@ def measure(
         if index >= MINIMUM_ROUNDS and elapsed * (index + 1) / index > seconds:
             return
         order = dice.sample(arms, len(arms))
-        with torch.compiler.set_stance("fail_on_recompile"):
-            step_ms = {arm.name: arm.step(batch, device) for arm in order}
+        step_ms = {arm.name: arm.do(step_as_compiled, batch, device) for arm in order}
         peaks = {precision: matmul_tflops(precision, device) for precision in matmuls}
         yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)

@@ -99,6 +99,11 @@ def keep_freed_memory(device: torch.device) -> None:
         raise RuntimeError("mallopt: glibc refuses to keep freed memory")
 
 
+def needs_own_process(switches: Switches, environment: Environment) -> bool:
+    """Tell whether training at `switches` here would change how the other levels of its process get their memory."""
+    return switches.allocator == "caching" and environment.device == "cpu"
+
+
 def free_memory(device: torch.device) -> int:
     """Return how many bytes of the device's memory are free now."""
     if device.type == "cuda":
