@@ -21,7 +21,8 @@ def main() -> None:
     batch = next(data.batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     autocast = runtime.set_precision(level.precision, device)
     csv = RESULTS / "overfit" / "steps.csv"
-    with trainer.open_tracker("overfit", "overfit", params, level, shape, environment, csv) as tracker:
+    described = trainer.describe("overfit", params, level, shape, environment)
+    with trainer.open_tracker("overfit", described, csv) as tracker:
         steps = training.train(model, optimizer, repeat(batch, shape.steps), autocast, device, shape.batch_size)
         losses = [step.loss for step in trainer.follow(steps, tracker, "overfit", shape.steps)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}

@@ -1,15 +1,16 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
+import hashlib
 import json
 import sys
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.optim.lr_scheduler import LambdaLR
-
 from gpt2_ladder import config, data, devices, metrics, runtime, training
+from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Params, Recipe, Switches, UserError
 from gpt2_ladder.model import GPT
 from pipeline import PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
@@ -31,10 +32,11 @@ def train(
     group: Literal["quality", "speed"],
     folder: Path,
     recipe: Recipe = trainer.PLAIN,
-) -> GPT | None:
-    """Train at `switches` by `recipe`, write steps.csv and metrics.json to `folder`, and return the network.
+    keep: Callable[[GPT], None] = lambda model: None,
+) -> bool:
+    """Train at `switches` by `recipe`, write steps.csv and metrics.json to `folder`, have `keep` keep the network.
 
-    Where this machine cannot do it, both files say so instead, and None is returned.
+    Where this machine cannot do it, both files say so instead, and False is returned.
     """
     environment, shape = read_environment(), params.shape(group)
     result: dict[str, Any] = {
@@ -48,25 +50,39 @@ def train(
         print(f"{name}: skipped. {result['reason']}", flush=True)
         (folder / "steps.csv").write_text(",".join(metrics.STEP_FIELDS) + "\n")
         write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
-        return None
+        return False
     if result["note"]:
         print(f"{name}: {result['note']}", flush=True)
     train_shard, val_shard = data.open_shard(TRAIN_SHARD), data.open_shard(VAL_SHARD)
     tokens = recipe.tokens_per_step or shape.batch_size * shape.block_size
     batches = data.batches(train_shard, shape.batch_size, shape.block_size)
-    train_batches = islice(data.joined(batches, tokens // (shape.batch_size * shape.block_size)), shape.steps)
+    train_batches = data.joined(batches, tokens // (shape.batch_size * shape.block_size))
     val_batches = data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size)
     micro_batch = shape.batch_size if group == "quality" else json.loads(PROBE.read_text())["micro_batch"]
     device, model, optimizer = trainer.build(params, switches, environment, recipe.decay)
-    schedule = LambdaLR(optimizer, partial(training.learning_rate_factor, steps=shape.steps, recipe=recipe))
     kernel = trainer.attention_kernel(params, switches, micro_batch, shape.block_size, device)
     autocast = runtime.set_precision(switches.precision, device)
-    csv = folder / "steps.csv"
-    with trainer.open_tracker(name, job_type, params, switches, shape, environment, csv, recipe) as tracker:
-        training_steps = training.train(
-            model, optimizer, train_batches, autocast, device, micro_batch, schedule, recipe.clip_norm
-        )
-        steps = trainer.follow(training_steps, tracker, name, shape.steps)
+    described = trainer.describe(name, params, switches, shape, environment, recipe)
+    saved = None
+    if params.checkpoint_every:
+        settings = {**described, "micro_batch": micro_batch, "corpus": hashlib.sha256(train_shard).hexdigest()}
+        saved = Checkpoints(name, settings, model, optimizer, params.checkpoint_every)
+    before = saved.load() if saved else []
+    new_steps = training.train(
+        model,
+        optimizer,
+        islice(train_batches, len(before), shape.steps),
+        autocast,
+        device,
+        before[-1].micro_batch if before else micro_batch,
+        first_step=len(before),
+        learning_rate=partial(
+            training.scheduled, steps=shape.steps, learning_rate=params.size.learning_rate, recipe=recipe
+        ),
+        clip_norm=recipe.clip_norm,
+    )
+    with trainer.open_tracker(job_type, described, folder / "steps.csv") as tracker:
+        steps = trainer.follow(chain(before, new_steps), tracker, name, shape.steps, len(before), saved)
         step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
         peak_memory_mib = devices.peak_memory_mib(device)  # of the training, before validation adds to it
         result |= {
@@ -86,7 +102,10 @@ def train(
         }
         tracker.summarize(result)
     write_json(folder / "metrics.json", result)
-    return model
+    keep(model)
+    if saved:
+        saved.forget()
+    return True
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """What the three training stages (overfit, train, trial) share: build, follow, record."""
 
 import math
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gpt2_ladder import devices, progress, runtime, tracking, training
+from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
@@ -40,41 +44,77 @@ def attention_kernel(
     return devices.attention_kernel(torch.empty(shape, dtype=kind, device=device, requires_grad=True))
 
 
-def open_tracker(
-    name: str,
-    job_type: str,
-    params: Params,
-    switches: Switches,
-    shape: Shape,
-    environment: Environment,
-    csv: Path,
-    recipe: Recipe = PLAIN,
-) -> Tracker:
-    """Return a Tracker that writes to `csv` and to a new W&B run with the resolved configuration."""
-    config = {
+def describe(
+    name: str, params: Params, switches: Switches, shape: Shape, environment: Environment, recipe: Recipe = PLAIN
+) -> dict[str, Any]:
+    """Return the resolved configuration of one training: what W&B compares runs by, and a checkpoint belongs to."""
+    return {
         **switches.model_dump(),
         **shape.model_dump(),
         **params.size.model_dump(),
         **params.optimizer.model_dump(),
         **recipe.model_dump(),
         **{"level": name, "model": params.model, "machine": params.machine, "seed": params.seed},
+        "deterministic": params.deterministic,
         "environment": environment.model_dump(),
     }
-    tags = [params.model, environment.device, switches.precision, switches.attention]
-    run = tracking.start_run(name, job_type, tags, config, tracking.run_group(environment.fingerprint))
+
+
+def open_tracker(job_type: str, described: dict[str, Any], csv: Path) -> Tracker:
+    """Return a Tracker that writes to `csv` and to a new W&B run with the configuration that `describe` returned."""
+    found = Environment.model_validate(described["environment"])
+    tags = [described["model"], found.device, described["precision"], described["attention"]]
+    run = tracking.start_run(described["level"], job_type, tags, described, tracking.run_group(found.fingerprint))
     return Tracker(csv, run)
 
 
-def follow(steps: Iterable[Step], tracker: Tracker, title: str, total: int) -> list[Step]:
-    """Carry a training through: show and record each of its `total` steps, then return them all.
+def follow(
+    steps: Iterable[Step], tracker: Tracker, title: str, total: int, resumed: int = 0, saved: Checkpoints | None = None
+) -> list[Step]:
+    """Carry a training through: show and record each of its `total` steps, and save as `saved` asks; return them all.
+
+    The first `resumed` of `steps` were taken, and saved, before an interruption.
 
     Raises:
-        UserError: the loss is no longer a number.
+        UserError: loss or gradient are no longer numbers, or a signal asked to stop; what is saved by then stays.
     """
-    seen = []
-    for step in progress.show(steps, title, total):
-        tracker.log(step)
-        seen.append(step)
-        if not math.isfinite(step.loss):
-            raise UserError(f"{title}: the loss is {step.loss} at step {step.step}; lower models.*.learning_rate")
+    seen: list[Step] = []
+    with stopping() if saved else nullcontext([]) as signals:
+        for step in progress.show(steps, title, total):
+            tracker.log(step)
+            seen.append(step)
+            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+                raise UserError(
+                    f"{title}: at step {step.step} the loss is {step.loss}, the gradient's norm {step.grad_norm}; "
+                    f"lower models.*.learning_rate{_last_good(saved)}"
+                )
+            if saved and len(seen) > resumed:
+                if signals or len(seen) % saved.every == 0:
+                    saved.save(seen)
+                if signals and len(seen) < total:
+                    raise UserError(f"{title}: stopped by {signals[0]} after step {step.step}{_last_good(saved)}")
     return seen
+
+
+@contextmanager
+def stopping() -> Iterator[list[str]]:
+    """Have SIGTERM and Ctrl-C wait for the end of a step; yield the list of those that came. A second one kills."""
+    came: list[str] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_good(saved: Checkpoints | None) -> str:
+    newest = saved.newest() if saved else None
+    return f"; the last good checkpoint, from which the next run goes on, is {newest}" if newest else ""

@@ -1,21 +1,26 @@
 """Train once on the top-level knobs of params.yaml and its recipe, at the speed levels' shape; keep the network."""
 
 import shutil
+from pathlib import Path
 
 from gpt2_ladder import config, hub
+from gpt2_ladder.model import GPT
 from pipeline import MODELS, RESULTS, run
 from pipeline.train import train
+
+FOLDER = MODELS / "trial"
 
 
 def main() -> None:
     params = config.load()
-    model = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe)
-    folder = MODELS / "trial"
-    shutil.rmtree(folder, ignore_errors=True)
-    if model is None:
-        folder.mkdir(parents=True)  # DVC wants the output to exist; there is no network to put into it
-    else:
-        hub.save_gpt(model, folder)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    trained = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe, keep)
+    if not trained:
+        FOLDER.mkdir(parents=True)  # DVC wants the output to exist; there is no network to put into it
+
+
+def keep(model: GPT, folder: Path = FOLDER) -> None:
+    hub.save_gpt(model, folder)
 
 
 if __name__ == "__main__":

@@ -87,11 +87,13 @@ def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monk
     params = config.load(REPOSITORY / "params.yaml")
     found = environment.describe().model_copy(update={"compile_problem": "no C++ compiler"})
     write_json(ENVIRONMENT, found.model_dump())
-    assert train(params, "flash", "train", params.levels["flash"], "speed", tmp_path / "flash") is None
+    assert train(params, "flash", "train", params.levels["flash"], "speed", tmp_path / "flash") is False
     written = json.loads((tmp_path / "flash" / "metrics.json").read_text())
     assert (written["status"], written["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {written[name] for name in metrics.MEASURED} == {None}
-    assert (tmp_path / "flash" / "steps.csv").read_text() == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+    assert (
+        tmp_path / "flash" / "steps.csv"
+    ).read_text() == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
 
 
 def test_an_unknown_level_is_named(monkeypatch):

@@ -64,13 +64,12 @@ def recipe(**changes: object) -> Recipe:
 
 def test_the_learning_rate_rises_and_then_falls_along_a_cosine_to_a_tenth():
     cosine = recipe(schedule="cosine", lr_warmup_steps=2)
-    factors = [training.learning_rate_factor(step, 7, cosine) for step in range(7)]
-    # by hand: 1/2, 1, then 0.1 + 0.9 (1 + cos(pi k / 4)) / 2 for k = 0 ... 4
-    assert factors == pytest.approx(
-        [0.5, 1.0, 1.0, 0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]
-    )
-    assert [training.learning_rate_factor(step, 7, recipe()) for step in range(7)] == [1.0] * 7
-    assert training.learning_rate_factor(0, 1, recipe(schedule="cosine")) == 1.0
+    rates = [training.scheduled(step, 7, 2.0, cosine) for step in range(7)]
+    # by hand: 1/2, 1, then 0.1 + 0.9 (1 + cos(pi k / 4)) / 2 for k = 0 ... 4, each times 2
+    down = [0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]
+    assert rates == pytest.approx([2 * share for share in (0.5, 1.0, 1.0, *down)])
+    assert [training.scheduled(step, 7, 2.0, recipe()) for step in range(7)] == [2.0] * 7
+    assert training.scheduled(0, 1, 2.0, recipe(schedule="cosine")) == 2.0
 
 
 def test_weight_decay_can_leave_biases_and_layernorms_alone():
@@ -99,13 +98,14 @@ def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_that_is_recorded(
     assert torch.allclose(clipped / clipped.norm(), gradient / gradient.norm(), atol=1e-4)
 
 
-def test_a_schedule_sets_every_steps_learning_rate():
+def test_every_step_gets_its_learning_rate():
     model, rates = GPT(tiny()), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
     optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
-    list(training.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU, 2, schedule))
-    assert rates == [2.0, 1.0, pytest.approx(2 / 3)]
+    autocast = runtime.set_precision("fp32", CPU)
+    steps = training.train(model, optimizer, batches(3), autocast, CPU, 2, 5, lambda step: step / 4)
+    assert [step.step for step in steps] == [5, 6, 7]
+    assert rates == [1.25, 1.5, 1.75]
 
 
 def test_fused_adamw_is_asked_for_and_updates_as_the_plain_one():

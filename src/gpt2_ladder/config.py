@@ -169,6 +169,7 @@ class Params(Switches):
     machine: Literal["cpu", "gpu"]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     deterministic: bool
+    checkpoint_every: PositiveInt | None
     run_slow_levels: bool
     pretrained: Pretrained
     optimizer: AdamW

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim.lr_scheduler import LRScheduler
 
 from gpt2_ladder import config, metrics
 from gpt2_ladder.config import UserError
@@ -43,19 +42,20 @@ def make_optimizer(
     )
 
 
-def learning_rate_factor(step: int, steps: int, recipe: config.Recipe) -> float:
-    """Return the share of the full learning rate that `step` of `steps`, from 0, trains with.
+def scheduled(step: int, steps: int, learning_rate: float, recipe: config.Recipe) -> float:
+    """Return the learning rate of `step`, from 0, of `steps`.
 
-    It rises linearly over the warm-up, and then stays, or falls along half a cosine to a tenth at the last step.
+    It rises linearly to `learning_rate` over the warm-up, and then stays, or falls along half a cosine to a tenth at
+    the last step.
 
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B.
     """
     if step < recipe.lr_warmup_steps:
-        return (step + 1) / recipe.lr_warmup_steps
+        return learning_rate * (step + 1) / recipe.lr_warmup_steps
     if recipe.schedule == "constant":
-        return 1.0
+        return learning_rate
     done = (step - recipe.lr_warmup_steps) / max(1, steps - 1 - recipe.lr_warmup_steps)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -125,12 +125,13 @@ def train(
     autocast: AbstractContextManager[object],
     device: torch.device,
     micro_batch: int,
-    schedule: LRScheduler | None = None,
+    first_step: int = 0,
+    learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
 ) -> Iterator[Step]:
-    """Train on each of `batches` and yield its Step as soon as it is done.
+    """Train on each of `batches`, the first of which is that of `first_step`; yield every Step as soon as it is done.
 
-    `schedule` sets the learning rate of every step after the first; a gradient over `clip_norm` is scaled down to it.
+    `learning_rate` sets that of every step, by its index; a gradient over `clip_norm` is scaled down to it.
 
     Where memory runs out, the step is taken again from the same rows with half the micro-batch, and so are all that
     follow. The clock stops before the yield: what the consumer does with a Step (logging, writing) is not timed.
@@ -139,13 +140,14 @@ def train(
         UserError: memory runs out with a micro-batch of one row.
     """
     model.train()
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches, first_step):
+        if learning_rate:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(index)
         step = partial(train_step, model, optimizer, batch, autocast, device, clip_norm=clip_norm)
         (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device)
         if norm is None:  # recorded at every level, outside the clock
             norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-        if schedule:
-            schedule.step()
         rate = metrics.tokens_per_second(batch[0].numel(), step_ms)
         yield Step(index, loss.item(), step_ms, rate, norm.item(), micro_batch)
 
