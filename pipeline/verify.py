@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from gpt2_ladder import config, data, hub, pretrained, verification
+from gpt2_ladder import config, data, files, hub, pretrained, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT, generate
 from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
@@ -42,7 +42,7 @@ def main() -> None:
     notice = pretrained.STAND_IN_NOTICE if stand_in else "OpenAI's weights were verified."
     samples = "\n".join([notice, *(f"> {encoding.decode(row)!r}" for row in rows)])
     print(samples, flush=True)
-    (RESULTS / "samples.txt").write_text(samples + "\n")
+    files.write(RESULTS / "samples.txt", samples + "\n")
     write_json(
         RESULTS / "verify.json",
         {

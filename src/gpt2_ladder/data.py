@@ -17,6 +17,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
+from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 
 DTYPE = np.dtype("<u2")  # two bytes hold every id below 65,536
@@ -52,14 +53,16 @@ def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
 def write_shard(path: Path, ids: list[int]) -> None:
     """Write token `ids` as a shard, and its sidecar beside it."""
     raw = np.array(ids, dtype=DTYPE).tobytes()
-    path.write_bytes(raw)
     sidecar = {
         "dtype": "uint16",
         "tokens": len(ids),
         "vocab_size": GPT2_VOCAB_SIZE,
         "sha256": hashlib.sha256(raw).hexdigest(),
     }
-    sidecar_path(path).write_text(json.dumps(sidecar, indent=2) + "\n")
+    # the sidecar takes its place first: interrupted between the two, no shard or another one is beside it
+    with files.replacing(sidecar_path(path), path) as (description, shard):
+        shard.write_bytes(raw)
+        description.write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
 def sidecar_path(shard: Path) -> Path:

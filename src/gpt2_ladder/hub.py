@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError
 from gpt2_ladder.model import GPT
 
@@ -102,7 +103,6 @@ def to_hub(model: GPT) -> dict[str, Tensor]:
 
 def save_gpt(model: GPT, folder: Path) -> None:
     """Write `model` to `folder` as config.json and model.safetensors, to be read here or by transformers."""
-    folder.mkdir(parents=True, exist_ok=True)
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -110,5 +110,6 @@ def save_gpt(model: GPT, folder: Path) -> None:
         **{name: getattr(model.config, name) for name in _SIZES},
         "tie_word_embeddings": model.config.tie_weights,
     }
-    save_file(to_hub(model), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    with files.replacing(folder / WEIGHTS, folder / CONFIG) as (weights, config):
+        save_file(to_hub(model), weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(described, indent=2) + "\n")
