@@ -1,12 +1,15 @@
 """The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs. And where things lie."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpt2_ladder import files
 from gpt2_ladder.config import Environment, UserError
 
 CORPUS = Path("data/input.txt")
@@ -33,8 +36,8 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     except FileNotFoundError as error:
         sys.exit(f"error: {error.filename} is not there; `dvc repro` runs the stages in their order")
     except Exception as error:
-        if "No space left on device" not in str(error):  # safetensors has it in an exception of its own
-            raise
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise  # by its words, because safetensors has it in an exception of its own
         free = shutil.disk_usage(".").free / 2**30
         sys.exit(f"error: the disk is full ({free:.1f} GiB free here): {error}; make room and run `dvc repro` again")
 
@@ -46,5 +49,4 @@ def read_environment() -> Environment:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path`; NaN and infinity, which are not JSON, raise ValueError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,13 +1,14 @@
 """Gather all results into results/report: a page as Markdown and as HTML, its pictures, a table, a W&B summary run."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 
-from gpt2_ladder import charts, config, report, tracking
+from gpt2_ladder import charts, config, files, report, tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, run
 
 FOLDER = RESULTS / "report"
@@ -49,12 +50,11 @@ def main() -> None:
         "nats",
     )
     pictures["memory"] = charts.memory({name: found["peak_memory_mib"] for name, found in trained.items()})
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
-    (FOLDER / "ladder.md").write_text(report.markdown(facts), encoding="utf-8")
+    files.write(FOLDER / "ladder.md", report.markdown(facts))
     svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
-    (FOLDER / "ladder.html").write_text(report.html(facts, svgs), encoding="utf-8")
+    files.write(FOLDER / "ladder.html", report.html(facts, svgs))
     write_losses(losses)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
@@ -64,11 +64,12 @@ def main() -> None:
 
 def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
     """Write all levels' losses as one long table, which is what `dvc plots` can draw."""
-    with (FOLDER / "losses.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["group", "level", "step", "loss"])
-        for group, rows in losses.items():
-            writer.writerows([group, *row.values()] for row in rows)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["group", "level", "step", "loss"])
+    for group, rows in losses.items():
+        writer.writerows([group, *row.values()] for row in rows)
+    files.write(FOLDER / "losses.csv", table.getvalue())
 
 
 def _read(path: Path) -> Any:

@@ -11,7 +11,7 @@ from pipeline import CORPUS, ENCODER_JSON, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, ru
 def main() -> None:
     config.load()
     encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
-    text = CORPUS.read_bytes().decode("utf-8")
+    text = data.read_text(CORPUS)
     for path, part in zip((TRAIN_SHARD, VAL_SHARD), data.split_text(text), strict=True):
         data.write_shard(path, encoding.encode_ordinary(part))
         shard = data.open_shard(path)

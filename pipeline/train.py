@@ -3,9 +3,9 @@
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ def train(
     described = trainer.describe(name, params, switches, shape, environment, recipe)
     saved = None
     if params.checkpoint_every:
-        settings = {**described, "micro_batch": micro_batch, "corpus": hashlib.sha256(train_shard).hexdigest()}
+        settings = {**described, "micro_batch": micro_batch, "corpus": hashlib.sha256(train_shard.data).hexdigest()}
         saved = Checkpoints(name, settings, model, optimizer, params.checkpoint_every)
     before = saved.load() if saved else []
     new_steps = training.train(

@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def follow(
         UserError: loss or gradient are no longer numbers, or a signal asked to stop; what is saved by then stays.
     """
     seen: list[Step] = []
-    with stopping() if saved else nullcontext([]) as signals:
+    with stopping(saved is not None) as signals:
         for step in progress.show(steps, title, total):
             tracker.log(step)
             seen.append(step)
@@ -97,8 +97,8 @@ def follow(
 
 
 @contextmanager
-def stopping() -> Iterator[list[str]]:
-    """Have SIGTERM and Ctrl-C wait for the end of a step; yield the list of those that came. A second one kills."""
+def stopping(wanted: bool) -> Iterator[list[str]]:
+    """Have SIGTERM and Ctrl-C, if `wanted`, wait for the end of a step; yield those that came. A second one kills."""
     came: list[str] = []
 
     def note(number: int, _: object) -> None:
@@ -106,8 +106,8 @@ def stopping() -> Iterator[list[str]]:
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, note)
+    for wanted_signal in (signal.SIGTERM, signal.SIGINT) if wanted else ():
+        before[wanted_signal] = signal.signal(wanted_signal, note)
     try:
         yield came
     finally:

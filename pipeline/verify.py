@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from gpt2_ladder import config, data, hub, pretrained, verification
+from gpt2_ladder import config, data, files, hub, pretrained, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT, generate
 from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
@@ -19,7 +19,7 @@ def main() -> None:
     params = config.load()
     logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
     encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
-    text = CORPUS.read_bytes().decode("utf-8")
+    text = data.read_text(CORPUS)
     idx = next(data.batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 
@@ -42,7 +42,7 @@ def main() -> None:
     notice = pretrained.STAND_IN_NOTICE if stand_in else "OpenAI's weights were verified."
     samples = "\n".join([notice, *(f"> {encoding.decode(row)!r}" for row in rows)])
     print(samples, flush=True)
-    (RESULTS / "samples.txt").write_text(samples + "\n")
+    files.write(RESULTS / "samples.txt", samples + "\n")
     write_json(
         RESULTS / "verify.json",
         {

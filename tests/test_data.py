@@ -3,6 +3,7 @@
 import itertools
 import json
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from transformers import GPT2Tokenizer
 
 from gpt2_ladder import data
 from gpt2_ladder.config import UserError
+from pipeline import ENCODER_JSON, VOCAB_BPE
+from pipeline.download import PINNED
 
 
 def write_raw(path, ids, dtype="<u2"):
@@ -32,9 +35,34 @@ def test_text_is_cut_nine_to_one_by_characters():
     assert data.split_text("é" * 10) == ("é" * 9, "é")
 
 
-def test_an_empty_corpus_is_refused():
+@pytest.mark.parametrize("text", ["", " \n", "a"])
+def test_an_empty_corpus_is_refused(text):
     with pytest.raises(UserError, match="the corpus is empty"):
-        data.split_text(" \n")
+        data.split_text(text)
+
+
+def test_text_that_is_not_utf8_is_refused_with_the_place_and_the_mend(tmp_path):
+    (tmp_path / "input.txt").write_bytes("naïve\ncafé".encode("latin-1").replace(b"\xef", b"i"))
+    with pytest.raises(UserError, match=r"input\.txt:2: byte 0xe9 at offset 9 is not UTF-8 .*iconv") as caught:
+        data.read_text(tmp_path / "input.txt")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("change", [lambda raw: raw[:-1], lambda raw: raw.replace(b"a", b"b", 1), lambda _: b""])
+def test_a_damaged_encoding_is_refused(bpe_files, tmp_path, damaged, change):
+    paths = [tmp_path / path.name for path in bpe_files]
+    for path, right in zip(paths, bpe_files, strict=True):
+        path.write_bytes(right.read_bytes())
+    data.open_encoding(*paths)
+    paths[damaged].write_bytes(change(bpe_files[damaged].read_bytes()))
+    with pytest.raises(UserError, match=rf"{paths[damaged].name}: sha256 is .* run `dvc repro -f download`"):
+        data.open_encoding(*paths)
+
+
+def test_the_encoding_is_the_one_that_the_download_stage_pins():
+    pinned = {path: sha256 for path, sha256, _ in PINNED}
+    assert (pinned[VOCAB_BPE], pinned[ENCODER_JSON]) == (data.VOCAB_BPE_SHA256, data.ENCODER_JSON_SHA256)
 
 
 def test_a_shard_is_headerless_little_endian_uint16_with_a_sidecar(tmp_path):
@@ -59,8 +87,46 @@ def test_a_damaged_shard_is_refused(tmp_path):
     with pytest.raises(UserError, match="token id 50257 is outside"):
         data.open_shard(write_raw(path, [1, 50257]))
     data.write_shard(path, [1, 2, 3])
-    with pytest.raises(UserError, match="its sidecar says"):
+    with pytest.raises(UserError, match=r"sha256 [0-9a-f]{64}, its sidecar says"):
         data.open_shard(write_raw(path, [1, 2, 4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(tokens=4), "tokens 3, its sidecar says 4"),
+        (lambda s: s.update(tokens="3"), "tokens 3, its sidecar says '3'"),
+        (lambda s: s.update(dtype="uint32"), "dtype uint16, its sidecar says 'uint32'"),
+        (lambda s: s.update(vocab_size=[0] * 10**5), r"vocab_size 50257, its sidecar says \[0, 0, 0"),
+        (lambda s: s.pop("sha256"), "its sidecar says None"),
+    ],
+)
+def test_a_sidecar_that_describes_another_shard_is_refused(tmp_path, change, message):
+    data.write_shard(tmp_path / "train.bin", [1, 2, 3])
+    sidecar = json.loads((tmp_path / "train.json").read_text())
+    change(sidecar)
+    (tmp_path / "train.json").write_text(json.dumps(sidecar))
+    with pytest.raises(UserError, match=message) as caught:
+        data.open_shard(tmp_path / "train.bin")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff"])
+def test_a_sidecar_that_is_no_json_object_is_refused(tmp_path, raw):
+    data.write_shard(tmp_path / "train.bin", [1, 2, 3])
+    (tmp_path / "train.json").write_bytes(raw)
+    with pytest.raises(UserError, match=r"train\.json: expected a JSON object"):
+        data.open_shard(tmp_path / "train.bin")
+
+
+def test_interrupted_between_its_two_files_a_shard_is_refused(tmp_path, monkeypatch):
+    path, names, replace = tmp_path / "train.bin", [], Path.replace
+    data.write_shard(path, [1, 2, 3])
+    monkeypatch.setattr(Path, "replace", lambda one, to: names.append(to) or (len(names) == 1 and replace(one, to)))
+    data.write_shard(path, [4, 5])  # only the first of the two takes its place
+    assert len(names) == 2
+    with pytest.raises(UserError, match="its sidecar says"):
+        data.open_shard(path)
 
 
 def test_batches_come_in_the_order_of_the_text_and_begin_again():

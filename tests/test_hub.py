@@ -72,12 +72,18 @@ def test_a_head_that_repeats_wte_is_accepted():
     [
         (lambda t: t.pop("h.1.mlp.c_fc.bias"), "tensor h.1.mlp.c_fc.bias is missing"),
         (lambda t: t.pop("wte.weight"), "is missing"),
-        (lambda t: t.update(surprise=torch.zeros(1)), "tensor surprise is not part of"),
-        (lambda t: t.update({"h.2.attn.bias": torch.ones(1, 1, 32, 32)}), r"tensor h.2.attn.bias is not part of"),
-        (lambda t: t.update({"h.0.attn.bias": torch.ones(16)}), r"tensor h.0.attn.bias is not part of"),
+        (lambda t: t.update(surprise=torch.zeros(1)), "tensor 'surprise' is not part of"),
+        (lambda t: t.update({"h.2.attn.bias": torch.ones(1, 1, 32, 32)}), "tensor 'h.2.attn.bias' is not part of"),
+        (lambda t: t.update({"h.0.attn.bias": torch.ones(16)}), "tensor 'h.0.attn.bias' is not part of"),
         (lambda t: t.update({"wpe.weight": torch.zeros(31, 16)}), r"wpe.weight has shape \(31, 16\), not \(32, 16\)"),
+        (lambda t: t.update({"ln_f.bias": torch.zeros(16, dtype=torch.int32)}), "ln_f.bias is torch.int32; convert it"),
+        (lambda t: t["wpe.weight"].fill_(torch.nan), "wpe.weight holds NaN or infinity; fetch it again"),
+        (lambda t: t["h.1.mlp.c_proj.weight"][3].fill_(-torch.inf), "h.1.mlp.c_proj.weight holds NaN or infinity"),
+        (lambda t: t["wte.weight"][96, 15].fill_(torch.nan), "wte.weight holds NaN"),  # not that lm_head is another
+        (lambda t: t.update({"ln_f.bias": torch.full((16,), 1e39, dtype=torch.float64)}), "ln_f.bias holds NaN or inf"),
+        (lambda t: t.update({"\x1b[31m\n": torch.zeros(1)}), r"tensor '\\x1b\[31m\\n' is not part of"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(97, 16)}), "lm_head.weight differs from wte.weight"),
-        (lambda t: t.update({"transformer.wte.weight": t["wte.weight"]}), "wte.weight is there twice"),
+        (lambda t: t.update({"transformer.wte.weight": t["wte.weight"]}), "'wte.weight' is there twice"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
@@ -87,6 +93,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
         hub.from_hub(tensors, GPT(tiny()))
 
 
+def test_half_precision_weights_become_float32():
+    tensors = {name: tensor.half() for name, tensor in hub_tensors().items()}
+    loaded = hub.from_hub(tensors, GPT(tiny()))
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    assert torch.equal(loaded["wte.weight"].half(), tensors["wte.weight"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,13 +107,39 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
         ({"n_head": None}, "'n_head' is missing"),
         ({"n_head": 3}, r"n_embd = 16: must be a multiple of n_head \(3\)"),
         ({"n_layer": "2"}, "n_layer Input should be a valid integer"),
+        ({"n_layer": -1}, "n_layer Input should be greater than 0"),
+        ({"n_layer": 10**9}, "n_layer 1000000000, .* make a larger network than the [0-9,]+ numbers"),
+        ({"n_embd": 10**9, "n_head": 1}, "n_embd 1000000000, .* make a larger network"),
+        ({"n_positions": 10**9}, "n_positions 1000000000, .* make a larger network"),
+        ({"vocab_size": 10**4000}, "vocab_size 1000"),
+        ({"tie_word_embeddings": "yes"}, "tie_weights Input should be a valid boolean"),
+        ({"layer_norm_epsilon": [0] * 10**5}, r"layer_norm_epsilon is \[0, 0"),
     ],
 )
-def test_a_config_that_asks_for_another_network_is_refused(tmp_path, change, message):
+def test_a_config_that_asks_for_another_network_is_refused(tmp_path, monkeypatch, change, message):
     hub.save_gpt(GPT(tiny()), tmp_path)
     described = json.loads((tmp_path / hub.CONFIG).read_text()) | change
     (tmp_path / hub.CONFIG).write_text(json.dumps({key: value for key, value in described.items() if value}))
-    with pytest.raises(UserError, match=message):
+    monkeypatch.setattr(hub, "GPT", lambda _: pytest.fail("memory was taken for the network"))
+    with pytest.raises(UserError, match=message) as caught:
+        hub.load_gpt(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_masks_that_no_memory_holds_are_refused(tmp_path, monkeypatch):
+    hub.save_gpt(GPT(tiny(n_positions=40_000, attention="flash")), tmp_path)
+    assert hub.load_gpt(tmp_path, "flash").config.n_positions == 40_000
+    monkeypatch.setattr(hub, "LARGEST_MASKS", 2 * 40_000**2 - 1)
+    monkeypatch.setattr(hub, "GPT", lambda _: pytest.fail("memory was taken for the network"))
+    with pytest.raises(UserError, match=r"n_positions 40000, .* eager attention's masks would fill the memory"):
+        hub.load_gpt(tmp_path, "eager")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'{"n_layer": ' + b"9" * 5000 + b"}"])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, raw):
+    hub.save_gpt(GPT(tiny()), tmp_path)
+    (tmp_path / hub.CONFIG).write_bytes(raw)
+    with pytest.raises(UserError, match=r"config\.json: expected a JSON object"):
         hub.load_gpt(tmp_path)
 
 
@@ -125,6 +164,45 @@ def test_a_file_cut_short_is_refused(tmp_path):
     hub.save_gpt(GPT(tiny()), tmp_path)
     raw = (tmp_path / hub.WEIGHTS).read_bytes()
     (tmp_path / hub.WEIGHTS).write_bytes(raw[:-100])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        hub.load_gpt(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda header, size: header["ln_f.bias"].update(shape=[17]),
+        lambda header, size: header["ln_f.bias"].update(shape=[2**32, 2**32]),
+        lambda header, size: header["ln_f.bias"].update(shape=[-16]),
+        lambda header, size: header["ln_f.bias"].update(dtype="F64"),
+        lambda header, size: header["ln_f.bias"].update(dtype="OBJECT"),
+        lambda header, size: header["ln_f.bias"].update(data_offsets=[size, size + 64]),
+        lambda header, size: header["ln_f.bias"].update(data_offsets=[-64, 0]),
+        lambda header, size: header["ln_f.bias"].update(data_offsets=header["ln_f.weight"]["data_offsets"]),  # overlap
+        lambda header, size: header["ln_f.bias"].update(data_offsets=[0, 2**63]),
+        lambda header, size: header.update(gap={"dtype": "U8", "shape": [1], "data_offsets": [size, size + 1]}),
+        lambda header, size: header.pop("ln_f.bias"),  # its bytes belong to nobody
+        lambda header, size: header.clear(),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, lie):
+    hub.save_gpt(GPT(tiny()), tmp_path)
+    raw = (tmp_path / hub.WEIGHTS).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    lie(header, len(body))
+    lying = json.dumps(header).encode()
+    (tmp_path / hub.WEIGHTS).write_bytes(len(lying).to_bytes(8, "little") + lying + body)
+    with pytest.raises(UserError, match="not a readable checkpoint") as caught:
+        hub.load_gpt(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**20, 2**40, 2**64 - 1])
+def test_a_header_of_another_length_is_refused(tmp_path, length):
+    hub.save_gpt(GPT(tiny()), tmp_path)
+    with (tmp_path / hub.WEIGHTS).open("r+b") as file:
+        file.write(length.to_bytes(8, "little"))
     with pytest.raises(UserError, match="not a readable checkpoint"):
         hub.load_gpt(tmp_path)
 

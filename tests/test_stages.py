@@ -1,7 +1,9 @@
 """The small decisions that stages make themselves."""
 
+import errno
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -161,9 +163,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_one():
     assert caught.value.code == "error: params.yaml:3: wrong"  # Python prints it to stderr and exits with 1
 
 
-def test_a_full_disk_is_named(tmp_path):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, code):
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match=r"^error: the disk is full \(.* GiB free here\)"):
-        run(lambda: write_json(Path("/dev/full"), {"step": 1}))
+        run(lambda: write_json(tmp_path / "metrics.json", {"step": 1}))
 
 
 def test_a_stage_out_of_order_names_the_file_that_it_misses(tmp_path, monkeypatch):
@@ -191,7 +198,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
             self.logged.append(step)
 
     steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
-    with pytest.raises(UserError, match="bf16: the loss is nan at step 1"):
+    with pytest.raises(UserError, match="bf16: at step 1 the loss is nan, the gradient's norm 1.0; lower models"):
         trainer.follow(steps, Recorder(), "bf16", total=3)
     assert len(Recorder.logged) == 2
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pooch
 import requests
 
+from gpt2_ladder import files
 from gpt2_ladder.config import UserError
 
 TIMEOUT_S = 5
@@ -91,7 +92,7 @@ def write_provenance(path: Path, source: str, sha256: str, note: str | None = No
     """Write where the file at `path` came from, when, its hash and a `note` to `<path>.provenance.json`."""
     fetched_at = datetime.now(UTC).isoformat(timespec="seconds")
     provenance = {"source": source, "fetched_at": fetched_at, "sha256": sha256, "note": note}
-    provenance_path(path).write_text(json.dumps(provenance, indent=2) + "\n")
+    files.write(provenance_path(path), json.dumps(provenance, indent=2) + "\n")
 
 
 def provenance_path(path: Path) -> Path:

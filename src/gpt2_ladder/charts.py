@@ -7,6 +7,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from gpt2_ladder import files
+
 Rows = Sequence[Mapping[str, Any]]
 
 # faster, slower, noise: told apart by lightness too, for those who do not see red and green
@@ -71,7 +73,7 @@ def memory(peaks_mib: Mapping[str, float]) -> alt.LayerChart:
 
 def save_png(chart: alt.TopLevelMixin, path: Path) -> None:
     """Write `chart` as PNG, in twice its size for sharp screens."""
-    path.write_bytes(vl_convert.vegalite_to_png(_styled(chart), scale=2))
+    files.write(path, vl_convert.vegalite_to_png(_styled(chart), scale=2))
 
 
 def svg(chart: alt.TopLevelMixin) -> str:

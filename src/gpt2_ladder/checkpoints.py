@@ -1,9 +1,9 @@
 """A training's state on the disk, from which it goes on bit for bit as if nothing had interrupted it.
 
 A checkpoint is two files: `<steps>.safetensors` holds weights, optimizer, generators and the steps so far,
-`<steps>.json` what they belong to. The second takes its place last, so where it is, the first is whole; only then is the
-checkpoint before removed. DVC knows nothing of them: they lie in `checkpoints/`, not among a stage's outputs, which it
-removes before it runs the stage again.
+`<steps>.json` what they belong to. The second takes its place last, so where it is, the first is whole; only then is
+the checkpoint before removed. DVC knows nothing of them: they lie in `checkpoints/`, not among a stage's outputs, which
+it removes before it runs the stage again.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import read_json, replacing
-from gpt2_ladder.metrics import Step
+from gpt2_ladder.metrics import STEP_FIELDS, Step
 from gpt2_ladder.model import GPT
 
 FOLDER = Path("checkpoints")
@@ -120,8 +120,8 @@ def _sha256(path: Path) -> str:
 
 
 def _step(row: Sequence[float]) -> Step:
-    index, *values, micro_batch = row
-    return Step(int(index), *values, micro_batch=int(micro_batch))
+    values: dict[str, Any] = dict(zip(STEP_FIELDS, row, strict=True))
+    return Step(**(values | {name: int(values[name]) for name in ("step", "micro_batch")}))
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
@@ -131,4 +131,3 @@ def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tenso
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensor
     return state
-

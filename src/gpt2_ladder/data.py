@@ -17,17 +17,26 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
+from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 
 DTYPE = np.dtype("<u2")  # two bytes hold every id below 65,536
 END_OF_TEXT = "<|endoftext|>"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    """Return GPT-2's byte pair encoding from OpenAI's two files, without asking the network."""
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (vocab_bpe, encoder_json)]
+    """Return GPT-2's byte pair encoding from OpenAI's two files, without asking the network.
+
+    Raises:
+        UserError: a file is another than OpenAI's, which would give other ids.
+    """
+    for path, sha256 in ((vocab_bpe, VOCAB_BPE_SHA256), (encoder_json, ENCODER_JSON_SHA256)):
+        if (actual := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+            raise UserError(f"{path}: sha256 is {actual}, GPT-2's is {sha256}; run `dvc repro -f download`")
     # The hashes are passed because tiktoken caches files by their path: without them it could return old ones.
-    ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), hashes[0], hashes[1])
+    ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
     return tiktoken.Encoding(
         "gpt2",
         pat_str=r50k_pat_str,  # how text is cut before bytes are merged
@@ -37,29 +46,42 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
     )
 
 
+def read_text(path: Path) -> str:
+    """Return the corpus at `path`, every byte of it: line ends, NULs and a byte order mark are text like any other.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8 ({error.reason}); "
+            f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+        ) from None
+
+
 def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
     """Cut `text` in two, for training and validation, after `train_fraction` of its characters.
 
     Raises:
-        UserError: there is no text.
+        UserError: there is no text, or a single character of it.
     """
-    if not text.strip():
-        raise UserError("the corpus is empty; run `dvc repro -f download`")
     cut = int(len(text) * train_fraction)
+    if cut == 0 or not text.strip():
+        raise UserError("the corpus is empty; run `dvc repro -f download`")
     return text[:cut], text[cut:]
 
 
 def write_shard(path: Path, ids: list[int]) -> None:
     """Write token `ids` as a shard, and its sidecar beside it."""
-    raw = np.array(ids, dtype=DTYPE).tobytes()
-    path.write_bytes(raw)
-    sidecar = {
-        "dtype": "uint16",
-        "tokens": len(ids),
-        "vocab_size": GPT2_VOCAB_SIZE,
-        "sha256": hashlib.sha256(raw).hexdigest(),
-    }
-    sidecar_path(path).write_text(json.dumps(sidecar, indent=2) + "\n")
+    shard = np.array(ids, dtype=DTYPE)
+    # the sidecar takes its place first: interrupted between the two, no shard or another one is beside it
+    with files.replacing(sidecar_path(path), path) as (sidecar, raw):
+        raw.write_bytes(shard.tobytes())
+        sidecar.write_text(json.dumps(_describe(shard), indent=2) + "\n")
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -71,7 +93,7 @@ def open_shard(path: Path) -> np.memmap:
     """Map a shard into memory, read-only, and check it: uint16 (tokens,).
 
     Raises:
-        UserError: an odd byte count, an id outside GPT-2's vocabulary, or a hash other than the sidecar's.
+        UserError: an odd byte count, an id outside GPT-2's vocabulary, or a sidecar that describes another shard.
     """
     size = path.stat().st_size
     if size == 0 or size % DTYPE.itemsize:
@@ -80,10 +102,23 @@ def open_shard(path: Path) -> np.memmap:
     if (largest := int(shard.max())) >= GPT2_VOCAB_SIZE:
         raise UserError(f"{path}: token id {largest} is outside GPT-2's vocabulary of {GPT2_VOCAB_SIZE}")
     if sidecar_path(path).exists():
-        expected = json.loads(sidecar_path(path).read_text())["sha256"]
-        if (actual := hashlib.sha256(shard.tobytes()).hexdigest()) != expected:
-            raise UserError(f"{path}: sha256 {actual}, its sidecar says {expected}; run `dvc repro -f tokenize`")
+        sidecar = files.read_json(sidecar_path(path))
+        for name, actual in _describe(shard).items():
+            if (expected := sidecar.get(name)) != actual:
+                raise UserError(
+                    f"{path}: {name} {actual}, its sidecar says {expected!r:.80}; run `dvc repro -f tokenize`"
+                )
     return shard
+
+
+def _describe(shard: np.ndarray) -> dict[str, str | int]:
+    """Return what the sidecar of `shard` says."""
+    return {
+        "dtype": "uint16",
+        "tokens": len(shard),
+        "vocab_size": GPT2_VOCAB_SIZE,
+        "sha256": hashlib.sha256(shard.data).hexdigest(),
+    }
 
 
 def batches(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,15 +9,19 @@ import re
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # without a scale of its own, as float8 has
+LARGEST_MASKS = 2**32  # bytes, over all layers; GPT-2's take 12 * 2**20
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # What GPT computes; a config that asks for something else is refused rather than loaded wrong.
 _FIXED = {
@@ -32,29 +36,45 @@ def load_gpt(folder: Path, attention: str = "eager") -> GPT:
     """Return the network that lies in `folder` as config.json and model.safetensors, in float32 on the CPU.
 
     Raises:
-        UserError: a file is missing or damaged, or a tensor is missing, unknown or of another shape.
+        UserError: a file is missing or damaged, the two do not fit, or a tensor is none that `from_hub` takes.
     """
     if not (folder / WEIGHTS).exists():
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
             raise UserError(f"{pickles[0]}: pickled weights can run code when they are read; convert them to {WEIGHTS}")
     try:
-        described = json.loads((folder / CONFIG).read_text())
-        tied = described.get("tie_word_embeddings", True)
+        described = files.read_json(folder / CONFIG)
         sizes = {name: described[name] for name in _SIZES}
+        tied = described.get("tie_word_embeddings", True)
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)  # mapped, not read: the header is checked, the numbers stay on the disk
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValidationError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason}") from None
     for name, value in _FIXED.items():
         if described.get(name, value) != value:
-            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r}, this GPT-2 knows only {value!r}")
+            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {value!r}")
+    _check_size(folder, config, tensors)
     model = GPT(config)
     model.load_state_dict(from_hub(tensors, model))
     return model
+
+
+def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError where config.json asks for more than the file holds, before any memory is taken for it."""
+    C, L = config.n_embd, config.n_layer
+    asked = 12 * L * C * C + (config.vocab_size + config.n_positions) * C  # without biases, LayerNorms, an untied head
+    there = sum(tensor.numel() for tensor in tensors.values())
+    sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
+    if asked > there or len(tensors) < L:
+        raise UserError(
+            f"{folder / CONFIG}: {sizes:.200} make a larger network than the {there:,} numbers in {WEIGHTS}; "
+            "they do not belong together, or one is damaged: fetch both again"
+        )
+    if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:
+        raise UserError(f"{folder / CONFIG}: {sizes:.200}: eager attention's masks would fill the memory; use flash")
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
@@ -64,28 +84,40 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     left out, or repeat wte, where `model` ties the two.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape, or a tied lm_head differs from wte.
+        UserError: a tensor is missing, unknown or of another shape or type, holds NaN or infinity, or a tied lm_head
+            differs from wte.
     """
     config, state = model.config, dict[str, Tensor]()
     masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # transformers saved these constants once
     for key, tensor in tensors.items():
         name = key.removeprefix("transformer.")
         if name in state:
-            raise UserError(f"checkpoint: tensor {name} is there twice, with and without the prefix 'transformer.'")
+            raise UserError(
+                f"checkpoint: tensor {name!r:.80} is there twice, with and without the prefix 'transformer.'"
+            )
         if name not in masks or tensor.shape != (1, 1, config.n_positions, config.n_positions):
             state[name] = tensor.t().contiguous() if _TRANSPOSED.fullmatch(name) and tensor.dim() == 2 else tensor
     if config.tie_weights and "wte.weight" in state:
-        head = state.setdefault("lm_head.weight", state["wte.weight"])
-        if not torch.equal(head, state["wte.weight"]):
-            raise UserError("checkpoint: lm_head.weight differs from wte.weight, but the config ties the two")
+        state.setdefault("lm_head.weight", state["wte.weight"])
     expected = model.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
         raise UserError(f"checkpoint: tensor {missing[0]} is missing ({len(missing)} in all)")
     if unknown := sorted(state.keys() - expected.keys()):
-        raise UserError(f"checkpoint: tensor {unknown[0]} is not part of a GPT-2 of this size ({len(unknown)} in all)")
+        raise UserError(
+            f"checkpoint: tensor {unknown[0]!r:.80} is not part of a GPT-2 of this size ({len(unknown)} in all)"
+        )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise UserError(f"checkpoint: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"checkpoint: {name} is {tensor.dtype}; convert it to one of {', '.join(map(str, _DTYPES))}"
+            )
+        state[name] = tensor.float()
+        if not state[name].isfinite().all():
+            raise UserError(f"checkpoint: {name} holds NaN or infinity; fetch it again, or take one from before that")
+    if config.tie_weights and not torch.equal(state["lm_head.weight"], state["wte.weight"]):
+        raise UserError("checkpoint: lm_head.weight differs from wte.weight, but the config ties the two")
     return state
 
 
@@ -102,7 +134,6 @@ def to_hub(model: GPT) -> dict[str, Tensor]:
 
 def save_gpt(model: GPT, folder: Path) -> None:
     """Write `model` to `folder` as config.json and model.safetensors, to be read here or by transformers."""
-    folder.mkdir(parents=True, exist_ok=True)
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -110,5 +141,6 @@ def save_gpt(model: GPT, folder: Path) -> None:
         **{name: getattr(model.config, name) for name in _SIZES},
         "tie_word_embeddings": model.config.tie_weights,
     }
-    save_file(to_hub(model), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    with files.replacing(folder / WEIGHTS, folder / CONFIG) as (weights, config):
+        save_file(to_hub(model), weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(described, indent=2) + "\n")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
+from gpt2_ladder import files
+
 FUSED = "fused by torch.compile"  # one name for Inductor's kernels, whose own differ from graph to graph
 # Triton's kernels on a GPU; on a CPU the C++ kernels have no names, their time is that of the graph that calls them
 INDUCTOR = ("triton_", "## Call CompiledFxGraph")
@@ -31,8 +33,8 @@ def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivi
     """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
     with profile(activities=activities) as profiler:
         step()
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(trace))
+    with files.replacing(trace) as (temporary,):
+        profiler.export_chrome_trace(str(temporary))
     on_gpu = ProfilerActivity.CUDA in activities
     calls: Counter[str] = Counter()
     self_us: Counter[str] = Counter()

@@ -1,0 +1,69 @@
+"""Files that are whole, durable and right, or not there; and JSON that may come from elsewhere."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpt2_ladder.config import UserError
+
+LARGEST_JSON = 2**20  # bytes; what describes a shard or a network takes less than a thousand
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield a temporary path for each of `paths`, all in one folder; a block that ends well puts them in place.
+
+    All are on the disk before the first takes its place, in the order given. A block that fails leaves what was there.
+    A link is replaced, never written through: DVC's cache may be behind it.
+    """
+    parent = paths[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # a folder, because a temporary file would be readable by its owner alone, and stay so
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".writing-") as folder:
+        temporary = tuple(Path(folder) / path.name for path in paths)
+        yield temporary
+        plain = Path(folder) / "plain"
+        plain.touch()
+        for path in temporary:
+            path.chmod(plain.stat().st_mode)  # as open() gives it; safetensors' files are for their owner alone
+            _sync(path)
+        for written, path in zip(temporary, paths, strict=True):
+            written.replace(path)
+    _sync(parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write `content`, text as UTF-8, to `path`: whole, or not at all."""
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises:
+        UserError: it holds something else, or more than LARGEST_JSON bytes.
+    """
+    with path.open("rb") as file:
+        raw = file.read(LARGEST_JSON + 1)
+    try:
+        if len(raw) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON:,} bytes")
+        if not isinstance(content := json.loads(raw), dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected a JSON object: {error}; make or fetch the file again") from None
+    return content
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk; a full disk may show only here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

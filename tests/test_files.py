@@ -1,0 +1,172 @@
+"""What is written is whole, durable and behind no link, or it is not there; and what was there stays."""
+
+import csv
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import altair as alt
+import pytest
+import torch
+from conftest import REPOSITORY, tiny
+from torch.profiler import ProfilerActivity
+
+from gpt2_ladder import artifacts, charts, data, files, hub
+from gpt2_ladder.config import UserError
+from gpt2_ladder.model import GPT
+from gpt2_ladder.profiling import profile_step
+from pipeline import report, write_json
+
+
+def picture() -> alt.Chart:
+    return alt.Chart(alt.Data(values=[{"x": 1}])).mark_point().encode(alt.X("x:Q"))
+
+
+# a writer of every kind of output, and the files that it makes in `folder`
+WRITERS = {
+    "json": (lambda folder: write_json(folder / "gains.json", {"rounds": 8}), ["gains.json"]),
+    "provenance": (
+        lambda folder: artifacts.write_provenance(folder / "input.txt", "here", "0" * 64),
+        ["input.txt.provenance.json"],
+    ),
+    "shard": (lambda folder: data.write_shard(folder / "train.bin", [1, 2, 3]), ["train.bin", "train.json"]),
+    "picture": (lambda folder: charts.save_png(picture(), folder / "ladder.png"), ["ladder.png"]),
+    "trace": (
+        lambda folder: profile_step(lambda: torch.ones(1), [ProfilerActivity.CPU], folder / "trace.json"),
+        ["trace.json"],
+    ),
+    "weights": (lambda folder: hub.save_gpt(GPT(tiny()), folder), ["config.json", "model.safetensors"]),
+    "losses": (lambda _: report.write_losses({"speed": [{"level": "fp32", "step": 0, "loss": 10.9}]}), ["losses.csv"]),
+}
+writers = pytest.mark.parametrize(("write", "names"), WRITERS.values(), ids=WRITERS)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def full_disk(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@writers
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_keeps_its_bytes(folder, tmp_path, write, names, link):
+    for name in names:
+        (tmp_path / name).write_bytes(b"in the cache")
+        (tmp_path / name).chmod(0o444)
+        link(folder / name, tmp_path / name)
+    write(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for name in names:
+        assert (tmp_path / name).read_bytes() == b"in the cache"
+        assert not (folder / name).is_symlink()
+        assert (folder / name).read_bytes() != b"in the cache"
+
+
+@writers
+def test_where_the_disk_is_full_the_previous_output_stays_and_nothing_else(folder, monkeypatch, write, names):
+    for name in names:
+        (folder / name).write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict.fromkeys(names, b"before")
+
+
+@writers
+def test_who_may_read_is_what_open_gives(folder, write, names):
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            write(folder)
+        finally:
+            os.umask(before)
+        assert {(folder / name).stat().st_mode & 0o777 for name in names} == {0o666 & ~mask}
+
+
+def test_stages_and_modules_write_in_no_other_way():
+    # a compiler probe in a temporary folder; a line of headers; the steps, line by line; and files.py's temporaries
+    known = {"environment.py", "train.py", "tracking.py", "files.py", "data.py", "hub.py", "pretrained.py"}
+    writing = re.compile(r"\.write_(text|bytes)\(|\bopen\([^)]*[\"'][wax]|\bsave_file\(")
+    paths = [*(REPOSITORY / "pipeline").glob("*.py"), *(REPOSITORY / "src/gpt2_ladder").glob("*.py")]
+    assert {path.name for path in paths if writing.search(path.read_text())} <= known
+
+
+def test_a_reader_sees_the_whole_old_file_until_it_sees_the_whole_new_one(tmp_path):
+    path = tmp_path / "gains.json"
+    files.write(path, "old")
+    with path.open() as reader, files.replacing(path) as (temporary,):
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        temporary.write_text("whole")
+        assert reader.read() == "old"
+    assert path.read_text() == "whole"
+
+
+def test_of_two_files_neither_changes_when_one_cannot_be_written(tmp_path):
+    first, second = tmp_path / "train.json", tmp_path / "train.bin"
+    first.write_text("old")
+    second.write_text("old")
+    with pytest.raises(FileNotFoundError), files.replacing(first, second) as (one, _):
+        one.write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"train.json": "old", "train.bin": "old"}
+
+
+def test_every_byte_is_on_the_disk_before_a_name_points_to_it(tmp_path, monkeypatch):
+    happened = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (happened.append(Path(f"/proc/self/fd/{fd}").readlink()), sync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (happened.append(to), replace(path, to)))
+    paths = (tmp_path / "b", tmp_path / "a")
+    with files.replacing(*paths) as temporary:
+        for path in temporary:
+            path.write_text("new")
+    assert happened == [*temporary, *paths, tmp_path]
+
+
+def test_killed_in_the_middle_the_previous_file_is_whole(tmp_path):
+    path = tmp_path / "gains.json"
+    path.write_text("old")
+    code = "import os, sys; from pathlib import Path; from gpt2_ladder import files\n"
+    code += "with files.replacing(Path(sys.argv[1])) as (temporary,):\n"
+    code += "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", code, str(path)]
+    killed = subprocess.run(command, env={"PYTHONPATH": str(REPOSITORY / "src")}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    ignored = subprocess.run(["git", "check-ignore", "-q", ".writing-1"], cwd=REPOSITORY, check=False)
+    assert ignored.returncode == 0  # what it leaves behind must not dirty a clone, nor change a folder that DVC hashes
+    assert ".writing-*" in (REPOSITORY / ".dvcignore").read_text().split()
+
+
+def test_the_losses_are_one_long_table(folder):
+    report.write_losses({"speed": [{"level": "fp32", "step": 0, "loss": 10.9}]})
+    rows = list(csv.DictReader((folder / "losses.csv").read_text().splitlines()))
+    assert rows == [{"group": "speed", "level": "fp32", "step": "0", "loss": "10.9"}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "Expecting value"),
+        (b"[1]", "a list"),
+        (b'{"tokens": 1', "delimiter"),
+        (b'{"\xff": 1}', "can't decode byte 0xff"),
+        (b'{"a": ' * 100_000, "recursion"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+        (b" " * (files.LARGEST_JSON + 1), "more than 1,048,576 bytes"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, raw, message):
+    (tmp_path / "train.json").write_bytes(raw)
+    with pytest.raises(UserError, match=rf"train\.json: expected a JSON object: .*{message}") as caught:
+        files.read_json(tmp_path / "train.json")
+    assert len(str(caught.value).splitlines()) == 1

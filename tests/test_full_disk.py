@@ -1,0 +1,77 @@
+"""A disk of a few kilobytes runs full: one line says so, what was good is still there, and nothing half-written is."""
+
+import contextlib
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import altair as alt
+import pytest
+from conftest import REPOSITORY
+
+from gpt2_ladder import charts
+from pipeline import CORPUS, ENCODER_JSON, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run, tokenize_corpus, write_json
+
+KIB = 1024
+FULL = r"^error: the disk is full \(0\.0 GiB free here\): .*; make room and run `dvc repro` again$"
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """The working directory: a file system of 256 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a small file system cannot be mounted here: there is no mount command")
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path)
+        yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "filler"}
+
+
+def fill(folder: Path) -> None:
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * KIB)
+
+
+def test_tokenizing_stops_and_the_shards_of_before_stay(small_disk, bpe_files):
+    shutil.copy(REPOSITORY / "params.yaml", small_disk)
+    ENCODER_JSON.parent.mkdir(parents=True)
+    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
+        name.symlink_to(path)
+    CORPUS.write_text("a good text, " * 100)
+    run(tokenize_corpus.main)
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=120 * KIB)  # 2 bytes a token of 1.7 letters
+    CORPUS.write_text("".join(letters))
+    before = contents(small_disk)
+    with pytest.raises(SystemExit, match=FULL):
+        run(tokenize_corpus.main)
+    assert contents(small_disk) == before
+    assert {TRAIN_SHARD.name, VAL_SHARD.name} < {path.name for path in before}
+    assert not list(small_disk.rglob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("gains.json", lambda path, size: write_json(path, {"rounds": [0] * 100 * size})),
+        ("ladder.png", lambda path, size: charts.save_png(alt.Chart(title="x" * size).mark_point(), path)),
+    ],
+)
+def test_a_result_that_does_not_fit_leaves_the_one_of_before(small_disk, name, write):
+    write(Path("results") / name, 1)
+    before = contents(small_disk)
+    fill(small_disk)
+    with pytest.raises(SystemExit, match=FULL):
+        run(lambda: write(Path("results") / name, 30))
+    assert contents(small_disk) == before
+    assert not list(small_disk.rglob(".writing-*"))

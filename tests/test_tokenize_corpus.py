@@ -1,0 +1,50 @@
+"""The tokenize stage on texts that nobody cleaned: every byte comes back, or one line says what is wrong."""
+
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+
+from gpt2_ladder import data
+from gpt2_ladder.config import UserError
+from pipeline import CORPUS, ENCODER_JSON, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, tokenize_corpus
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch, bpe_files):
+    """A folder with all that the stage reads but the corpus."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    (tmp_path / ENCODER_JSON).parent.mkdir(parents=True)
+    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"one\r\ntwo\r\n\r\nthree\rfour\n\r",
+        b"\xef\xbb\xbfwith a byte order mark",
+        b"NULs \0\0\0 and \x1b[31m and \x7f\x01",
+        "a b\u2028c\u00a0d\U0001f642\u0301\ufffd\ufffe".encode(),
+        b"<|endoftext|> is text here, <|endoftext|>",
+        b" " * 10_000 + b"a",
+        b"no end of the line " * 50_000,  # 1 MB
+        b"a" * 1_000_000,  # one word to the encoding: merged in n log n since tiktoken 0.8, in n * n before
+    ],
+    ids=["line ends", "mark", "NULs", "unicode", "special", "blanks", "long line", "long word"],
+)
+def test_every_byte_comes_back(checkout, encoding, raw):
+    CORPUS.write_bytes(raw)
+    tokenize_corpus.main()
+    shards = [data.open_shard(path).tolist() for path in (TRAIN_SHARD, VAL_SHARD)]
+    assert b"".join(encoding.decode_single_token_bytes(one) for ids in shards for one in ids) == raw
+    assert encoding.eot_token not in shards[0] + shards[1]  # what a text says is text, never a separator
+
+
+@pytest.mark.parametrize("raw", [b"good\n\xff\xfeg\0o\0o\0d\0", b"cut short \xe4\xbd", b"\xed\xa0\x80 a surrogate"])
+def test_what_is_not_utf8_is_refused_before_anything_is_written(checkout, raw):
+    CORPUS.write_bytes(raw)
+    with pytest.raises(UserError, match=r"^data/input\.txt:[12]: byte 0x.. at offset \d+ is not UTF-8"):
+        tokenize_corpus.main()
+    assert not TRAIN_SHARD.exists()
