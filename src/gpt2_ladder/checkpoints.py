@@ -71,7 +71,7 @@ class Checkpoints:
             save_file(tensors, new_weights)
             state = {"sha256": _sha256(new_weights), "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
-        for path in older - {weights, state_file}:
+        for path in sorted(older - {weights, state_file}):  # a .json before the .safetensors that it says is there
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # a folder: a killed process was writing into it
 
     def load(self) -> list[Step]:
@@ -110,7 +110,9 @@ class Checkpoints:
         return steps
 
     def forget(self) -> None:
-        """Remove them, the training having ended well."""
+        """Remove them, the training having ended well; the newest .json last of all, while all of it is there."""
+        for state in sorted(self.folder.glob("*.json")):
+            state.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -129,5 +131,5 @@ def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tenso
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(int(index), {})[key] = tensor.clone()  # in the file they lie at odd addresses
     return state

@@ -1,0 +1,180 @@
+"""A training that is killed and goes on, against one that nobody disturbed: bit for bit the same."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from gpt2_ladder import checkpoints, config, data, hub
+from gpt2_ladder.config import Params, UserError
+from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, write_json
+from pipeline.train import train
+
+KILLS = 50
+
+
+@pytest.fixture
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """A folder with all that a training of the tiny model needs, its text random; 12 steps, a checkpoint every 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    found = environment.describe()
+    write_json(ENVIRONMENT, {**found.model_dump(), "threads": 1})
+    write_json(PROBE, {"micro_batch": 2})
+    for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
+        shard.parent.mkdir(exist_ok=True)
+        data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
+    document = config.load(REPOSITORY / "params.yaml").model_dump()
+    document |= {"model": "tiny", "checkpoint_every": 2}
+    document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
+    document["machines"]["cpu"] |= {"block_size": 16, "steps": 12, "eval_tokens": 32}
+    document["quality"] |= {"batch_size": 2, "block_size": 16, "eval_tokens": 32}
+    document["recipe"] |= {"schedule": "cosine", "lr_warmup_steps": 3, "clip_norm": 1.0, "decay": "matrices"}
+    return Params.model_validate(document)
+
+
+def run(params: Params, **changes: object) -> None:
+    """Train as the trial does, into results/ and model/."""
+    params = params.model_copy(update=changes)
+    keep = lambda model: hub.save_gpt(model, Path("model"))  # noqa: E731  one line of one test's
+    train(params, "trial", "trial", params.switches, "speed", Path("results"), params.recipe, keep)
+
+
+def in_a_fork(work: Callable[[], None]) -> int:
+    """Start `work` in a copy of this process, which has torch imported already, and return its number."""
+    sys.stdout.flush()
+    if number := os.fork():
+        return number
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def learned() -> tuple[list[str], bytes]:
+    """What a training has left: every step's columns but the times, and the network's bytes."""
+    rows = [line.split(",") for line in Path("results/steps.csv").read_text().splitlines()]
+    return [",".join(row[:2] + row[4:]) for row in rows], Path("model/model.safetensors").read_bytes()
+
+
+def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params):
+    os.waitpid(in_a_fork(lambda: run(params, checkpoint_every=None)), 0)
+    undisturbed = learned()
+    assert len(undisturbed[0]) == 13  # titles and 12 steps
+    start = time.perf_counter()
+    assert os.waitpid(in_a_fork(lambda: run(params)), 0)[1] == 0
+    whole_s = time.perf_counter() - start
+    assert learned() == undisturbed
+    dice, kills, ends, went_on = random.Random(7), 0, 0, 0
+    while kills < KILLS or not ends:
+        went_on += bool(list(Path("checkpoints").glob("trial/*/*.json")))
+        child = in_a_fork(lambda: run(params))
+        if kills < KILLS:
+            time.sleep(dice.uniform(0, whole_s))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            kills += 1
+            continue
+        ends += 1
+        assert status == 0
+        assert learned() == undisturbed
+        assert not list(Path("checkpoints").glob("trial/*"))  # a training that has ended leaves none
+        for path in (Path("results/steps.csv"), Path("model/model.safetensors")):
+            path.unlink()
+    assert went_on > KILLS / 4  # a kill before the first checkpoint proves little
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_says_where_it_goes_on(params, monkeypatch, number):
+    os.waitpid(in_a_fork(lambda: run(params, checkpoint_every=None)), 0)
+    undisturbed = learned()
+    step = train.__globals__["training"].train_step
+    taken = []
+
+    def train_step(*arguments, **options):
+        taken.append(None)
+        if len(taken) == 4:
+            os.kill(os.getpid(), number)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(train.__globals__["training"], "train_step", train_step)
+    with pytest.raises(UserError, match=rf"trial: stopped by {number.name} after step 3; .* goes on, is checkpoints"):
+        run(params, checkpoint_every=100)
+    assert len(list(Path("checkpoints").glob("trial/*/*"))) == 2
+    run(params, checkpoint_every=100)
+    assert len(taken) == 12
+    assert learned() == undisturbed
+
+
+def stopped_at(params: Params, monkeypatch: pytest.MonkeyPatch, steps: int) -> Path:
+    """Train until after `steps` steps the network gives NaN, and return the checkpoint's JSON file."""
+    step = train.__globals__["training"].train_step
+    taken = []
+
+    def train_step(*arguments, **options):
+        taken.append(None)
+        loss, *rest = step(*arguments, **options)
+        return loss * float("nan") if len(taken) > steps else loss, *rest
+
+    with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
+        patched.setattr(train.__globals__["training"], "train_step", train_step)
+        run(params)
+    assert f"trial: at step {steps} the loss is nan" in str(caught.value)
+    (state,) = Path("checkpoints").glob("trial/*/*.json")
+    assert str(caught.value).endswith(f"the next run goes on, is {state}")
+    return state
+
+
+def test_a_loss_that_is_no_number_is_never_saved(params, monkeypatch):
+    state = stopped_at(params, monkeypatch, 5)
+    assert state.name == "00000004.json"
+
+
+def test_a_checkpoint_of_other_settings_is_left_alone(params, monkeypatch, capsys):
+    state = stopped_at(params, monkeypatch, 5)
+    other = params.model_copy(update={"seed": 1})
+    run(other)
+    assert f"trial: {state.parent} belongs to other settings and is left alone" in capsys.readouterr().out
+    assert state.exists()
+    run(params)
+    assert "trial: goes on after step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "no json", "other"])
+def test_a_damaged_checkpoint_is_refused_with_the_mend(params, monkeypatch, damage):
+    state = stopped_at(params, monkeypatch, 5)
+    tensors = state.with_suffix(".safetensors")
+    raw = tensors.read_bytes()
+    if damage == "flip":
+        tensors.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    elif damage == "cut":
+        tensors.write_bytes(raw[:-1])
+    elif damage == "gone":
+        tensors.unlink()
+    else:
+        state.write_text("{" if damage == "no json" else json.dumps({"sha256": 5}))
+    with pytest.raises(
+        UserError, match=rf"{state.stem}.*; remove {state.parent} to train from the start|expected a JSON"
+    ):
+        run(params)
+
+
+def test_a_checkpoint_that_was_being_written_counts_for_nothing(params, monkeypatch):
+    state = stopped_at(params, monkeypatch, 5)
+    (state.parent / "00000009.safetensors").write_bytes(b"half")
+    (state.parent / ".writing-x").mkdir()
+    run(params)
+    assert len(Path("results/steps.csv").read_text().splitlines()) == 13
+    assert not checkpoints.FOLDER.glob("trial/*") or not list(checkpoints.FOLDER.glob("trial/*"))
