@@ -148,6 +148,9 @@ def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_stays(serve, target, t
     artifacts.fetch(target, SHA256, [Url(serve(body=BODY))])
     assert target.read_bytes() == BODY
     assert json.loads(artifacts.provenance_path(target).read_text())["sha256"] == SHA256
+    artifacts.provenance_path(target).unlink()
+    link(tmp_path / artifacts.provenance_path(target).name, artifacts.provenance_path(target))
+    artifacts.write_provenance(target, "anew", SHA256)
     for path in (target, artifacts.provenance_path(target)):
         assert not path.is_symlink()
         assert (tmp_path / path.name).read_bytes() == b"cached"
@@ -315,10 +318,11 @@ def test_the_name_inside_a_wheel_is_never_a_path_on_the_disk(pip_brings, target,
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "input.txt", "input.txt.provenance.json"]
 
 
-def test_a_pip_that_does_not_end_gives_way_to_the_next_source(serve, target, monkeypatch):
+def test_a_pip_that_does_not_end_gives_way_to_the_next_source(serve, target, monkeypatch, capsys):
     monkeypatch.setattr(artifacts, "PIP_TIMEOUT_S", 0.01)
     artifacts.fetch(target, SHA256, [WHEEL, Url(serve(body=BODY))])
     assert target.read_bytes() == BODY
+    assert "pip did not have it within 0.01 s" in capsys.readouterr().out
 
 
 def test_all_sources_out_of_reach_is_an_error_that_names_each(target, monkeypatch):

@@ -141,7 +141,7 @@ def write_provenance(path: Path, source: str, sha256: str, note: str | None = No
     """Write where the file at `path` came from, when, its hash and a `note` to `<path>.provenance.json`."""
     fetched_at = datetime.now(UTC).isoformat(timespec="seconds")
     provenance = {"source": source, "fetched_at": fetched_at, "sha256": sha256, "note": note}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what is there may be a link into DVC's cache
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / provenance_path(path).name
         temporary.write_text(json.dumps(provenance, indent=2) + "\n")
         temporary.replace(provenance_path(path))
