@@ -27,9 +27,10 @@ PINNED = (
 
 def main() -> None:
     params = config.load()
-    for path, sha256, sources in PINNED:
-        artifacts.fetch(path, sha256, sources)
-    pretrained.fetch(WEIGHTS, params.pretrained, params.size, params.model == "gpt2", params.seed)
+    with artifacts.alone(CORPUS.parent):
+        for path, sha256, sources in PINNED:
+            artifacts.fetch(path, sha256, sources)
+        pretrained.fetch(WEIGHTS, params.pretrained, params.size, params.model == "gpt2", params.seed)
 
 
 if __name__ == "__main__":

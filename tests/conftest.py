@@ -4,10 +4,12 @@ import http.server
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import climbing
+import faulty_server
 import pytest
 import tiktoken
 import torch
@@ -118,17 +120,20 @@ def encoding(bpe_files: tuple[Path, Path]) -> tiktoken.Encoding:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """A function that starts a server which gives one answer to everything, and returns its address."""
+    """A function that starts a server and returns its address; `serve.requests` holds what was asked of all of them.
+
+    The server answers everything alike, but goes wrong with the first of `faults` at the first request, and so on. What
+    hangs does so until the test ends or sets `serve.resume`.
+    """
     servers = []
 
-    def start(status: int = 200, body: bytes = b"", length: int | None = None) -> str:
+    def start(body: bytes = b"", faults: Iterable[str] = (), **answer: object) -> str:
+        turns = iter(faults)
+
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body) if length is None else length))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
+                start.requests.append(url)
+                faulty_server.answer(self, body, next(turns, ""), resume=start.resume, **answer)
 
             def do_HEAD(self) -> None:
                 self.do_GET()
@@ -137,11 +142,23 @@ def serve() -> Iterator[Callable[..., str]]:
                 pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        url = f"http://127.0.0.1:{server.server_port}/file"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/file"
+        return url
 
+    start.requests = []
+    start.resume = threading.Event()
     yield start
+    start.resume.set()
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses in seconds that were asked for; none is made."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made

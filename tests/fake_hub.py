@@ -3,47 +3,50 @@
 import hashlib
 import http.server
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import faulty_server
+
+WEIGHTS_THEMSELVES = "GET /lfs/"
+
 
 @contextmanager
-def serve(folder: Path, revision: str, corrupt: str | None = None, broken: str = "") -> Iterator[tuple[str, list[str]]]:
+def serve(
+    folder: Path,
+    revision: str,
+    faults: Iterable[str] = (),
+    at: str = WEIGHTS_THEMSELVES,
+    headers: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, list[str]]]:
     """Serve the files of `folder` at `revision`; yield the endpoint and the growing list of requests.
 
-    Weights are redirected to another path as large files are, with the headers that huggingface_hub asks for. One byte
-    of the file called `corrupt` is flipped on the way. Weights are `broken` by "403", or by "cut" in the middle.
+    Weights are redirected to another path as large files are, with the headers that huggingface_hub asks for. The
+    requests in which `at` occurs ("GET /path") meet the `faults` in turn, and get the `headers` too.
     """
     requests: list[str] = []
+    turns, resume = iter(faults), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            requests.append(f"{self.command} {self.path}")
+            request = f"{self.command} {self.path}"
+            requests.append(request)
             name = self.path.rsplit("/", 1)[-1]
             if f"/resolve/{revision}/" not in self.path and not self.path.startswith("/lfs/"):
                 self.send_error(404)
                 return
-            body = bytearray((folder / name).read_bytes())
+            body, status = (folder / name).read_bytes(), 200
             sha256 = hashlib.sha256(body).hexdigest()
-            if name == corrupt:
-                body[-1] ^= 1
-            if broken == "403" and name.endswith(".safetensors"):
-                self.send_error(403)
-                return
-            is_redirect = name.endswith(".safetensors") and not self.path.startswith("/lfs/")
-            self.send_response(302 if is_redirect else 200)
-            self.send_header("X-Repo-Commit", revision)
-            self.send_header("ETag", f'"{sha256}"')
-            if is_redirect:
-                self.send_header("X-Linked-Size", str(len(body)))
-                self.send_header("X-Linked-Etag", f'"{sha256}"')
-                self.send_header("Location", f"http://127.0.0.1:{server.server_port}/lfs/{name}")
-                body.clear()
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body[: len(body) // 2] if broken == "cut" and "/lfs/" in self.path else body)
+            sent = {"X-Repo-Commit": revision, "ETag": f'"{sha256}"'}
+            if name.endswith(".safetensors") and not self.path.startswith("/lfs/"):
+                sent |= {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{sha256}"'}
+                sent |= {"Location": f"http://127.0.0.1:{server.server_port}/lfs/{name}"}
+                body, status = b"", 302
+            fault = ""
+            if at in request:
+                fault, sent = next(turns, ""), sent | dict(headers or {})
+            faulty_server.answer(self, body, fault, status, sent, resume)
 
         def do_GET(self) -> None:
             self.do_HEAD()
@@ -56,5 +59,6 @@ def serve(folder: Path, revision: str, corrupt: str | None = None, broken: str =
     try:
         yield f"http://127.0.0.1:{server.server_port}", requests
     finally:
+        resume.set()
         server.shutdown()
         server.server_close()

@@ -198,7 +198,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
             self.logged.append(step)
 
     steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
-    with pytest.raises(UserError, match="bf16: at step 1 the loss is nan, the gradient's norm 1.0; lower models"):
+    with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan, the gradient's norm 1\.0; lower models"):
         trainer.follow(steps, Recorder(), "bf16", total=3)
     assert len(Recorder.logged) == 2
 

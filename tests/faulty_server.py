@@ -1,0 +1,52 @@
+"""Answers of a server on 127.0.0.1, and the ways in which they go wrong."""
+
+import http.server
+import os
+import socket
+import struct
+import threading
+from collections.abc import Mapping
+
+PASSING = ["reset", "reset halfway", "hang", "hang halfway", "cut", "long", "short", "flip", "429", "500", "502", "503"]
+
+
+def answer(
+    handler: http.server.BaseHTTPRequestHandler,
+    body: bytes,
+    fault: str = "",
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    resume: threading.Event | None = None,
+) -> None:
+    """Send `body`, or a status alone, or go wrong as `fault` names it; what hangs does so until `resume` is set."""
+    resume = resume or threading.Event()
+    if fault.isdecimal():
+        status, body = int(fault), b""
+    if fault == "hang":
+        resume.wait()
+        return
+    if fault == "reset":
+        reset(handler)
+        return
+    if fault == "flip":
+        body = bytes([body[0] ^ 1]) + body[1:]
+    lengths = {"long": len(body) + 9, "short": len(body) // 2}
+    handler.send_response(status)
+    for name, value in ({"Content-Length": str(lengths.get(fault, len(body)))} | dict(headers or {})).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    if handler.command == "HEAD":
+        return
+    half = len(body) // 2 if fault == "cut" or "halfway" in fault else len(body)
+    handler.wfile.write(body[:half])
+    if fault == "hang halfway":
+        resume.wait()
+        handler.wfile.write(body[half:])
+    if fault == "reset halfway":
+        reset(handler)
+
+
+def reset(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """End the connection with RST instead of FIN."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())

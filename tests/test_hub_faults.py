@@ -1,0 +1,123 @@
+"""A hub that goes wrong in the middle, or means harm. In this process, so the file contents are of no matter."""
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import fake_hub
+import faulty_server
+import pytest
+from huggingface_hub import constants
+
+from gpt2_ladder import artifacts, hub, pretrained
+from gpt2_ladder.config import ModelSize, Pretrained, UserError
+
+CONTENT = {hub.CONFIG: b"{}\n", hub.WEIGHTS: bytes(range(256)) * 9}
+SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
+HASHES = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
+
+
+OURS = ["reset", "reset halfway", "short", "500", "502", "503"]  # tried again by us, the rest by huggingface_hub
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch, waits):
+    monkeypatch.setattr(artifacts, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained, "SHA256", HASHES)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder of good files from before."""
+    folder = tmp_path / "data" / "gpt2"
+    folder.mkdir(parents=True)
+    for name in CONTENT:
+        (folder / name).write_bytes(b"from before")
+        artifacts.write_provenance(folder / name, "before", "?")
+    return folder
+
+
+@pytest.fixture
+def fetch(tmp_path, folder, monkeypatch):
+    """A function that fetches into `folder` from a hub that is so; `fetch.gets` counts the requests for the weights."""
+    published = tmp_path / "published"
+    published.mkdir()
+    for name, content in CONTENT.items():
+        (published / name).write_bytes(content)
+
+    def fetch(**hub_is: object) -> None:
+        with fake_hub.serve(published, pretrained.REVISION, **hub_is) as (endpoint, requests):
+            template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            try:
+                pretrained.fetch(folder, Pretrained(source="auto", folder=None), SIZE, True, seed=1)
+            finally:
+                fetch.gets = sum(request.startswith(fake_hub.WEIGHTS_THEMSELVES) for request in requests)
+
+    return fetch
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fault", [fault for fault in faulty_server.PASSING if fault != "flip"])
+def test_weights_that_fail_once_come_at_the_second_try(fetch, folder, fault):
+    fetch(faults=[fault])
+    assert (folder / hub.WEIGHTS).read_bytes() == CONTENT[hub.WEIGHTS]
+    assert fetch.gets == 2
+
+
+@pytest.mark.parametrize("fault", [*faulty_server.PASSING, "401", "403", "404"])
+def test_weights_that_never_come_are_an_error_in_one_line_and_the_files_from_before_stay(fetch, folder, fault):
+    before = files(folder)
+    with pytest.raises(UserError, match=r"model\.safetensors: ") as error:
+        fetch(faults=itertools.repeat(fault))
+    assert "\n" not in str(error.value)
+    assert "again" in str(error.value)
+    assert files(folder) == before
+    assert fetch.gets == (1 if fault in ("flip", "401", "403", "404") else 3 if fault in OURS else 6)
+
+
+THEIR_HEAD = fake_hub.WEIGHTS_THEMSELVES.replace(
+    "GET", "HEAD"
+)  # huggingface_hub believes the last one, if it is told more
+REDIRECT = f"HEAD /{pretrained.REPOSITORY}/resolve/{pretrained.REVISION}/{hub.WEIGHTS}"
+HOSTILE = {
+    (fake_hub.WEIGHTS_THEMSELVES, "Content-Disposition"): ["attachment; filename=../../evil", "filename=OUTSIDE/evil"],
+    (fake_hub.WEIGHTS_THEMSELVES, "Content-Encoding"): ["gzip"],
+    (fake_hub.WEIGHTS_THEMSELVES, "Content-Range"): ["bytes 1-0/-1"],
+    (fake_hub.WEIGHTS_THEMSELVES, "Retry-After"): ["9" * 400],
+    (THEIR_HEAD, "X-Linked-Etag"): ["../../evil", "/../../../../evil", "OUTSIDE/evil", "", "a" * 300],
+    (THEIR_HEAD, "X-Repo-Commit"): ["../../..", "OUTSIDE", ""],
+    (THEIR_HEAD, "X-Linked-Size"): ["-1", "0", "1", "60000000000", "many"],
+    (THEIR_HEAD, "X-Xet-Hash"): ["../../evil", "0" * 64],
+    (REDIRECT, "Location"): ["file:///etc/passwd", "http://[", "http://127.0.0.1:99999/", "//", "../../../evil", ""],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+@pytest.mark.parametrize(("at", "header", "value"), [(*key, value) for key in HOSTILE for value in HOSTILE[key]])
+def test_no_word_of_a_hub_leads_out_of_the_folder(fetch, folder, tmp_path, at, header, value):
+    (tmp_path / "cached").write_bytes(b"cached")
+    (folder / hub.WEIGHTS).unlink()
+    (folder / hub.WEIGHTS).symlink_to(tmp_path / "cached")  # as DVC does
+    before = files(tmp_path)
+    error = ""
+    try:
+        faults = ["429"] if header == "Retry-After" else []
+        fetch(faults=faults, at=at, headers={header: value.replace("OUTSIDE", str(tmp_path))})
+    except UserError as refused:
+        error = str(refused)
+    after = files(tmp_path)
+    if error:
+        assert hub.WEIGHTS in error
+        assert "\n" not in error
+        assert after == before
+    else:
+        assert not (folder / hub.WEIGHTS).is_symlink()
+        assert (folder / hub.WEIGHTS).read_bytes() == CONTENT[hub.WEIGHTS]
+        assert after.keys() == before.keys()
+        assert after["cached"] == b"cached"
