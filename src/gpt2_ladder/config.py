@@ -275,7 +275,11 @@ def load(path: Path | str = "params.yaml") -> Params:
 
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
     """One line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
-    keys = [key for key in mistake["loc"] if key != "[key]"]
+    keys = list(mistake["loc"])
+    if (
+        keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden"
+    ):  # pydantic's mark, unless the file has such a key
+        keys.pop()
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":  # our own validators write: key = value: what is wrong
         keys += message.split(" = ")[0].split(".")
