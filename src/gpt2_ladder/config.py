@@ -12,8 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
+LONGEST_VALUE = 1000  # characters; Python refuses to print an integer of four times as many
+DEEPEST = 8  # ruamel.yaml takes seconds for some thousand lists in each other, and then Python's whole stack
 CONTROL = "control"  # the benchmark's second arm of the baseline
 MINIMUM_ROUNDS = 6  # the median of five lies outside all of them once in 16 times: no interval of theirs holds 95 %
 
@@ -23,6 +26,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 class UserError(ValueError):
     """Something the user can mend. Stages print it as one line, without a traceback, and exit with 1."""
+
+
+def shown(text: str) -> str:
+    """Return `text`, part of it from a file, with line feeds and whatever else a terminal obeys written out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 class Strict(BaseModel):
@@ -267,31 +275,46 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+        depth = 0
         for event in YAML().parse(text):
+            where, value = f"{path}:{event.start_mark.line + 1}", getattr(event, "value", None) or ""
             if getattr(event, "anchor", None):
                 raise UserError(
-                    f"{path}:{event.start_mark.line + 1}: YAML anchor or alias '{event.anchor}': write the values out, "
+                    f"{where}: YAML anchor or alias {event.anchor!r:.80}: write the values out, "
                     "DVC would not see that a row changes with another"
                 )
+            if value == "<<" or getattr(event, "tag", None) or getattr(event, "version", None):
+                raise UserError(f"{where}: '<<', '!' and '%YAML' are not read here: write the values out")
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > DEEPEST:
+                raise UserError(f"{where}: more than {DEEPEST} maps and lists in each other; settings need 3")
+            if len(value) > LONGEST_VALUE:
+                raise UserError(f"{where}: {value[:20]!r}... is longer than any value here can be")
         document = YAML().load(text)  # YAML 1.2, so that 6e-4 is a number as it is for DVC; PyYAML reads a string
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}:{line}: not valid YAML: {shown(' '.join(str(error.problem).split())):.500}") from None
+    except UserError:
+        raise
+    except (YAMLError, ValueError) as error:  # the latter for 2001-99-99
+        raise UserError(f"{path}: not valid YAML: {shown(' '.join(str(error).split())):.500}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path}: expected a map of settings, got {type(document).__name__}")
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, document, mistake) for mistake in error.errors())) from None
+        raise UserError("\n".join(shown(_explain(path, document, mistake)) for mistake in error.errors())) from None
 
 
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
     """One line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
-    keys = [key for key in mistake["loc"] if key != "[key]"]
+    keys = list(mistake["loc"])
+    if (
+        keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden"
+    ):  # pydantic's mark, unless the file has such a key
+        keys.pop()
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":  # our own validators write: key = value: what is wrong
         keys += message.split(" = ")[0].split(".")
@@ -309,7 +332,9 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
-    return f"{where} = {message}" if mistake["type"] == "value_error" else f"{where} = {mistake['input']!r}: {message}"
+    if mistake["type"] == "value_error":
+        return f"{where} = {message}"
+    return f"{where} = {mistake['input']!r:.200}: {message}"
 
 
 def _known_keys(parents: list[Any]) -> list[str]:

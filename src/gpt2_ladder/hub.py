@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
-from gpt2_ladder.config import GPTConfig, UserError
+from gpt2_ladder.config import GPTConfig, UserError, shown
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -51,8 +51,8 @@ def load_gpt(folder: Path, attention: str = "eager") -> GPT:
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
     except (OSError, ValidationError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason}") from None
+        reason = shown(" ".join(str(error).split()))
+        raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason:.500}") from None
     for name, value in _FIXED.items():
         if described.get(name, value) != value:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {value!r}")
