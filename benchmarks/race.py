@@ -1,8 +1,8 @@
 """Race a step of ours against transformers' GPT-2, or any other contestant, a process each, one step in turn.
 
-`PYTHONPATH=src:. python benchmarks/race.py` takes every cell of CELLS; `--contestant module:function` adds another one:
-a function (cell) -> step, where step takes ids and targets, int64 (B, T) each, trains on them, from zero_grad to the
-optimizer's step, and returns the loss.
+`PYTHONPATH=src:. python benchmarks/race.py` takes every cell of CELLS and writes its part of docs/PERFORMANCE.md;
+`--contestant module:function` adds another one: a function (cell) -> step, where step takes ids and targets, int64
+(B, T) each, trains on them, from zero_grad to the optimizer's step, and returns the loss.
 """
 
 import argparse
@@ -10,19 +10,26 @@ import importlib
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import cost, gains
+import torch
+from torch.profiler import ProfilerActivity
+
+from benchmarks import performance
+from gpt2_ladder import cost, devices, gains, profiling
 from gpt2_ladder.config import AdamW, Size
+from gpt2_ladder.profiling import Operator
+from pipeline import environment
 
 Step = Callable[..., float]
 OURS, THEIRS = "benchmarks.race:ours", "benchmarks.race:transformers"
@@ -50,8 +57,6 @@ CELLS = [
 
 def ours(cell: Cell) -> Step:
     """Return the step of this project's GPT with fused AdamW and written-out attention, at these T the faster one."""
-    import torch
-
     from gpt2_ladder import runtime, training
     from gpt2_ladder.config import GPTConfig
     from gpt2_ladder.model import GPT
@@ -70,7 +75,6 @@ def ours(cell: Cell) -> Step:
 
 def transformers(cell: Cell) -> Step:
     """Return the step of a plain loop around transformers' GPT2LMHeadModel, without dropout, with fused AdamW."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1337)
@@ -94,11 +98,6 @@ def transformers(cell: Cell) -> Step:
 @cache
 def open_contestant(contestant: str, cell: Cell) -> Step:
     """Return the step of `contestant`, module:function, in this process, which is its own; once."""
-    import torch
-
-    from gpt2_ladder import devices
-    from pipeline import environment
-
     torch.set_num_threads(environment.describe().threads)
     if cell.keep_memory:
         devices.keep_freed_memory(torch.device("cpu"))
@@ -108,8 +107,6 @@ def open_contestant(contestant: str, cell: Cell) -> Step:
 
 def take_step(contestant: str, cell: Cell, index: int) -> tuple[float, float]:
     """Take a step of `contestant` on batch `index` in its process; return the milliseconds and the loss."""
-    import torch
-
     step, dice = open_contestant(contestant, cell), torch.Generator().manual_seed(index)
     ids = torch.randint(VOCAB_SIZE, (cell.batch_size, cell.block_size + 1), generator=dice)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -120,10 +117,6 @@ def take_step(contestant: str, cell: Cell, index: int) -> tuple[float, float]:
 
 def peak_tflops(precision: str) -> float:
     """Return what a bare matrix product reaches now, in TFLOP/s."""
-    import torch
-
-    from gpt2_ladder import devices
-
     return devices.matmul_tflops(precision, torch.device("cpu"))
 
 
@@ -172,6 +165,28 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def profile(contestant: str, cell: Cell) -> str:
+    """Return the Markdown table of where a step's time goes, in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        for index in range(8):  # in which the allocator finds its shape
+            ms, _ = process.submit(take_step, contestant, cell, index).result()
+        operators = process.submit(profile_here, contestant, cell).result()
+    products = [one for one in operators if one.name in ("aten::mm", "aten::addmm", "aten::bmm")]
+    total = sum(one.self_ms for one in operators)
+    rows = [("matrix products", sum(one.calls for one in products), sum(one.self_ms for one in products))]
+    rows += [(f"`{one.name}`", one.calls, one.self_ms) for one in operators if one not in products][:9]
+    lines = ["| operator | calls | ms | of the step |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {calls} | {own_ms:,.0f} | {own_ms / total:.0%} |" for name, calls, own_ms in rows]
+    return "\n".join([*lines, "", f"The last step without the profiler took {ms:,.0f} ms."])
+
+
+def profile_here(contestant: str, cell: Cell) -> list[Operator]:
+    """Return the operators of a step, the costliest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = partial(take_step, contestant, cell, 0)
+        return profiling.profile_step(step, [ProfilerActivity.CPU], Path(folder) / "trace.json")
+
+
 def main() -> None:
     """Race in every cell, print the table as it grows, and keep the times."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -187,6 +202,10 @@ def main() -> None:
         found.append(race(cell, contestants, arguments.rounds))
         Path(arguments.output).write_text(json.dumps(found))
         print(table(found), flush=True)
+    machine = environment.describe()
+    heading = f"{arguments.rounds} rounds. {machine.device_name}, {machine.threads} threads, torch {machine.torch}."
+    performance.put("race", f"{heading}\n\n{table(found)}")
+    performance.put("profile", profile(OURS, Cell(2, 256, "bf16", compile=False)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Who may import whom, and that dvc.yaml knows it."""
 
 import ast
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import REPOSITORY
@@ -70,3 +73,12 @@ def test_a_stage_depends_on_the_code_that_it_imports(stage):
     module = STAGES[stage]["cmd"].split("pipeline.")[1].split()[0]
     listed = {path for path in STAGES[stage]["deps"] if path.endswith(".py")}
     assert listed == reach(module)
+
+
+@pytest.mark.parametrize("stage", ["overfit", "train", "trial"])
+def test_a_training_stage_does_not_wait_for_imports_that_it_does_not_need(stage):
+    heavy = ["transformers", "altair", "pandas", "scipy", "torch._dynamo", "torch._inductor"]  # the last two: 2 s
+    code = f"import sys, pipeline.{stage}; print([name for name in {heavy} if name in sys.modules])"
+    variables = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
+    result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

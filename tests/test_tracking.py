@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import wandb
 
@@ -187,3 +189,52 @@ def test_a_failed_training_closes_the_file_and_fails_the_run(tmp_path):
     tracker.__exit__(RuntimeError, RuntimeError(), None)
     assert run.exit_code == 1
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_wandb_that_dies_in_the_middle_costs_no_row_and_no_training(tmp_path, capsys):
+    with Tracker(tmp_path / "steps.csv", start()) as tracker:
+        tracker.log(STEPS[0])
+        services = [one for one in psutil.Process().children(recursive=True) if "wandb" in one.name()]
+        assert services
+        for service in services:
+            service.kill()
+            service.wait()
+        for index in range(1, 200):  # more than a pipe would hold without a reader
+            tracker.log(replace(STEPS[1], step=index))
+        tracker.summarize({"loss_last": 0.3})
+    rows = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == list(range(200))
+    assert capsys.readouterr().out.count("W&B failed") == 1
+    wandb.teardown(exit_code=1)
+
+
+@pytest.mark.parametrize("what", ["log", "finish"])
+def test_whatever_wandb_raises_is_one_line(tmp_path, capsys, what):
+    class Broken:
+        def log(self, *_: object, **__: object) -> None:
+            if what == "log":
+                raise BrokenPipeError("gone")
+
+        def finish(self, exit_code: int) -> None:
+            raise wandb.errors.CommError("gone")
+
+    with Tracker(tmp_path / "steps.csv", Broken()) as tracker:
+        for step in STEPS:
+            tracker.log(step)
+    assert len((tmp_path / "steps.csv").read_text().splitlines()) == 3
+    assert capsys.readouterr().out.count("W&B failed") == 1
+
+
+def test_a_wandb_that_cannot_even_start_offline_leaves_the_csv(tmp_path, monkeypatch, capsys):
+    init = wandb.init
+
+    def refuse(**settings: object) -> wandb.Run:
+        if settings["mode"] != "disabled":
+            raise OSError("read-only file system")
+        return init(**settings)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with Tracker(tmp_path / "steps.csv", start()) as tracker:
+        tracker.log(STEPS[0])
+    assert "W&B cannot start (OSError: read-only file system)" in capsys.readouterr().out
+    assert len((tmp_path / "steps.csv").read_text().splitlines()) == 2

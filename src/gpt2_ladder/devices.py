@@ -85,7 +85,7 @@ def keep_freed_memory(device: torch.device) -> None:
     """Keep freed memory for the next step, on a CPU until the process ends; on a GPU torch does so by itself.
 
     Left alone, glibc hands large buffers back to the kernel as soon as they are freed, and every step pays for its
-    pages anew: 270,000 to 300,000 page faults a step of GPT-2 124M at B=2, T=256, against none.
+    pages anew: 130,000 to 330,000 page faults a step of GPT-2 124M at B=2, T=256, against none.
 
     Raises:
         RuntimeError: glibc refuses.

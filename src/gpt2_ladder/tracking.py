@@ -3,8 +3,9 @@
 import csv
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,35 +19,50 @@ from gpt2_ladder.metrics import STEP_FIELDS, Step
 PROJECT = "gpt2-ladder"
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 20  # W&B's own default holds a training back for 90 s where there is a key but no network
+FINISH_TIMEOUT_S = 60  # and its end for ever where the server is gone by then
 
 
 class Tracker:
-    """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error."""
+    """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error.
+
+    Where W&B fails, one line says so and the training goes on without it.
+    """
 
     def __init__(self, steps_csv: Path, run: wandb.Run):
         steps_csv.parent.mkdir(parents=True, exist_ok=True)
         self._file = steps_csv.open("w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._writer.writerow(STEP_FIELDS)
-        self._run = run
+        self._run: wandb.Run | None = run
 
     def log(self, step: Step) -> None:
         """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
         self._writer.writerow(astuple(step))
         self._file.flush()
         values = asdict(step)
-        self._run.log(values, step=values.pop("step"))
+        index = values.pop("step")
+        self._mirror(lambda run: run.log(values, step=index))
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
         """Put the results of the whole training into the run's summary, where W&B's tables compare them."""
-        self._run.summary.update(dict(metrics))
+        self._mirror(lambda run: run.summary.update(dict(metrics)))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._file.close()
-        self._run.finish(exit_code=0 if kind is None else 1)
+        self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
+
+    def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            do(self._run)
+        except Exception as error:  # of any type: what W&B raises where its process has died is not documented
+            self._run = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"W&B failed ({reason}); {self._file.name} holds every step, also those to come", flush=True)
 
 
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run:
@@ -61,17 +77,15 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     if mode not in MODES:
         raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
     try:
-        run = _init(name, job_type, tags, config, group, mode)
+        run = _start(partial(_init, name, job_type, tags, config, group), mode)
     except wandb.errors.Error as error:
-        if mode != "online":
-            raise
         reason = " ".join(str(error).split())
         print(
             f"W&B cannot be reached or refuses ({reason}); this run is kept offline, `wandb sync` sends it later",
             flush=True,
         )
         wandb.teardown()
-        run = _init(name, job_type, tags, config, group, "offline")
+        run = _start(partial(_init, name, job_type, tags, config, group), "offline")
     if not run.disabled:
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     return run
@@ -99,6 +113,18 @@ def run_group(fingerprint: str) -> str:
     return f"{commit}-{fingerprint}"
 
 
+def _start(init: Callable[[str], wandb.Run], mode: str) -> wandb.Run:
+    """Start a run by `init`; without W&B where even an offline one cannot be started."""
+    try:
+        return init(mode)
+    except Exception as error:  # of any type, as in Tracker
+        if mode == "online" and isinstance(error, wandb.errors.Error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"W&B cannot start ({reason}): this run is recorded in steps.csv alone", flush=True)
+        return init("disabled")
+
+
 def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -110,7 +136,9 @@ def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, An
         tags=tags,
         config=dict(config),
         mode=mode,  # type: ignore[arg-type]  # a Literal; start_run refuses other words
-        settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S),
+        settings=wandb.Settings(
+            console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
+        ),
     )
 
 
