@@ -17,7 +17,7 @@ repro: announce .venv/installed
 
 announce:
 	@echo "The ladder takes about 20 minutes on two cores with bfloat16 where a float32 step of B=4, T=32 takes 1.1 s,"
-	@echo "the installation 1 or 2 of them, and 6 GB of memory."
+	@echo "the installation 1 or 2 of them, and 10 GB of memory."
 	@echo "Disk: 1.6 GB for packages (several GB more with CUDA's) and 1.6 GB for data. Free here:$$(df -h . | awk 'END {print " " $$4}')."
 
 # The longer measurement becomes the stage's result: `dvc repro` keeps it until something that it depends on changes.

@@ -72,6 +72,7 @@ def start_seconds() -> float:
                 if not line:
                     raise SystemExit("error: the stage ended before its first step")
             seconds = time.perf_counter() - start
+            stage.stdout.readline()  # of step 1, by which step 0 is in the file
             stage.kill()
         with (Path(folder) / RESULTS / "levels" / "fp32" / "steps.csv").open() as file:
             return seconds - float(next(csv.DictReader(file))["step_ms"]) / 1000

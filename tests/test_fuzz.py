@@ -17,13 +17,15 @@ from unicodedata import category
 
 import pytest
 import torch
-from conftest import REPOSITORY, tiny
+from conftest import REPOSITORY, random_ids, tiny
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from gpt2_ladder import config, data, hub
+from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import UserError
+from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 
 Files = dict[str, bytes]
@@ -140,6 +142,20 @@ def written(write: Callable[[Path], object]) -> Files:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def training(folder: Path) -> Checkpoints:
+    """A training of a tiny network whose checkpoints lie in `folder`."""
+    model = GPT(tiny())
+    here = type("Here", (Checkpoints,), {"folder": folder})
+    return here("training", {}, model, torch.optim.AdamW(model.parameters()), 1)
+
+
+def train_and_save(folder: Path) -> None:
+    one = training(folder)
+    one.model(random_ids(), random_ids())[1].backward()
+    one.optimizer.step()
+    one.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
+
+
 READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
     "params": (
         {"params.yaml": (REPOSITORY / "params.yaml").read_bytes()},
@@ -150,6 +166,7 @@ READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
         lambda folder: data.open_shard(folder / "train.bin"),
     ),
     "checkpoint": (written(lambda folder: hub.save_gpt(GPT(tiny()), folder)), hub.load_gpt),
+    "training": (written(train_and_save), lambda folder: training(folder).load()),
 }
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import UserError, shown
 from gpt2_ladder.files import read_json, replacing
 from gpt2_ladder.metrics import STEP_FIELDS, Step
 from gpt2_ladder.model import GPT
@@ -103,7 +103,7 @@ class Checkpoints:
                 torch.cuda.set_rng_state(tensors["generator.cuda"])
             steps = [_step(row) for row in tensors["steps"].tolist()]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = shown(" ".join(str(error).split()))[:500]
             mend = f"remove {self.folder} to train from the start"
             raise UserError(f"{path}: a damaged checkpoint ({reason}); {mend}") from None
         print(f"{self.name}: goes on after step {steps[-1].step}, from {state}", flush=True)
