@@ -89,7 +89,8 @@ def micro_batch(machine: Machine) -> int:
 
 @pytest.fixture(scope="module")
 def arms(machine: Machine, micro_batch: int) -> list[Arm]:
-    made = benchmark_stage.build_arms(machine.params, machine.levels, machine.device, micro_batch)
+    contestants = {**machine.levels, CONTROL: next(iter(machine.levels.values()))}
+    made = benchmark_stage.build_arms(machine.params, contestants, machine.device, micro_batch)
     list(benchmark.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed))
     return made
 

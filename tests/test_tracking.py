@@ -5,13 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 import wandb
+from conftest import REPOSITORY
 
 from gpt2_ladder import charts, tracking
 from gpt2_ladder.config import UserError
@@ -191,21 +190,32 @@ def test_a_failed_training_closes_the_file_and_fails_the_run(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_a_wandb_that_dies_in_the_middle_costs_no_row_and_no_training(tmp_path, capsys):
-    with Tracker(tmp_path / "steps.csv", start()) as tracker:
-        tracker.log(STEPS[0])
-        services = [one for one in psutil.Process().children(recursive=True) if "wandb" in one.name()]
-        assert services
-        for service in services:
-            service.kill()
-            service.wait()
-        for index in range(1, 200):  # more than a pipe would hold without a reader
-            tracker.log(replace(STEPS[1], step=index))
-        tracker.summarize({"loss_last": 0.3})
+DIES = """
+from dataclasses import replace
+from pathlib import Path
+import psutil
+from test_tracking import STEPS, Tracker, start
+with Tracker(Path("steps.csv"), start()) as tracker:
+    tracker.log(STEPS[0])
+    services = [one for one in psutil.Process().children(recursive=True) if "wandb" in one.name()]
+    assert services
+    for service in services:
+        service.kill()
+        service.wait()
+    for index in range(1, 200):  # more than a pipe would hold without a reader
+        tracker.log(replace(STEPS[1], step=index))
+    tracker.summarize({"loss_last": 0.3})
+"""
+
+
+def test_a_wandb_that_dies_in_the_middle_costs_no_row_and_no_training(tmp_path):
+    variables = {**os.environ, "PYTHONPATH": ":".join(str(REPOSITORY / name) for name in ("src", ".", "tests"))}
+    command = [sys.executable, "-c", DIES]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(200))
-    assert capsys.readouterr().out.count("W&B failed") == 1
-    wandb.teardown(exit_code=1)
+    assert result.stdout.count("W&B failed") == 1
 
 
 @pytest.mark.parametrize("what", ["log", "finish"])

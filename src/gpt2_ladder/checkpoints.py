@@ -1,6 +1,6 @@
 """A training's state on the disk, from which it goes on bit for bit as if nothing had interrupted it.
 
-A checkpoint is two files: `<steps>.safetensors` holds weights, optimizer, generators and the steps so far,
+A checkpoint is two files: `<steps>.safetensors` holds weights, optimizer, generator and the steps so far,
 `<steps>.json` what they belong to. The second takes its place last, so where it is, the first is whole; only then is
 the checkpoint before removed. DVC knows nothing of them: they lie in `checkpoints/`, not among a stage's outputs, which
 it removes before it runs the stage again.
@@ -60,9 +60,7 @@ class Checkpoints:
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        tensors["generator.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        tensors["generator"] = torch.get_rng_state()  # the CPU's: nothing is drawn on a GPU, there is no dropout
         # float64 holds every field of a Step exactly
         tensors["steps"] = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)  # (steps, fields)
         weights, state_file = (self.folder / f"{len(steps):08}.{suffix}" for suffix in ("safetensors", "json"))
@@ -75,7 +73,7 @@ class Checkpoints:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # a folder: a killed process was writing into it
 
     def load(self) -> list[Step]:
-        """Bring model, optimizer and torch's generators to where the newest checkpoint left them.
+        """Bring model, optimizer and torch's generator to where the newest checkpoint left them.
 
         Returns:
             The steps taken until then; none where there is no checkpoint.
@@ -98,9 +96,7 @@ class Checkpoints:
                     parameter.copy_(tensors[f"model.{name}"])
             groups = self.optimizer.state_dict()["param_groups"]  # their settings come from params.yaml
             self.optimizer.load_state_dict({"state": _optimizer_state(tensors), "param_groups": groups})
-            torch.set_rng_state(tensors["generator.cpu"])
-            if "generator.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["generator.cuda"])
+            torch.set_rng_state(tensors["generator"])
             steps = [_step(row) for row in tensors["steps"].tolist()]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = shown(" ".join(str(error).split()))[:500]
