@@ -20,7 +20,7 @@ import torch
 
 from gpt2_ladder import benchmark, config, cost, data, devices, metrics, profiling, runtime, training
 from gpt2_ladder.benchmark import Arm, Elsewhere
-from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Params, Switches, UserError
+from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Switches, UserError
 from gpt2_ladder.gains import ESTIMATOR, Measurement
 from gpt2_ladder.profiling import Operator
 from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, read_environment, run, write_json
@@ -40,16 +40,13 @@ def main(*arguments: str) -> None:
     contestants, micro_batch = read_contestants()
     levels = {name: switches for name, switches in contestants.items() if name != CONTROL}
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    alone = {name for name, switches in contestants.items() if devices.needs_own_process(switches, environment)}
-    here = {name: switches for name, switches in contestants.items() if name not in alone}
-    built = {arm.name: arm for arm in build_arms(params, here, device, micro_batch)}
     shard = data.open_shard(TRAIN_SHARD)
     batches = list(islice(data.batches(shard, shape.batch_size, shape.block_size), shape.steps))
     measured = []
     kinds = sorted({matmul_kind(switches.precision) for switches in levels.values()})
     matmuls = kinds if devices.peak_is_measured(environment.device) else []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # started for the first level that needs it
-        arms = [Elsewhere(name, process, open_alone) if name in alone else built[name] for name in contestants]
+        arms = seat(params, contestants, environment, device, micro_batch, process)
         for name in benchmark.warm_up(arms, batches[0], device, params.seed):
             print(f"benchmark: warming up {name}", flush=True)
         for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
@@ -79,6 +76,21 @@ def read_contestants() -> tuple[dict[str, Switches], int]:
         for name, found in parity["levels"].items()
     }
     return {**levels, CONTROL: levels[parity["baseline"]]}, parity["micro_batch"]
+
+
+def seat(
+    params: Params,
+    contestants: dict[str, Switches],
+    environment: Environment,
+    device: torch.device,
+    micro_batch: int,
+    process: ProcessPoolExecutor,
+) -> list[Arm | Elsewhere]:
+    """Return an arm for each of `contestants`: here, or in `process` where it would change the others' memory."""
+    alone = {name for name, switches in contestants.items() if devices.needs_own_process(switches, environment)}
+    here = {name: switches for name, switches in contestants.items() if name not in alone}
+    built = {arm.name: arm for arm in build_arms(params, here, device, micro_batch)}
+    return [Elsewhere(name, process, open_alone) if name in alone else built[name] for name in contestants]
 
 
 @cache

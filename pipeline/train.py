@@ -68,6 +68,9 @@ def train(
         settings = {**described, "micro_batch": micro_batch, "corpus": hashlib.sha256(train_shard.data).hexdigest()}
         saved = Checkpoints(name, settings, model, optimizer, params.checkpoint_every)
     before = saved.load() if saved else []
+    if before:  # whose times and memory are those of more than one process
+        notes = [result["note"], f"interrupted after step {before[-1].step} or later, and gone on from there"]
+        result["note"] = "; ".join(filter(None, notes))
     new_steps = training.train(
         model,
         optimizer,

@@ -106,8 +106,8 @@ def stopping(wanted: bool) -> Iterator[list[str]]:
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
-    for wanted_signal in (signal.SIGTERM, signal.SIGINT) if wanted else ():
-        before[wanted_signal] = signal.signal(wanted_signal, note)
+    for kind in (signal.SIGTERM, signal.SIGINT) if wanted else ():
+        before[kind] = signal.signal(kind, note)
     try:
         yield came
     finally:

@@ -1,7 +1,6 @@
 """Train once on the top-level knobs of params.yaml and its recipe, at the speed levels' shape; keep the network."""
 
 import shutil
-from pathlib import Path
 
 from gpt2_ladder import config, hub
 from gpt2_ladder.model import GPT
@@ -19,8 +18,8 @@ def main() -> None:
         FOLDER.mkdir(parents=True)  # DVC wants the output to exist; there is no network to put into it
 
 
-def keep(model: GPT, folder: Path = FOLDER) -> None:
-    hub.save_gpt(model, folder)
+def keep(model: GPT) -> None:
+    hub.save_gpt(model, FOLDER)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
 def run(params: Params, **changes: object) -> None:
     """Train as the trial does, into results/ and model/."""
     params = params.model_copy(update=changes)
-    keep = lambda model: hub.save_gpt(model, Path("model"))  # noqa: E731  one line of one test's
+    keep = partial(hub.save_gpt, folder=Path("model"))
     train(params, "trial", "trial", params.switches, "speed", Path("results"), params.recipe, keep)
 
 
@@ -114,6 +115,7 @@ def test_a_signal_ends_the_step_saves_and_says_where_it_goes_on(params, monkeypa
         run(params, checkpoint_every=100)
     assert len(list(Path("checkpoints").glob("trial/*/*"))) == 2
     run(params, checkpoint_every=100)
+    assert "interrupted after step 3 or later" in json.loads(Path("results/metrics.json").read_text())["note"]
     assert len(taken) == 12
     assert learned() == undisturbed
 

@@ -79,6 +79,16 @@ def test_gpt2_on_a_gpu_needs_what_torchs_own_tracker_predicts(attention, autocas
     assert step.peak_bytes / GIB == pytest.approx(gib, abs=0.06)
 
 
+def test_a_chunked_loss_holds_a_quarter_of_the_logits_at_the_peak():
+    plain, chunked = (
+        planning.trace_step(GPTConfig(**GPT2, attention="flash", chunked_loss=chunked), True, 16, 1024, cuda=True)
+        for chunked in (False, True)
+    )
+    logits = 16 * 1024 * 50257  # bfloat16 and float32 ones, and the gradients of both: 12 bytes of each at once
+    spared = (plain.peak_bytes - chunked.peak_bytes) / logits
+    assert 3 / 4 * 8 < spared < 12, spared  # three of four pieces of two at least, and no more than there is
+
+
 def test_the_largest_batch_fits_and_one_more_row_does_not():
     config, free = GPTConfig(**GPT2), 24 * GIB
     largest = planning.largest_batch(config, False, 1024, True, free)

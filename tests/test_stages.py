@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import REPOSITORY, measurement
 from conftest import environment as machine
 
 from gpt2_ladder import config, metrics
+from gpt2_ladder.benchmark import Arm, Elsewhere
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from pipeline import (
@@ -223,6 +226,16 @@ def test_the_baseline_has_a_second_arm_of_its_own():
     assert [arm.name for arm in arms] == ["fp32", "bf16", "padded", "control"]
     assert arms[0].model is not arms[3].model
     assert arms[0].optimizer is arms[1].optimizer is arms[3].optimizer is not arms[2].optimizer
+
+
+def test_an_allocator_is_measured_in_a_process_of_its_own_on_a_cpu_alone():
+    params, device = params_with(model="tiny"), torch.device("cpu")
+    levels = {name: params.levels[name] for name in ("chunked", "allocator")}
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # nothing is asked of it
+        for where, kinds in (("cpu", [Arm, Elsewhere]), ("cuda", [Arm, Arm])):
+            arms = benchmark_stage.seat(params, levels, machine(device=where), device, 2, process)
+            assert [arm.name for arm in arms] == ["chunked", "allocator"]
+            assert [type(arm) for arm in arms] == kinds
 
 
 def test_the_peak_is_the_users_or_a_known_gpus_or_measured_on_a_cpu_or_nobodys():
