@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, environment
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ladder import devices
 from gpt2_ladder.config import Switches, UserError
@@ -99,6 +100,21 @@ def test_opening_a_device_seeds_every_generator():
         devices.open_device("cpu", torch.get_num_threads(), seed, deterministic=False)
         drawn.append(torch.rand(4).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_opening_a_device_takes_the_first_square_root_alone():
+    """Taken by two threads at once, MKL's first one may have half the digits: a race that no test can provoke."""
+
+    class Roots(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            if operator is torch.ops.aten.sqrt.default:
+                sizes.append(arguments[0].numel())
+            return operator(*arguments, **(keywords or {}))
+
+    sizes: list[int] = []
+    with Roots():
+        devices.open_device("cpu", torch.get_num_threads(), 0, deterministic=False)
+    assert sizes == [1]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

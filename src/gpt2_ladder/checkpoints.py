@@ -127,5 +127,5 @@ def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tenso
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor.clone()  # in the file they lie at odd addresses
+            state.setdefault(int(index), {})[key] = tensor.clone()  # out of the file, which the next save removes
     return state

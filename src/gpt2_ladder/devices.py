@@ -38,6 +38,9 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
         raise UserError(f"this machine has a GPU, but torch {torch.__version__} cannot use it: {MEND_DRIVER}")
     torch.manual_seed(seed)
     set_deterministic(deterministic)
+    # MKL chooses a function's kernel at its first call. Made by two threads at once, that call can take one with half
+    # the digits (pytorch/pytorch#188792), and AdamW's first square root would be such a call.
+    torch.ones(1).sqrt()
     return torch.device(name)
 
 
