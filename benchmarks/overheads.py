@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from benchmarks import performance
+from benchmarks import pages
 from gpt2_ladder import config, data, progress, tracking
 from gpt2_ladder.metrics import Step
 from pipeline import ENVIRONMENT, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, environment
@@ -115,7 +115,7 @@ def main() -> None:
     found = environment.describe()
     rows += ["", f"On {found.device_name}, {found.threads} threads, torch {found.torch}, Python {found.python}."]
     print("\n".join(rows))
-    performance.put("overheads", "\n".join(rows))
+    pages.put(pages.PERFORMANCE, "overheads", "\n".join(rows))
 
 
 if __name__ == "__main__":

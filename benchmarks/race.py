@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from benchmarks import performance
+from benchmarks import pages
 from gpt2_ladder import cost, devices, gains, profiling
 from gpt2_ladder.config import AdamW, Size
 from gpt2_ladder.profiling import Operator
@@ -204,8 +204,8 @@ def main() -> None:
         print(table(found), flush=True)
     machine = environment.describe()
     heading = f"{arguments.rounds} rounds. {machine.device_name}, {machine.threads} threads, torch {machine.torch}."
-    performance.put("race", f"{heading}\n\n{table(found)}")
-    performance.put("profile", profile(OURS, Cell(2, 256, "bf16", compile=False)))
+    pages.put(pages.PERFORMANCE, "race", f"{heading}\n\n{table(found)}")
+    pages.put(pages.PERFORMANCE, "profile", profile(OURS, Cell(2, 256, "bf16", compile=False)))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def learned() -> tuple[list[str], bytes]:
     return [",".join(row[:2] + row[4:]) for row in rows], Path("model/model.safetensors").read_bytes()
 
 
-def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params):
+def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params, record_property):
     os.waitpid(in_a_fork(lambda: run(params, checkpoint_every=None)), 0)
     undisturbed = learned()
     assert len(undisturbed[0]) == 13  # titles and 12 steps
@@ -94,6 +94,7 @@ def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params):
         assert not list(Path("checkpoints").glob("trial/*"))  # a training that has ended leaves none
         for path in (Path("results/steps.csv"), Path("model/model.safetensors")):
             path.unlink()
+    record_property("tried", kills)
     assert went_on > KILLS / 4  # a kill before the first checkpoint proves little
 
 
