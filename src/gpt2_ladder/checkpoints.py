@@ -69,7 +69,7 @@ class Checkpoints:
             save_file(tensors, new_weights)
             state = {"sha256": _sha256(new_weights), "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
-        for path in sorted(older - {weights, state_file}):  # a .json before the .safetensors that it says is there
+        for path in older - {weights, state_file}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # a folder: a killed process was writing into it
 
     def load(self) -> list[Step]:
