@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+import torch
+from conftest import REPOSITORY, tiny
 
 from gpt2_ladder import checkpoints, config, data, hub, training
 from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.metrics import Step
+from gpt2_ladder.model import GPT
 from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, write_json
 from pipeline.train import train
 
@@ -139,6 +142,18 @@ def stopped_at(params: Params, monkeypatch: pytest.MonkeyPatch, steps: int) -> P
     (state,) = Path("checkpoints").glob("trial/*/*.json")
     assert str(caught.value).endswith(f"the next run goes on, is {state}")
     return state
+
+
+def test_what_is_drawn_goes_on_where_it_stood(tmp_path, monkeypatch):
+    """No level draws anything while it trains: only a network with dropout would notice."""
+    monkeypatch.chdir(tmp_path)
+    model = GPT(tiny())
+    saved = checkpoints.Checkpoints("any", {}, model, torch.optim.AdamW(model.parameters()), 1)
+    saved.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
+    drawn = torch.rand(4)
+    torch.manual_seed(0)
+    saved.load()
+    assert torch.equal(torch.rand(4), drawn)
 
 
 def test_a_loss_that_is_no_number_is_never_saved(params, monkeypatch):
