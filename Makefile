@@ -29,7 +29,7 @@ benchmark: .venv/installed
 	@cat results/report/ladder.md
 
 show: .venv/installed
-	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
+	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
 		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
 
 # DVC's own page loads Vega from a server and is blank without one; vl-convert has it on the disk.
