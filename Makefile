@@ -52,7 +52,7 @@ plan: .venv/installed
 	@dvc repro --quiet environment
 	@PYTHONPATH=src python -m pipeline.plan $(if $(MEMORY),--memory $(MEMORY))
 
-# 10,042 questions, hours on a CPU: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
+# 10,042 questions, over an hour on two cores: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
 hellaswag: .venv/installed
 	@dvc repro --quiet environment download
 	@PYTHONPATH=src python -m pipeline.hellaswag $(MODEL) $(if $(LIMIT),--limit $(LIMIT))

@@ -1,6 +1,6 @@
 """Ask a network the 10,042 questions of HellaSwag, or the first of them, and count the right endings it finds.
 
-No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all questions take hours on a CPU.
+No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all questions take over an hour on two cores.
 """
 
 import argparse
