@@ -2,6 +2,7 @@
 # make benchmark  the gains again, in 30 rounds        make plots   DVC's plots as a page that needs no network
 # make show    the experiments, compared              make check   linters and types
 # make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
+# make hellaswag  how often it finds the right ending
 # make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro announce benchmark show plots plan test test-gpu check schema pins
+.PHONY: repro announce benchmark show plots plan hellaswag test test-gpu check schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -29,7 +30,7 @@ benchmark: .venv/installed
 	@cat results/report/ladder.md
 
 show: .venv/installed
-	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
+	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
 		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
 
 # DVC's own page loads Vega from a server and is blank without one; vl-convert has it on the disk.
@@ -50,6 +51,11 @@ test-gpu: .venv/installed
 plan: .venv/installed
 	@dvc repro --quiet environment
 	@PYTHONPATH=src python -m pipeline.plan $(if $(MEMORY),--memory $(MEMORY))
+
+# 10,042 questions, over an hour on two cores: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
+hellaswag: .venv/installed
+	@dvc repro --quiet environment download
+	@PYTHONPATH=src python -m pipeline.hellaswag $(MODEL) $(if $(LIMIT),--limit $(LIMIT))
 
 check: .venv/installed
 	ruff check .

@@ -19,11 +19,11 @@ from pathlib import Path
 from benchmarks import pages
 from gpt2_ladder import config, data, progress, tracking
 from gpt2_ladder.metrics import Step
-from pipeline import ENVIRONMENT, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, environment
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, environment
 
 STEPS, STEP_MS = 1000, 100.0
 SHARDS = [path for shard in (TRAIN_SHARD, VAL_SHARD) for path in (shard, data.sidecar_path(shard))]
-NEEDED = [Path("params.yaml"), ENVIRONMENT, PROBE, *SHARDS]
+NEEDED = [Path("params.yaml"), ENVIRONMENT, PROBE, ENCODER_JSON, *SHARDS]
 
 
 def recording_ms() -> list[float]:

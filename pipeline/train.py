@@ -13,7 +13,7 @@ from gpt2_ladder import config, data, devices, metrics, runtime, training
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Params, Recipe, Switches, UserError
 from gpt2_ladder.model import GPT
-from pipeline import PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
+from pipeline import ENCODER_JSON, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
 
 
 def main(name: str) -> None:
@@ -57,7 +57,8 @@ def train(
     tokens = recipe.tokens_per_step or shape.batch_size * shape.block_size
     batches = data.batches(train_shard, shape.batch_size, shape.block_size)
     train_batches = data.joined(batches, tokens // (shape.batch_size * shape.block_size))
-    val_batches = data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size)
+    val_batches = list(data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size))
+    val_bytes = data.count_bytes((y for _, y in val_batches), ENCODER_JSON)
     micro_batch = shape.batch_size if group == "quality" else json.loads(PROBE.read_text())["micro_batch"]
     device, model, optimizer = trainer.build(params, switches, environment, recipe.decay)
     kernel = trainer.attention_kernel(params, switches, micro_batch, shape.block_size, device)
@@ -88,11 +89,13 @@ def train(
         steps = trainer.follow(chain(before, new_steps), tracker, name, shape.steps, len(before), saved)
         step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
         peak_memory_mib = devices.peak_memory_mib(device)  # of the training, before validation adds to it
+        val_loss = training.evaluate(model, val_batches, autocast, device, steps[-1].micro_batch)
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "loss_first": steps[0].loss,
             "loss_last": steps[-1].loss,
-            "val_loss": training.evaluate(model, val_batches, autocast, device, steps[-1].micro_batch),
+            "val_loss": val_loss,
+            "bits_per_byte": metrics.bits_per_byte(val_loss, shape.eval_tokens, val_bytes),
             "epochs_seen": shape.steps * tokens / len(train_shard),
             "step_ms": step_ms,
             "tokens_per_second": metrics.tokens_per_second(tokens, step_ms),

@@ -19,14 +19,14 @@ from gpt2_ladder import checkpoints, config, data, hub, training
 from gpt2_ladder.config import Params, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
-from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, write_json
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, write_json
 from pipeline.train import train
 
 KILLS = 50
 
 
 @pytest.fixture
-def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Path, Path]) -> Params:
     """A folder with all that a training of the tiny model needs, its text random; 12 steps, a checkpoint every 2."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -36,6 +36,8 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
         shard.parent.mkdir(exist_ok=True)
         data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
+    ENCODER_JSON.parent.mkdir()
+    ENCODER_JSON.symlink_to(bpe_files[1])
     document = config.load(REPOSITORY / "params.yaml").model_dump()
     document |= {"model": "tiny", "checkpoint_every": 2}
     document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}

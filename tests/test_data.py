@@ -129,6 +129,13 @@ def test_interrupted_between_its_two_files_a_shard_is_refused(tmp_path, monkeypa
         data.open_shard(path)
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text(encoding, bpe_files):
+    text = "First Citizen:\n\nnaïve café, 你好 🙂\tend "
+    ids = torch.tensor([*encoding.encode_ordinary(text), encoding.eot_token, *range(50256)])
+    expected = len(text.encode()) + len(encoding.decode_bytes(list(range(50256))))
+    assert data.count_bytes(ids.split(1000), bpe_files[1]) == expected  # <|endoftext|> stands for no text
+
+
 def test_batches_come_in_the_order_of_the_text_and_begin_again():
     three = list(itertools.islice(data.batches(np.arange(14, dtype="<u2"), batch_size=2, block_size=3), 3))
     assert three[0][0].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from gpt2_ladder import config, data, hub
+from gpt2_ladder import config, data, hellaswag, hub
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
@@ -166,6 +166,10 @@ READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
         lambda folder: data.open_shard(folder / "train.bin"),
     ),
     "checkpoint": (written(lambda folder: hub.save_gpt(GPT(tiny()), folder)), hub.load_gpt),
+    "questions": (
+        {"val.jsonl": b'{"ctx": "A boy", "endings": ["runs.", "is", "", "of it \\u00e9"], "label": 3, "ind": 7}\n' * 2},
+        lambda folder: hellaswag.read(folder / "val.jsonl"),
+    ),
     "training": (written(train_and_save), lambda folder: training(folder).load()),
 }
 

@@ -1,8 +1,11 @@
 """What a climb of the real pipeline under real DVC leaves behind, and what a second one runs."""
 
 import json
+import math
 import shutil
 
+import numpy as np
+import pytest
 from climbing import call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
 
@@ -43,6 +46,14 @@ def test_the_trial_starts_out_as_the_fp32_level(first_run, clone):
         fp32["val_loss"],
     )
     assert (clone / "models/trial/model.safetensors").exists()
+
+
+def test_bits_per_byte_are_of_the_tokens_that_validation_predicts(first_run, clone, encoding):
+    predicted = np.fromfile(clone / "data/val.bin", dtype="<u2")[1 : 512 + 1].tolist()
+    for name in ("trial", "levels/padded"):
+        found = read_metrics(clone, name)
+        bits = found["val_loss"] / math.log(2) * 512
+        assert found["bits_per_byte"] == pytest.approx(bits / len(encoding.decode_bytes(predicted)))
 
 
 def test_the_shards_are_those_of_nanogpt(first_run, clone):

@@ -19,6 +19,7 @@ TRAINED = {
     "loss_first": 10.95,
     "loss_last": 6.72,
     "val_loss": 7.0,
+    "bits_per_byte": 3.1,
     "epochs_seen": 0.02,
     "step_ms": 1300.4,
     "tokens_per_second": 98.6,
@@ -106,7 +107,7 @@ def test_every_level_names_the_one_switch_that_changes():
         "attention: flash",
         "vocab_size: 50304",
     ]
-    assert rows[1][2:] == ["124,439,808", "10.9500", "6.7200", "7.0000", "99"]
+    assert rows[1][2:] == ["124,439,808", "10.9500", "6.7200", "7.0000", "3.1000", "99"]
 
 
 def test_the_speed_table_has_gains_with_intervals_and_marks_what_may_be_noise():

@@ -6,7 +6,7 @@ A shard is nanoGPT's: raw little-endian uint16 token ids without a header, so sh
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -119,6 +119,18 @@ def _describe(shard: np.ndarray) -> dict[str, str | int]:
         "vocab_size": GPT2_VOCAB_SIZE,
         "sha256": hashlib.sha256(shard.data).hexdigest(),
     }
+
+
+def count_bytes(ids: Iterable[Tensor], encoder_json: Path) -> int:
+    """Return how many bytes of text the tokens in `ids`, int64 of any shape, stand for: <|endoftext|> for none.
+
+    OpenAI's encoder.json, {token: id}, writes each byte of a token as one character.
+    """
+    encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
+    lengths = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
+    lengths[list(encoder.values())] = [len(token) for token in encoder]
+    lengths[encoder[END_OF_TEXT]] = 0
+    return sum(int(lengths[some.numpy()].sum()) for some in ids)
 
 
 def batches(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """One training step's record, and pure functions from many of them to the numbers that are reported."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +35,7 @@ MEASURED = (
     "loss_first",
     "loss_last",
     "val_loss",
+    "bits_per_byte",
     "epochs_seen",
     "step_ms",
     "tokens_per_second",
@@ -49,6 +51,14 @@ MEASURED = (
 def tokens_per_second(tokens: int, step_ms: float) -> float:
     """Return the rate at which `tokens` went by in `step_ms` milliseconds."""
     return tokens / (step_ms / 1000)
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+    """Return a mean `loss` in nats over `tokens` tokens as bits for each byte of the text that they stand for.
+
+    Networks with other vocabularies can be compared by it, which cut the same text into more or fewer tokens.
+    """
+    return loss / math.log(2) * tokens / text_bytes
 
 
 def median_step_ms(steps: Sequence[Step], warmup_steps: int) -> float:

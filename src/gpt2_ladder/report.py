@@ -23,6 +23,7 @@ TRAINING_COLUMNS = {  # key in metrics.json: title, format
     "loss_first": ("loss at step 0", "{:.4f}"),
     "loss_last": ("last loss", "{:.4f}"),
     "val_loss": ("validation loss", "{:.4f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
     "tokens_per_second": ("tokens/s in passing", "{:,.0f}"),
 }
 SPEED_TITLES = [
