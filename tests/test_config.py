@@ -78,7 +78,7 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("learning_rate: 3e-4", "learning_rate: 6e-4x", "models.gpt2.learning_rate = '6e-4x'"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
-        ("n_head: 12", "n_head: 13", "params.yaml:94: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
+        ("n_head: 12", "n_head: 13", "params.yaml:97: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
         (
             "block_size: 256",
