@@ -30,7 +30,7 @@ def main() -> None:
     with artifacts.alone(CORPUS.parent):
         for path, sha256, sources in PINNED:
             artifacts.fetch(path, sha256, sources)
-        pretrained.fetch(WEIGHTS, params.pretrained, params.size, params.model == "gpt2", params.seed)
+        pretrained.fetch(WEIGHTS, params.pretrained, params.model, params.size, params.seed)
 
 
 if __name__ == "__main__":

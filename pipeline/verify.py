@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from gpt2_ladder import config, data, files, hub, pretrained, verification
+from gpt2_ladder import config, data, devices, files, hub, pretrained, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT, generate
 from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
@@ -17,6 +17,10 @@ SAMPLES, TOP_K = 5, 50
 
 def main() -> None:
     params = config.load()
+    (_, need), free = pretrained.needed(params.size), devices.free_memory(torch.device("cpu"))
+    if free < need:
+        told = f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+        raise UserError(f"verify: {params.model}, ours and transformers', take {told}; free some, or a smaller model")
     logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
     encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
     text = data.read_text(CORPUS)
@@ -25,9 +29,8 @@ def main() -> None:
 
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
-    with tempfile.TemporaryDirectory() as folder:
-        untrained = GPT(params.size.gpt(), params.seed)
-        hub.save_gpt(untrained, Path(folder))
+    with tempfile.TemporaryDirectory(dir=WEIGHTS) as folder:  # /tmp may be smaller, or memory
+        hub.save_gpt(GPT(params.size.gpt(), params.seed), Path(folder))
         random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
     for name, comparison in (("the downloaded weights", weights), ("random weights", random)):
         print(f"{name}: {comparison}", flush=True)
@@ -35,7 +38,8 @@ def main() -> None:
             raise UserError(f"verify: with {name} our GPT differs from transformers: {comparison}")
 
     model = hub.load_gpt(WEIGHTS, "flash")
-    known_loss = None if stand_in else verification.llmc_loss(model, text, encoding)
+    known = params.model == "gpt2" and not stand_in  # llm.c tells the loss of the smallest alone
+    known_loss = None if not known else verification.llmc_loss(model, text, encoding)
     rows = generate(
         model, prompt.expand(SAMPLES, -1), NEW_TOKENS, TOP_K, torch.Generator().manual_seed(params.seed)
     ).tolist()

@@ -74,11 +74,11 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("  fp32:\n    group", "  fp.32:\n    group", "levels.fp.32 = 'fp.32': String should match pattern"),
         ("  tf32:\n    group", "  control:\n    group", "levels.control = control: that is what the benchmark calls"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
-        ("  tied:\n", "  tied: &row\n", "params.yaml:120: YAML anchor or alias 'row': write the values out"),
+        ("  tied:\n", "  tied: &row\n", "params.yaml:146: YAML anchor or alias 'row': write the values out"),
         ("learning_rate: 3e-4", "learning_rate: 6e-4x", "models.gpt2.learning_rate = '6e-4x'"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
-        ("n_head: 12", "n_head: 13", "params.yaml:94: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
+        ("n_head: 12", "n_head: 13", "params.yaml:97: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
         (
             "block_size: 256",
@@ -123,6 +123,12 @@ def test_a_file_that_is_no_map_is_refused(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"params\.yaml"):
         config.load(tmp_path / "params.yaml")
+
+
+def test_activation_checkpointing_is_of_a_size_and_so_of_all_levels_or_none(tmp_path):
+    params = load_with(tmp_path, "model: gpt2 ", "model: gpt2-xl ")
+    assert all(params.gpt(level).activation_checkpointing for level in params.levels.values())
+    assert not any(config.load(PARAMS).gpt(level).activation_checkpointing for level in params.levels.values())
 
 
 def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):

@@ -93,6 +93,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
         hub.from_hub(tensors, GPT(tiny()))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_network_is_tied_as_it_was_and_outlives_its_file(tmp_path, tied):
+    saved = GPT(tiny(tie_weights=tied))
+    hub.save_gpt(saved, tmp_path)
+    loaded = hub.load_gpt(tmp_path)
+    with (tmp_path / hub.WEIGHTS).open("r+b") as file:
+        file.write(bytes((tmp_path / hub.WEIGHTS).stat().st_size))
+    assert (loaded.wte.weight is loaded.lm_head.weight) == tied
+    assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in saved.named_parameters())
+
+
 def test_half_precision_weights_become_float32():
     tensors = {name: tensor.half() for name, tensor in hub_tensors().items()}
     loaded = hub.from_hub(tensors, GPT(tiny()))

@@ -23,9 +23,9 @@ from gpt2_ladder import pretrained
 from gpt2_ladder.config import ModelSize, Pretrained
 from pipeline import run
 
-pretrained.SHA256 = json.loads(sys.argv[2])
+pretrained.SHA256 = {"gpt2": json.loads(sys.argv[2])}
 size = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
-run(lambda: pretrained.fetch(Path(sys.argv[1]), Pretrained(source=sys.argv[3], folder=None), size, True, seed=1))
+run(lambda: pretrained.fetch(Path(sys.argv[1]), Pretrained(source=sys.argv[3], folder=None), "gpt2", size, seed=1))
 """
 
 
@@ -56,12 +56,12 @@ def fetch(folder: Path, published: Path, endpoint: str, source: str) -> subproce
 
 def test_a_checkpoint_comes_from_the_hub_and_is_verified(tmp_path, published):
     folder = tmp_path / "gpt2"
-    with fake_hub.serve(published, pretrained.REVISION) as (endpoint, requests):
+    with fake_hub.serve(published, pretrained.REVISIONS["gpt2"]) as (endpoint, requests):
         result = fetch(folder, published, endpoint, "openai")
     assert result.returncode == 0, result.stderr
     assert not pretrained.is_stand_in(folder)
     provenance = json.loads(artifacts.provenance_path(folder / hub.WEIGHTS).read_text())
-    assert provenance["source"].startswith(f"{endpoint}/{pretrained.REPOSITORY}/resolve/{pretrained.REVISION}/")
+    assert provenance["source"].startswith(f"{endpoint}/openai-community/gpt2/resolve/{pretrained.REVISIONS['gpt2']}/")
     assert any(request.startswith("GET /lfs/") for request in requests)  # it went through the redirect
     assert verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8).passed
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -75,7 +75,7 @@ def test_a_checkpoint_comes_from_the_hub_and_is_verified(tmp_path, published):
 @pytest.mark.parametrize(("name", "at"), [(hub.CONFIG, hub.CONFIG), (hub.WEIGHTS, fake_hub.WEIGHTS_THEMSELVES)])
 def test_a_flipped_byte_is_caught_and_nothing_is_kept(tmp_path, published, name, at):
     folder = tmp_path / "gpt2"
-    with fake_hub.serve(published, pretrained.REVISION, itertools.repeat("flip"), at) as (endpoint, _):
+    with fake_hub.serve(published, pretrained.REVISIONS["gpt2"], itertools.repeat("flip"), at) as (endpoint, _):
         result = fetch(folder, published, endpoint, "auto")
     assert result.returncode == 1
     assert f"{name}: sha256 is" in result.stderr
@@ -86,7 +86,7 @@ def test_a_flipped_byte_is_caught_and_nothing_is_kept(tmp_path, published, name,
 @pytest.mark.parametrize(("fault", "at"), [("403", hub.WEIGHTS), ("cut", fake_hub.WEIGHTS_THEMSELVES)])
 def test_a_hub_that_answers_but_does_not_deliver_is_named_and_gives_no_stand_in(tmp_path, published, fault, at):
     folder = tmp_path / "gpt2"
-    with fake_hub.serve(published, pretrained.REVISION, itertools.repeat(fault), at) as (endpoint, _):
+    with fake_hub.serve(published, pretrained.REVISIONS["gpt2"], itertools.repeat(fault), at) as (endpoint, _):
         result = fetch(folder, published, endpoint, "auto")
     assert result.returncode == 1, result.stderr
     last_line = result.stderr.strip().splitlines()[-1]

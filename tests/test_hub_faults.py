@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from pathlib import Path
 
 import fake_hub
@@ -25,7 +26,7 @@ def impatient(monkeypatch, waits):
     monkeypatch.setattr(artifacts, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(pretrained, "SHA256", HASHES)
+    monkeypatch.setattr(pretrained, "SHA256", {"gpt2": HASHES})
 
 
 @pytest.fixture
@@ -47,12 +48,12 @@ def fetch(tmp_path, folder, monkeypatch):
     for name, content in CONTENT.items():
         (published / name).write_bytes(content)
 
-    def fetch(**hub_is: object) -> None:
-        with fake_hub.serve(published, pretrained.REVISION, **hub_is) as (endpoint, requests):
+    def fetch(model: str = "gpt2", **hub_is: object) -> None:
+        with fake_hub.serve(published, pretrained.REVISIONS[model], **hub_is) as (endpoint, requests):
             template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
             try:
-                pretrained.fetch(folder, Pretrained(source="auto", folder=None), SIZE, True, seed=1)
+                pretrained.fetch(folder, Pretrained(source="auto", folder=None), model, SIZE, seed=1)
             finally:
                 fetch.gets = sum(request.startswith(fake_hub.WEIGHTS_THEMSELVES) for request in requests)
 
@@ -81,10 +82,35 @@ def test_weights_that_never_come_are_an_error_in_one_line_and_the_files_from_bef
     assert fetch.gets == (1 if fault in ("flip", "401", "403", "404") else 3 if fault in OURS else 6)
 
 
+def test_the_first_download_of_a_larger_size_is_recorded_and_later_ones_have_to_be_the_same(fetch, folder):
+    fetch("gpt2-xl")
+    record = artifacts.provenance_path(folder / hub.WEIGHTS)
+    assert json.loads(record.read_text())["sha256"] == HASHES[hub.WEIGHTS]
+    (folder / hub.WEIGHTS).unlink()
+    before = files(folder)
+    with pytest.raises(
+        UserError, match=f"expected {HASHES[hub.WEIGHTS]}: .*, or delete {record}, which tells the first"
+    ):
+        fetch("gpt2-xl", faults=["flip"])
+    assert files(folder) == before
+    fetch("gpt2-xl")
+    assert (folder / hub.WEIGHTS).read_bytes() == CONTENT[hub.WEIGHTS]
+    fetch("gpt2-xl")
+    assert fetch.gets == 0  # what is there and as recorded is kept
+
+
+def test_the_record_of_one_size_says_nothing_of_another(fetch, folder):
+    fetch("gpt2-xl")
+    fetch("gpt2-medium", faults=["flip"])
+    record = json.loads(artifacts.provenance_path(folder / hub.WEIGHTS).read_text())
+    assert "/openai-community/gpt2-medium/resolve/" in record["source"]
+    assert record["sha256"] == artifacts.file_sha256(folder / hub.WEIGHTS) != HASHES[hub.WEIGHTS]
+
+
 THEIR_HEAD = fake_hub.WEIGHTS_THEMSELVES.replace(
     "GET", "HEAD"
 )  # huggingface_hub believes the last one, if it is told more
-REDIRECT = f"HEAD /{pretrained.REPOSITORY}/resolve/{pretrained.REVISION}/{hub.WEIGHTS}"
+REDIRECT = f"HEAD /openai-community/gpt2/resolve/{pretrained.REVISIONS['gpt2']}/{hub.WEIGHTS}"
 HOSTILE = {
     (fake_hub.WEIGHTS_THEMSELVES, "Content-Disposition"): ["attachment; filename=../../evil", "filename=OUTSIDE/evil"],
     (fake_hub.WEIGHTS_THEMSELVES, "Content-Encoding"): ["gzip"],

@@ -4,17 +4,33 @@ import math
 
 import pytest
 import torch
-from conftest import random_ids, tiny
+from conftest import REPOSITORY, random_ids, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt2_ladder import config
 from gpt2_ladder.model import GPT, generate
 
 
 @pytest.mark.parametrize(("tie_weights", "parameters"), [(False, 163_037_184), (True, 124_439_808)])
 def test_gpt2_has_its_number_of_parameters(tie_weights, parameters):
     model = GPT(tiny(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257, tie_weights=tie_weights))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_every_size_has_the_parameters_of_the_published_network(name, parameters):
+    with torch.device("meta"):
+        model = GPT(config.load(REPOSITORY / "params.yaml").models[name].gpt(), seed=None)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -178,8 +194,9 @@ def test_a_chunked_loss_is_the_plain_one_with_its_gradients_and_without_all_logi
     assert torch.equal(chunked(ids)[0], plain(ids)[0])  # without targets all logits are wanted
 
 
-def test_a_chunked_loss_compiles_to_one_graph():
-    model, graphs = GPT(tiny(chunked_loss=True)), []
+@pytest.mark.parametrize("change", [{"chunked_loss": True}, {"activation_checkpointing": True}])
+def test_what_is_computed_again_in_backward_compiles_to_one_graph(change):
+    model, graphs = GPT(tiny(**change)), []
 
     def backend(graph, _):
         graphs.append(graph)
@@ -188,3 +205,23 @@ def test_a_chunked_loss_compiles_to_one_graph():
     model.compile(backend=backend, dynamic=False, fullgraph=True)
     model(random_ids(), random_ids(seed=1))[1].backward()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_gives_the_same_loss_and_gradients_from_blocks_computed_twice(compiled):
+    ids, targets = random_ids(), random_ids(seed=1)
+    plain, checkpointed = GPT(tiny()), GPT(tiny(activation_checkpointing=True))
+    calls = []
+    if compiled:
+        checkpointed.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+    else:
+        checkpointed.h[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
+    losses = [model(ids, targets)[1] for model in (plain, checkpointed)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for name, parameter in plain.named_parameters():
+        # the same operations on the same numbers; compiled, gradients are summed up in another order
+        atol = 1e-6 if compiled else 0
+        torch.testing.assert_close(checkpointed.get_parameter(name).grad, parameter.grad, rtol=0, atol=atol)
+    assert len(calls) == (0 if compiled else 2)  # a hook would break a compiled network's graph

@@ -89,6 +89,36 @@ def test_a_chunked_loss_holds_a_quarter_of_the_logits_at_the_peak():
     assert 3 / 4 * 8 < spared < 12, spared  # three of four pieces of two at least, and no more than there is
 
 
+def test_a_checkpointed_block_holds_its_input_and_nothing_else():
+    peaks = [
+        planning.trace_step(
+            GPTConfig(**{**GPT2, "n_layer": layers}, attention="flash", activation_checkpointing=True),
+            True,
+            16,
+            1024,
+            True,
+        ).peak_bytes
+        for layers in (4, 6)
+    ]
+    parameters, residual = 12 * 768**2 + 13 * 768, 16 * 1024 * 768
+    # the peak is at the logits, before any gradient: weights and AdamW's two moments, the input, all in float32, and
+    # AdamW's step counters of 12 tensors
+    assert (peaks[1] - peaks[0]) / 2 == 12 * parameters + 4 * residual + 4 * 12
+
+
+def test_a_checkpointed_softmax_is_as_wide_in_backward_as_in_forward():
+    """On CUDA autocast takes it in float32, and a checkpoint refuses to compute anything else than it did before."""
+    plain, checkpointed = (
+        planning.trace_step(GPTConfig(**GPT2, activation_checkpointing=again), True, 4, 1024, True)
+        for again in (False, True)
+    )
+    assert checkpointed.peak_bytes < plain.peak_bytes / 2
+    products = [sum(one.flops for one in step.network) for step in (plain, checkpointed)]
+    tokens = 4 * 1024
+    head, last = 2 * 768 * 50257, 12 * 8 * 768**2  # no block, and a block's last product, which backward does not need
+    assert products[1] - products[0] == pytest.approx(products[0] / 3 - tokens * (head + last), rel=1e-3)
+
+
 def test_the_largest_batch_fits_and_one_more_row_does_not():
     config, free = GPTConfig(**GPT2), 24 * GIB
     largest = planning.largest_batch(config, False, 1024, True, free)

@@ -1,5 +1,8 @@
 """Where the weights come from, and that a stand-in never passes for OpenAI's."""
 
+import shutil
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
 from conftest import random_ids
@@ -21,8 +24,8 @@ def point_hub_at(monkeypatch, url: str) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_, **__: url)
 
 
-def fetch(folder, source: str = "auto", local: str | None = None, is_gpt2: bool = True) -> None:
-    pretrained.fetch(folder, Pretrained(source=source, folder=local), SIZE, is_gpt2, seed=1)
+def fetch(folder, source: str = "auto", local: str | None = None, model: str = "gpt2") -> None:
+    pretrained.fetch(folder, Pretrained(source=source, folder=local), model, SIZE, seed=1)
 
 
 def test_a_hub_out_of_reach_gives_a_stand_in_that_says_so(tmp_path, monkeypatch, capsys):
@@ -41,6 +44,19 @@ def test_the_stand_in_has_the_layout_of_the_hubs_file(tmp_path):
     assert "lm_head.weight" not in tensors
     assert tensors["h.0.attn.bias"].shape == (1, 1, 32, 32)
     assert hub.load_gpt(tmp_path)(random_ids())[0].shape == (2, 16, 50257)
+
+
+@pytest.mark.parametrize("source", ["stand-in", "openai"])
+def test_a_disk_without_room_is_named_before_anything_is_fetched_or_drawn(tmp_path, monkeypatch, serve, source):
+    point_hub_at(monkeypatch, serve())
+    fetch(tmp_path / "a", source="stand-in")
+    with (tmp_path / "a" / hub.WEIGHTS).open("rb") as file:
+        content = (tmp_path / "a" / hub.WEIGHTS).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    assert hub.file_bytes(SIZE.gpt()) == content  # what follows the header
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * content - 1))
+    with pytest.raises(UserError, match=r"take 0\.0 GB of disk, .* 1\.1 GB of memory; 0\.0 GB are free: make room"):
+        fetch(tmp_path / "b", source=source)
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_the_stand_in_follows_the_seed(tmp_path):
@@ -78,7 +94,7 @@ def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No such file"):
         fetch(tmp_path / "out", local=str(tmp_path / "nowhere"))
     pinned = {name: artifacts.file_sha256(local / name) for name in (hub.CONFIG, hub.WEIGHTS)}
-    monkeypatch.setattr(pretrained, "SHA256", pinned)
+    monkeypatch.setattr(pretrained, "SHA256", {"gpt2": pinned})
     fetch(tmp_path / "out", local=str(local))
     assert not pretrained.is_stand_in(tmp_path / "out")
     point_hub_at(monkeypatch, "http://127.0.0.1:9/")
@@ -88,5 +104,5 @@ def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
 
 def test_a_size_that_nobody_published_always_gets_a_stand_in(tmp_path, monkeypatch, serve):
     point_hub_at(monkeypatch, serve())
-    fetch(tmp_path, is_gpt2=False)
+    fetch(tmp_path, model="tiny")
     assert pretrained.is_stand_in(tmp_path)

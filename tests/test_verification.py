@@ -1,13 +1,17 @@
 """The verification passes on the right network and fails on a wrong one."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import random_ids, tiny
+from conftest import REPOSITORY, random_ids, tiny
 
-from gpt2_ladder import hub, verification
+from gpt2_ladder import artifacts, config, devices, hub, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.verification import Comparison
+from pipeline import CORPUS, ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, tokenize_corpus, verify
 
 
 @pytest.fixture
@@ -72,3 +76,47 @@ def test_a_loss_other_than_llmcs_is_refused(encoding):
     model = GPT(tiny(n_positions=64, vocab_size=50257))  # random weights: the loss is near 10.8
     with pytest.raises(UserError, match=r"OpenAI's weights give 5\.270007"):
         verification.llmc_loss(model, "a b c d " * 200, encoding)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch, bpe_files):
+    """A folder with all that the stage reads: gpt2 and gpt2-medium are small, and their weights no stand-in."""
+    text = (REPOSITORY / "params.yaml").read_text()
+    for layers, heads, channels in ((12, 12, 768), (24, 16, 1024)):
+        old = f"n_layer: {layers}\n    n_head: {heads}\n    n_embd: {channels}\n    n_positions: 1024"
+        assert old in text
+        text = text.replace(old, "n_layer: 1\n    n_head: 1\n    n_embd: 8\n    n_positions: 256")
+    (tmp_path / "params.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    ENCODER_JSON.parent.mkdir(parents=True)
+    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
+        name.symlink_to(path)
+    CORPUS.write_text("First Citizen:\nSpeak.\n\nAll:\nResolved.\n\n" * 400)
+    tokenize_corpus.main()
+    hub.save_gpt(GPT(config.load().size.gpt()), WEIGHTS)
+    artifacts.write_provenance(WEIGHTS / hub.WEIGHTS, "the hub", "?")
+    return tmp_path
+
+
+def choose(model: str) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("model: gpt2 ", f"model: {model} "))
+
+
+def test_a_larger_size_is_verified_like_the_smallest_but_for_the_loss_that_llmc_tells_of_that_alone(checkout):
+    with pytest.raises(UserError, match="wrong weights"):
+        verify.main()
+    choose("gpt2-medium")
+    verify.main()
+    found = json.loads((RESULTS / "verify.json").read_text())
+    assert (found["weights"], found["llmc_loss"]) == ("openai", None)
+    assert found["greedy_tokens_equal"]
+    assert found["random"]["greedy_tokens_equal"]
+    assert sorted(path.suffix for path in WEIGHTS.iterdir()) == [".json", ".json", ".safetensors"]
+
+
+def test_memory_that_does_not_hold_two_networks_is_named_beforehand(checkout, monkeypatch):
+    choose("gpt2-xl")
+    monkeypatch.setattr(devices, "free_memory", lambda _: 8 * 10**9)
+    with pytest.raises(UserError, match=r"gpt2-xl, ours and transformers', take 13\.9 GB of memory, 8\.0 are free"):
+        verify.main()

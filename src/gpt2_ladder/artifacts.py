@@ -123,12 +123,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(path: Path, expected: str, source: object) -> None:
+def check_sha256(path: Path, expected: str, source: object, mend: str = "get it again") -> None:
     """Raise UserError unless the file that came from `source` to `path` has the SHA-256 `expected`."""
     if (actual := file_sha256(path)) != expected:
-        raise UserError(
-            f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short; get it again"
-        )
+        raise UserError(f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short; {mend}")
 
 
 def place(temporary: Path, path: Path, source: str, sha256: str, note: str | None = None) -> None:

@@ -20,6 +20,7 @@ DEEPEST = 8  # ruamel.yaml takes seconds for some thousand lists in each other, 
 CONTROL = "control"  # the benchmark's second arm of the baseline
 MINIMUM_ROUNDS = 6  # the median of five lies outside all of them once in 16 times: no interval of theirs holds 95 %
 
+Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"]
 Tokens = Annotated[int, Field(gt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -100,17 +101,24 @@ class GPTConfig(Size):
     init: Literal["pytorch", "gpt2"] = "gpt2"
     attention: Literal["eager", "flash"] = "eager"
     chunked_loss: bool = False
+    activation_checkpointing: bool = False
 
 
 class ModelSize(Size):
-    """One row of `models`: a size, and what training it needs."""
+    """One row of `models`: a size, and what training it needs.
+
+    Attributes:
+        activation_checkpointing: keep a block's input alone for backward and compute the rest of it again, which trades
+            time for memory. It belongs to the size, so that all levels of a ladder have it or none.
+    """
 
     learning_rate: PositiveFloat
     overfit_loss: PositiveFloat
+    activation_checkpointing: bool = False
 
     def gpt(self) -> GPTConfig:
         """Return OpenAI's network at this size."""
-        return GPTConfig(**self.model_dump(include=set(Size.model_fields)))
+        return GPTConfig(**self.model_dump(include=set(GPTConfig.model_fields)))
 
 
 class AdamW(Strict):
@@ -173,7 +181,7 @@ class Peaks(Strict):
 class Params(Switches):
     """The whole of params.yaml; the inherited switches are the knobs of the trial."""
 
-    model: Literal["gpt2", "tiny"]
+    model: Model
     machine: Literal["cpu", "gpu"]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     deterministic: bool
@@ -188,7 +196,7 @@ class Params(Switches):
     profile: bool
     parity: Tolerances
     peak_tflops: Peaks
-    models: dict[Literal["gpt2", "tiny"], ModelSize]
+    models: dict[Model, ModelSize]
     levels: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Level]
 
     @model_validator(mode="after")
@@ -222,9 +230,9 @@ class Params(Switches):
                 f"levels.{CONTROL} = {CONTROL}: that is what the benchmark calls the baseline's second arm"
             )
         source = self.pretrained.source
-        if source == "openai" and self.model != "gpt2":
+        if source == "openai" and self.model == "tiny":
             raise ValueError(f"pretrained.source = openai: no weights for model: {self.model}; use auto or stand-in")
-        if self.pretrained.folder and (source == "stand-in" or self.model != "gpt2"):
+        if self.pretrained.folder and (source == "stand-in" or self.model == "tiny"):
             raise ValueError(f"pretrained.folder = {self.pretrained.folder}: not read with these source and model")
         return self
 

@@ -57,9 +57,19 @@ def load_gpt(folder: Path, attention: str = "eager") -> GPT:
         if described.get(name, value) != value:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {value!r}")
     _check_size(folder, config, tensors)
-    model = GPT(config)
-    model.load_state_dict(from_hub(tensors, model))
+    with torch.device("meta"):  # no weights are drawn, or there twice: of the largest GPT-2 they take 6 GB
+        model = GPT(config, seed=None)
+    model.load_state_dict(from_hub(tensors, model), assign=True)
+    if config.tie_weights:
+        model.wte.weight = model.lm_head.weight  # assigned by two names, they are two parameters
     return model
+
+
+def file_bytes(config: GPTConfig) -> int:
+    """Return how many bytes the hub's WEIGHTS of `config` take: float32 parameters, and a mask for every layer."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in GPT(config, seed=None).parameters())
+    return 4 * (parameters + config.n_layer * config.n_positions**2)
 
 
 def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
@@ -96,7 +106,8 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
                 f"checkpoint: tensor {name!r:.80} is there twice, with and without the prefix 'transformer.'"
             )
         if name not in masks or tensor.shape != (1, 1, config.n_positions, config.n_positions):
-            state[name] = tensor.t().contiguous() if _TRANSPOSED.fullmatch(name) and tensor.dim() == 2 else tensor
+            transposed = _TRANSPOSED.fullmatch(name) and tensor.dim() == 2
+            state[name] = tensor.t().contiguous() if transposed else tensor.clone()  # not the file's own pages
     if config.tie_weights and "wte.weight" in state:
         state.setdefault("lm_head.weight", state["wte.weight"])
     expected = model.state_dict()

@@ -151,7 +151,8 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
-            x = block(x)  # (B, T, C)
+            again = self.config.activation_checkpointing  # in backward, from the block's input, all that is kept
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)  # (B, T, C)
         x = self.ln_f(x)  # (B, T, C)
         if targets is not None and self.config.chunked_loss:
             pieces = zip(x.flatten(0, 1).chunk(CHUNKS), targets.flatten().chunk(CHUNKS), strict=True)

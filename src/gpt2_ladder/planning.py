@@ -6,16 +6,16 @@ traced uncompiled, so its memory is an upper bound, and of its time only the mat
 """
 
 import weakref
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -79,13 +79,13 @@ class LiveStorage(TorchDispatchMode):
         self.live -= size
 
 
-class CudaHabits(TorchFunctionMode):
-    """What CUDA's autocast does and the CPU's does not: softmax, and so what it saves for backward, in float32."""
+def cuda_habits() -> AbstractContextManager[object]:
+    """Take softmax, and so what it saves for backward, in float32, as CUDA's autocast does and the CPU's does not.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.softmax:
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+    A TorchFunctionMode would not do: it is off in backward, where a checkpoint computes forward again.
+    """
+    softmax = F.softmax
+    return patch.object(F, "softmax", lambda scores, dim: softmax(scores.float(), dim))
 
 
 @cache
@@ -97,7 +97,7 @@ def trace_step(
     `micro_batches`: how many times so many ids, their gradients accumulated; from the second on they are all alive.
     `cuda`: as on an NVIDIA GPU, where AdamW left alone updates all parameters at once, with a temporary copy of them.
     """
-    with FakeTensorMode(), LiveStorage() as seen, CudaHabits() if cuda else nullcontext():
+    with FakeTensorMode(), LiveStorage() as seen, cuda_habits() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = training.make_optimizer(model, 1.0, SETTINGS)
         optimizer.param_groups[0]["foreach"] = cuda

@@ -14,15 +14,24 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_ladder import artifacts
+from gpt2_ladder import artifacts, files, hub
 from gpt2_ladder.artifacts import Unreachable
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 from gpt2_ladder.hub import CONFIG, WEIGHTS
 
-REPOSITORY, REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+# The commit of openai-community/<model> whose files are taken
+REVISIONS = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+# What is known of a model's files beforehand; of the others the first download is recorded, and the later ones checked
 SHA256 = {
-    CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
-    WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "gpt2": {
+        CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
+        WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    }
 }
 STAND_IN_SOURCE = "stand-in: random weights drawn here"
 STAND_IN_NOTICE = (
@@ -31,21 +40,22 @@ STAND_IN_NOTICE = (
 )
 
 
-def fetch(folder: Path, source: Pretrained, size: ModelSize, is_gpt2: bool, seed: int) -> None:
+def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: int) -> None:
     """Put config.json, model.safetensors and their provenance into `folder`, as `source` asks.
 
-    `auto` gives a stand-in where the hub cannot be reached, and only then, or where the model is not `is_gpt2`, since
-    nothing is published at its size.
+    `auto` gives a stand-in where the hub cannot be reached, and only then, or where no `model` of that name is
+    published.
 
     Raises:
-        UserError: `openai` is asked for and cannot be had, or what came is not the pinned file.
+        UserError: `openai` is asked for and cannot be had, what came is not the pinned file or that of the first
+            download, or the disk has no room for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if source.source == "stand-in" or not is_gpt2:
+    if source.source == "stand-in" or model not in REVISIONS:
         _write_stand_in(folder, size, seed)
         return
     try:
-        _fetch_openai(folder, source.folder)
+        _fetch_openai(folder, model, size, source.folder)
     except Unreachable as failure:
         if source.source == "openai":
             raise UserError(
@@ -61,45 +71,94 @@ def is_stand_in(folder: Path) -> bool:
     return bool(json.loads(artifacts.provenance_path(folder / WEIGHTS).read_text())["source"] == STAND_IN_SOURCE)
 
 
-def _fetch_openai(folder: Path, local: str | None) -> None:
-    """Bring the two pinned files, both checked before either replaces what is there; keep them if they are there."""
-    if all((folder / name).exists() and artifacts.file_sha256(folder / name) == SHA256[name] for name in SHA256):
+def needed(size: ModelSize) -> tuple[int, int]:
+    """Return the bytes of disk that weights of `size` take, and the bytes of memory that verifying them takes.
+
+    Two networks are in memory then, and some copies of the logits of 1,024 tokens, 0.2 GB each.
+    """
+    disk = hub.file_bytes(size.gpt())
+    return disk, 2 * disk + 2**30
+
+
+def _check_disk(folder: Path, size: ModelSize) -> None:
+    """Say what weights of `size` take; raise UserError where the disk has no room for them."""
+    (disk, memory), free = needed(size), shutil.disk_usage(folder).free
+    need = f"{disk / 1e9:.1f} GB of disk, and the verify stage as much again and {memory / 1e9:.1f} GB of memory"
+    print(f"{folder}: the weights take {need}", flush=True)
+    if free < 2 * disk:
+        raise UserError(
+            f"{folder}: the weights take {need}; {free / 1e9:.1f} GB are free: make room, or a smaller model"
+        )
+
+
+def _known_hashes(folder: Path, model: str, commit: str) -> dict[str, str]:
+    """Return the files' SHA-256: pinned here, or that of the first download of `commit` into `folder`; empty before."""
+    hashes = dict.fromkeys((CONFIG, WEIGHTS), "")
+    for name in hashes:
+        path = artifacts.provenance_path(folder / name)
+        if path.exists() and (recorded := files.read_json(path)).get("note") == commit:
+            hashes[name] = recorded["sha256"]
+    return hashes | SHA256.get(model, {})
+
+
+def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) -> None:
+    """Bring the two files, both checked before either replaces what is there; keep them if they are there."""
+    commit = f"{_repository(model)}@{REVISIONS[model]}"
+    hashes = _known_hashes(folder, model, commit)
+    if all((folder / name).exists() and artifacts.file_sha256(folder / name) == hashes[name] for name in hashes):
         print(f"{folder}: OpenAI's weights are already here")
-        for name, sha256 in SHA256.items():
+        for name, sha256 in SHA256.get(model, {}).items():
             if not artifacts.provenance_path(folder / name).exists():
-                artifacts.write_provenance(folder / name, "found in place", sha256)
+                artifacts.write_provenance(folder / name, "found in place", sha256, commit)
         return
     if local is None:
         if constants.HF_HUB_OFFLINE:
             raise Unreachable("HF_HUB_OFFLINE is set")
-        artifacts.probe(huggingface_hub.hf_hub_url(REPOSITORY, CONFIG, revision=REVISION))
+        artifacts.probe(_url(model, CONFIG))
+    _check_disk(folder, size)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         sources = {}
-        for name, sha256 in SHA256.items():
+        for name, sha256 in hashes.items():
             path = Path(temporary) / name
             if local is None:
-                sources[name] = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
+                sources[name] = _url(model, name)
                 print(f"{name}: fetching from {sources[name]}", flush=True)
-                _download(name, temporary)
+                _download(model, name, temporary)
             else:
                 sources[name] = f"{local}/{name}"
                 try:
                     shutil.copyfile(Path(local) / name, path)
                 except OSError as error:
                     raise UserError(f"pretrained.folder: {error.filename}: {error.strerror}") from None
-            artifacts.check_sha256(path, sha256, sources[name])
-        for name, sha256 in SHA256.items():
-            artifacts.place(Path(temporary) / name, folder / name, sources[name], sha256)
+            if not sha256:
+                hashes[name] = artifacts.file_sha256(path)
+                print(f"{name}: its sha256 {hashes[name]} is recorded, and later downloads must have it", flush=True)
+                continue
+            mend = "get it again"
+            if model not in SHA256:
+                mend += f", or delete {artifacts.provenance_path(folder / name)}, which tells the first download's"
+            artifacts.check_sha256(path, sha256, sources[name], mend)
+        for name, sha256 in hashes.items():
+            artifacts.place(Path(temporary) / name, folder / name, sources[name], sha256, commit)
 
 
-def _download(name: str, folder: str) -> None:
-    """Let huggingface_hub bring a file into `folder`.
+def _repository(model: str) -> str:
+    return f"openai-community/{model}"
+
+
+def _url(model: str, name: str) -> str:
+    return huggingface_hub.hf_hub_url(_repository(model), name, revision=REVISIONS[model])
+
+
+def _download(model: str, name: str, folder: str) -> None:
+    """Let huggingface_hub bring a file of `model` into `folder`.
 
     Raises:
         UserError: the file did not come. The hub has answered before, so there is no stand-in from here on.
     """
-    url = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
-    fetch_once = partial(huggingface_hub.hf_hub_download, REPOSITORY, name, revision=REVISION, local_dir=folder)
+    fetch_once = partial(
+        huggingface_hub.hf_hub_download, _repository(model), name, revision=REVISIONS[model], local_dir=folder
+    )
     try:
         artifacts.patiently(fetch_once, _may_pass)
     except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
@@ -108,7 +167,7 @@ def _download(name: str, folder: str) -> None:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
-            f"{url}: the hub answered, but the file did not come: {reason}; "
+            f"{_url(model, name)}: the hub answered, but the file did not come: {reason}; "
             "run again, set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
         ) from None
 
@@ -126,6 +185,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
     """Write transformers' own GPT-2, seeded, just as the hub's file is: no prefix, with masks, without lm_head."""
+    _check_disk(folder, size)
     torch.manual_seed(seed)
     config = GPT2Config(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd, n_positions=size.n_positions)
     state = GPT2LMHeadModel(config).state_dict()
