@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt2_ladder import files
 from gpt2_ladder.config import Environment, UserError
@@ -25,6 +25,7 @@ BENCHMARK = RESULTS / "benchmark.json"
 GAINS = RESULTS / "gains.json"
 PROFILE = RESULTS / "profile.json"
 TRACES = Path("profiles")
+ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # the variable by which a rank is told where to leave its error
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:
@@ -32,14 +33,22 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     try:
         main(*arguments)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _end(str(error))
     except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} is not there; `dvc repro` runs the stages in their order")
+        _end(f"{error.filename} is not there; `dvc repro` runs the stages in their order")
     except Exception as error:
         if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise  # by its words, because safetensors has it in an exception of its own
         free = shutil.disk_usage(".").free / 2**30
-        sys.exit(f"error: the disk is full ({free:.1f} GiB free here): {error}; make room and run `dvc repro` again")
+        _end(f"the disk is full ({free:.1f} GiB free here): {error}; make room and run `dvc repro` again")
+
+
+def _end(error: str) -> NoReturn:
+    """Exit with 1 and print `error`; a rank leaves it to the process that launched it, which prints it once."""
+    if path := os.environ.get(ERROR_FILE):
+        Path(path).write_text(error)
+        sys.exit(1)
+    sys.exit(f"error: {error}")
 
 
 def read_environment() -> Environment:

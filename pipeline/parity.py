@@ -22,6 +22,7 @@ def main() -> None:
         raise UserError("parity: no speed level was trained; results/levels/*/metrics.json say why")
     environment, baseline = read_environment(), trained[0]
     parity.check_one_environment({name: results[name] for name in trained}, environment)
+    parity.check_one_count({name: results[name] for name in trained})
     found: dict[str, Any] = {}
     for name in trained:
         level = params.levels[name]

@@ -9,11 +9,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_ladder import config, data, devices, metrics, runtime, training
+from gpt2_ladder import config, data, devices, metrics, ranks, runtime, training
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Params, Recipe, Switches, UserError
 from gpt2_ladder.model import GPT
-from pipeline import ENCODER_JSON, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, read_environment, run, trainer, write_json
+from pipeline import (
+    ENCODER_JSON,
+    PROBE,
+    RESULTS,
+    TRAIN_SHARD,
+    VAL_SHARD,
+    launch,
+    read_environment,
+    run,
+    trainer,
+    write_json,
+)
 
 
 def main(name: str) -> None:
@@ -36,14 +47,16 @@ def train(
 ) -> bool:
     """Train at `switches` by `recipe`, write steps.csv and metrics.json to `folder`, have `keep` keep the network.
 
-    Where this machine cannot do it, both files say so instead, and False is returned.
+    Where this machine cannot do it, both files say so instead, and False is returned. A speed level and the trial train
+    on all `devices`; a quality level, whose few tokens are the same everywhere, on one.
     """
-    environment, shape = read_environment(), params.shape(group)
+    environment, shape, count = read_environment(), params.shape(group), params.devices if group == "speed" else 1
     result: dict[str, Any] = {
         "status": "trained",
         "reason": devices.why_skipped(switches, environment, params.run_slow_levels),
         "note": devices.what_to_know(switches, environment),
         "environment": environment.fingerprint,
+        "devices": count,
     }
     folder.mkdir(parents=True, exist_ok=True)
     if result["reason"]:
@@ -51,6 +64,8 @@ def train(
         (folder / "steps.csv").write_text(",".join(metrics.STEP_FIELDS) + "\n")
         write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
         return False
+    if launch.on_ranks(count, environment.device):
+        return True
     if result["note"]:
         print(f"{name}: {result['note']}", flush=True)
     train_shard, val_shard = data.open_shard(TRAIN_SHARD), data.open_shard(VAL_SHARD)
@@ -60,10 +75,10 @@ def train(
     val_batches = list(data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size))
     val_bytes = data.count_bytes((y for _, y in val_batches), ENCODER_JSON)
     micro_batch = shape.batch_size if group == "quality" else json.loads(PROBE.read_text())["micro_batch"]
-    device, model, optimizer = trainer.build(params, switches, environment, recipe.decay)
+    device, model, optimizer = trainer.build(params, switches, environment, recipe.decay, count)
     kernel = trainer.attention_kernel(params, switches, micro_batch, shape.block_size, device)
     autocast = runtime.set_precision(switches.precision, device)
-    described = trainer.describe(name, params, switches, shape, environment, recipe)
+    described = trainer.describe(name, params, switches, shape, environment, recipe, count)
     saved = None
     if params.checkpoint_every:
         settings = {**described, "micro_batch": micro_batch, "corpus": hashlib.sha256(train_shard.data).hexdigest()}
@@ -73,9 +88,9 @@ def train(
         notes = [result["note"], f"interrupted after step {before[-1].step} or later, and gone on from there"]
         result["note"] = "; ".join(filter(None, notes))
     new_steps = training.train(
-        model,
+        ranks.averaging(model),
         optimizer,
-        islice(train_batches, len(before), shape.steps),
+        data.shares(islice(train_batches, len(before), shape.steps), ranks.rank(), count),
         autocast,
         device,
         before[-1].micro_batch if before else micro_batch,
@@ -88,8 +103,10 @@ def train(
     with trainer.open_tracker(job_type, described, folder / "steps.csv") as tracker:
         steps = trainer.follow(chain(before, new_steps), tracker, name, shape.steps, len(before), saved)
         step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
-        peak_memory_mib = devices.peak_memory_mib(device)  # of the training, before validation adds to it
-        val_loss = training.evaluate(model, val_batches, autocast, device, steps[-1].micro_batch)
+        # of the training, before validation adds to it, on the device that needed most
+        peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(device)))
+        own_batches = data.shares(iter(val_batches), ranks.rank(), count)
+        val_loss = ranks.mean(training.evaluate(model, own_batches, autocast, device, steps[-1].micro_batch))
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "loss_first": steps[0].loss,
@@ -107,10 +124,12 @@ def train(
             "float32_matmul_precision": runtime.float32_matmul_precision(),
         }
         tracker.summarize(result)
-    write_json(folder / "metrics.json", result)
-    keep(model)
-    if saved:
-        saved.forget()
+    if ranks.rank() == 0:
+        write_json(folder / "metrics.json", result)
+        keep(model)
+        if saved:
+            saved.forget()
+    ranks.leave()
     return True
 
 

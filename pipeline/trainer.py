@@ -1,6 +1,7 @@
 """What the three training stages (overfit, train, trial) share: build, follow, record."""
 
 import math
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpt2_ladder import devices, progress, runtime, tracking, training
+from gpt2_ladder import devices, progress, ranks, runtime, tracking, training
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
@@ -20,10 +21,12 @@ PLAIN = Recipe()  # of every level
 
 
 def build(
-    params: Params, switches: Switches, environment: Environment, decay: str = "all"
+    params: Params, switches: Switches, environment: Environment, decay: str = "all", count: int = 1
 ) -> tuple[torch.device, GPT, torch.optim.Optimizer]:
-    """Return the device, the network with `switches` on it, seeded, and its optimizer."""
+    """Return the device, of `count` ranks this one's, the network with `switches` on it, seeded, and its optimizer."""
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    if count > 1:
+        device = devices.join_ranks(device, environment.threads)
     if switches.allocator == "caching":
         devices.keep_freed_memory(device)
     model = GPT(params.gpt(switches), params.seed).to(device)
@@ -45,7 +48,13 @@ def attention_kernel(
 
 
 def describe(
-    name: str, params: Params, switches: Switches, shape: Shape, environment: Environment, recipe: Recipe = PLAIN
+    name: str,
+    params: Params,
+    switches: Switches,
+    shape: Shape,
+    environment: Environment,
+    recipe: Recipe = PLAIN,
+    count: int = 1,
 ) -> dict[str, Any]:
     """Return the resolved configuration of one training: what W&B compares runs by, and a checkpoint belongs to."""
     return {
@@ -55,13 +64,18 @@ def describe(
         **params.optimizer.model_dump(),
         **recipe.model_dump(),
         **{"level": name, "model": params.model, "machine": params.machine, "seed": params.seed},
-        "deterministic": params.deterministic,
+        **{"deterministic": params.deterministic, "devices": count},
         "environment": environment.model_dump(),
     }
 
 
 def open_tracker(job_type: str, described: dict[str, Any], csv: Path) -> Tracker:
-    """Return a Tracker that writes to `csv` and to a new W&B run with the configuration that `describe` returned."""
+    """Return a Tracker that writes to `csv` and to a new W&B run with the configuration that `describe` returned.
+
+    That of a rank other than the first writes nowhere.
+    """
+    if ranks.rank():
+        return Tracker(Path(os.devnull), None)
     found = Environment.model_validate(described["environment"])
     tags = [described["model"], found.device, described["precision"], described["attention"]]
     run = tracking.start_run(described["level"], job_type, tags, described, tracking.run_group(found.fingerprint))
@@ -89,10 +103,13 @@ def follow(
                     f"lower models.*.learning_rate{_last_good(saved)}"
                 )
             if saved and len(seen) > resumed:
-                if signals or len(seen) % saved.every == 0:
-                    saved.save(seen)
-                if signals and len(seen) < total:
-                    raise UserError(f"{title}: stopped by {signals[0]} after step {step.step}{_last_good(saved)}")
+                asked = [name for names in ranks.gather(signals) for name in names]  # all of them stop after one step
+                if asked or len(seen) % saved.every == 0:
+                    if ranks.rank() == 0:
+                        saved.save(seen)
+                    ranks.gather(None)  # nobody stops before it is there
+                if asked and len(seen) < total:
+                    raise UserError(f"{title}: stopped by {asked[0]} after step {step.step}{_last_good(saved)}")
     return seen
 
 

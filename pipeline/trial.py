@@ -15,7 +15,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     trained = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe, keep)
     if not trained:
-        FOLDER.mkdir(parents=True)  # DVC wants the output to exist; there is no network to put into it
+        FOLDER.mkdir(parents=True, exist_ok=True)  # DVC wants the output to exist; there is no network to put into it
 
 
 def keep(model: GPT) -> None:

@@ -20,6 +20,7 @@ LEAVES = {
     "metrics",
     "cost",
     "gains",
+    "ranks",
     "parity",
     "profiling",
     "charts",

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2_ladder import ranks
 from gpt2_ladder.config import UserError, shown
 from gpt2_ladder.files import read_json, replacing
 from gpt2_ladder.metrics import STEP_FIELDS, Step
@@ -79,11 +80,15 @@ class Checkpoints:
             The steps taken until then; none where there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: the checkpoint is damaged, or not the same for every rank.
         """
         for other in sorted({*FOLDER.glob(f"{self.name}/*")} - {self.folder}):
             print(f"{self.name}: {other} belongs to other settings and is left alone", flush=True)
         state = self.newest()
+        if len({*ranks.gather(state and state.name)}) > 1:
+            raise UserError(
+                f"{self.folder}: not every rank sees the same checkpoint; let all machines share the folder"
+            )
         if state is None:
             return []
         path = state.with_suffix(".safetensors")

@@ -186,6 +186,7 @@ class Params(Switches):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     deterministic: bool
     checkpoint_every: PositiveInt | None
+    devices: PositiveInt
     run_slow_levels: bool
     pretrained: Pretrained
     optimizer: AdamW
@@ -215,6 +216,11 @@ class Params(Switches):
                     f"({self.size.n_positions})"
                 )
         tokens, shape = self.recipe.tokens_per_step, self.shape("speed")
+        if shape.batch_size % self.devices:
+            raise ValueError(
+                f"devices = {self.devices}: machines.{self.machine}.batch_size ({shape.batch_size}) must be a multiple "
+                "of it, because every device trains as many rows of a batch"
+            )
         if tokens and tokens % (shape.batch_size * shape.block_size):
             raise ValueError(
                 f"recipe.tokens_per_step = {tokens}: must be a multiple of machines.{self.machine}'s batch_size * "

@@ -165,6 +165,12 @@ def joined(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tup
         yield torch.cat(xs), torch.cat(ys)
 
 
+def shares(batches: Iterator[tuple[Tensor, Tensor]], rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield those rows of each of `batches` that `rank` of `count` trains on, int64 (B / count, T) twice."""
+    for x, y in batches:
+        yield x.chunk(count)[rank], y.chunk(count)[rank]
+
+
 def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches that predict the first `tokens` tokens of `shard` after its very first, each once.
 

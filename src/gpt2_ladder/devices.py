@@ -44,6 +44,36 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
     return torch.device(name)
 
 
+def check_count(name: str, count: int) -> None:
+    """Raise UserError unless this machine can train on `count` of the device called `name`; a CPU is shared by all."""
+    if name == "cpu":
+        return
+    if (there := torch.cuda.device_count() if name == "cuda" else 1) < count:
+        raise UserError(
+            f"devices = {count}, but this machine has {there}: set devices: {there}, or start the ranks on several "
+            "machines by torchrun, as the README says"
+        )
+
+
+def join_ranks(device: torch.device, threads: int) -> torch.device:
+    """Bring together the ranks that torchrun started, by NCCL on GPUs and gloo on CPUs; return this one's device.
+
+    Those on one machine share its `threads`.
+
+    Raises:
+        UserError: torchrun started more ranks here than there are GPUs.
+    """
+    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    check_count(device.type, local_count)
+    torch.set_num_threads(max(1, threads // local_count))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # gloo on GPUs too, for the words between ranks that are no tensors
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
 def set_deterministic(wanted: bool) -> None:
     """Switch deterministic algorithms on or off for the process, Inductor's too; on, before any work on a GPU."""
     if wanted:

@@ -14,9 +14,9 @@ class Step:
         step: index, from 0.
         loss: mean cross-entropy in nats of this step's batch, before its update.
         step_ms: milliseconds for zero_grad, forward, loss, backward and optimizer step, the device synchronized.
-        tokens_per_second: the batch's tokens over step_ms.
+        tokens_per_second: the batch's tokens over step_ms, those of all ranks together.
         grad_norm: Euclidean norm of the whole gradient, before any clipping.
-        micro_batch: how many rows of the batch went through the network at a time.
+        micro_batch: how many rows of the batch went through the network at a time, at most, on each device.
     """
 
     step: int

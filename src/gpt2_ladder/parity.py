@@ -94,6 +94,14 @@ def check_one_environment(results: Mapping[str, Mapping[str, Any]], environment:
             )
 
 
+def check_one_count(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if results were trained on different numbers of devices; DVC makes them again together."""
+    counts = {name: found["devices"] for name, found in results.items()}
+    if len({*counts.values()}) > 1:
+        told = ", ".join(f"{name} on {count}" for name, count in counts.items())
+        raise UserError(f"trained on different numbers of devices: {told}; `dvc repro` trains them alike")
+
+
 def padding_cost(vocab_size: int, baseline_vocab_size: int) -> float:
     """Return by how many nats a uniform guess is worse over `vocab_size` ids than over `baseline_vocab_size`."""
     return math.log(vocab_size / baseline_vocab_size)

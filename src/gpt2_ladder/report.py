@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from gpt2_ladder.config import Environment, Level, Shape, Switches
+from gpt2_ladder.cost import KNOWN_PEAKS
 from gpt2_ladder.gains import NO_GAIN, Gain, Measurement
-from gpt2_ladder.parity import check_one_environment
+from gpt2_ladder.parity import check_one_count, check_one_environment
 
 Metrics = Mapping[str, Any]
 Table = list[list[str]]
@@ -163,6 +164,25 @@ def micro_batch_notes(results: Mapping[str, Metrics], batch_size: int) -> list[s
     ]
 
 
+def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: str) -> list[str]:
+    """Return what a reader must know of `trainings` on several devices at once: what is theirs together, what of one.
+
+    They reach a share of the peak of all where the device is a GPU with a known one: a CPU's ranks may share it.
+    """
+    count = trainings["trial"]["devices"]
+    if count == 1:
+        return []
+    notes = [
+        f"the speed levels and the trial were trained on {count} devices: their tokens/s in passing are of all of them "
+        "together, peak memory is that of one; gains, and the tokens/s and shares beside them, were measured on one"
+    ]
+    for name, one in gains["levels"].items() if device_name in KNOWN_PEAKS else ():
+        if one["mfu"] is not None:  # its FLOPs of a token over one peak, times the rate, over as many peaks
+            share = one["mfu"] / one["tokens_per_second"] * trainings[name]["tokens_per_second"] / count
+            notes.append(f"`{name}` trained at {share:.0%} of the peak of all {count} devices")
+    return notes
+
+
 def side_by_side(here: Measurement, there: Measurement) -> Table:
     """Return two machines' gains as a table, titles first.
 
@@ -202,15 +222,18 @@ def facts(
     """Return everything that the templates lay out.
 
     Raises:
-        UserError: a level was measured in another environment.
+        UserError: a level was measured in another environment, or trained on another number of devices.
     """
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
+    trainings = {**{name: results[name] for name, level in levels.items() if level.group == "speed"}, "trial": trial}
+    check_one_count(trainings)
     notes = [
         f"`{name}`: {metrics['reason'] or metrics['note']}"
         for name, metrics in {**results, "trial": trial}.items()
         if metrics["reason"] or metrics["note"]
     ]
     notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, shapes["speed"].batch_size)
+    notes += device_notes(trainings, gains, environment.device_name)
     measured = {name: found["over_baseline"] for name, found in gains["levels"].items() if found["over_baseline"]}
     fastest = max(measured, key=lambda name: measured[name]["ratio"], default=parity["baseline"])
     over = measured.get(fastest)

@@ -28,12 +28,12 @@ class Tracker:
     Where W&B fails, one line says so and the training goes on without it.
     """
 
-    def __init__(self, steps_csv: Path, run: wandb.Run):
+    def __init__(self, steps_csv: Path, run: wandb.Run | None):
         steps_csv.parent.mkdir(parents=True, exist_ok=True)
         self._file = steps_csv.open("w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._writer.writerow(STEP_FIELDS)
-        self._run: wandb.Run | None = run
+        self._run = run
 
     def log(self, step: Step) -> None:
         """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""

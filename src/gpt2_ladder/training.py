@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from gpt2_ladder import config, metrics
+from gpt2_ladder import config, metrics, ranks
 from gpt2_ladder.config import UserError
 from gpt2_ladder.devices import forget_peak_memory, is_out_of_memory, synchronize
 from gpt2_ladder.metrics import Step
@@ -65,24 +65,26 @@ def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, floa
 
 
 def accumulate(
-    model: GPT, batch: Batch, autocast: AbstractContextManager[object], device: torch.device, micro_batch: int
+    model: nn.Module, batch: Batch, autocast: AbstractContextManager[object], device: torch.device, micro_batch: int
 ) -> Tensor:
     """Add the gradient of the mean loss over `batch`, int64 (B, T) twice, to the parameters', and return that loss.
 
     `micro_batch` rows at a time go through the network: fewer need less memory and give the same sum, up to rounding.
-    `autocast` is entered around forward and loss only.
+    `autocast` is entered around forward and loss only. Ranks send their gradients once, with the last rows.
     """
     total = torch.zeros((), device=device)
-    for x, y, share in split(batch, micro_batch):
-        with autocast:
-            loss = model(x, y)[1]  # the logits are let go: held until the end of the step, they would add to its peak
-        (loss * share).backward()
+    parts = list(split(batch, micro_batch))
+    for number, (x, y, share) in enumerate(parts, 1):
+        with ranks.keeping_apart(model, number < len(parts)):
+            with autocast:
+                loss = model(x, y)[1]  # the logits are let go: held until the step ends, they would add to its peak
+            (loss * share).backward()
         total += loss.detach() * share
     return total
 
 
 def train_step(
-    model: GPT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     autocast: AbstractContextManager[object],
@@ -119,7 +121,7 @@ def train_step(
 
 
 def train(
-    model: GPT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
     autocast: AbstractContextManager[object],
@@ -136,8 +138,10 @@ def train(
     Where memory runs out, the step is taken again from the same rows with half the micro-batch, and so are all that
     follow. The clock stops before the yield: what the consumer does with a Step (logging, writing) is not timed.
 
+    Each of several ranks gets its share of every batch; a Step tells of the whole batch.
+
     Raises:
-        UserError: memory runs out with a micro-batch of one row.
+        UserError: memory runs out with a micro-batch of one row, or with any on one of several ranks.
     """
     model.train()
     for index, batch in enumerate(batches, first_step):
@@ -148,15 +152,15 @@ def train(
         (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device)
         if norm is None:  # recorded at every level, outside the clock
             norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-        rate = metrics.tokens_per_second(batch[0].numel(), step_ms)
-        yield Step(index, loss.item(), step_ms, rate, norm.item(), micro_batch)
+        rate = metrics.tokens_per_second(batch[0].numel() * ranks.count(), step_ms)
+        yield Step(index, ranks.mean(loss.item()), step_ms, rate, norm.item(), micro_batch)
 
 
 def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
     """Take `step` with `micro_batch` rows at a time, or half as many, and so on; return its result and how many.
 
     Raises:
-        UserError: memory runs out with one row.
+        UserError: memory runs out with one row, or on one of several ranks, which cannot take a step again by itself.
     """
     while True:
         try:
@@ -165,6 +169,11 @@ def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch
             if not is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())  # its text alone: the traceback would keep the activations alive
+        if ranks.count() > 1:
+            raise UserError(
+                f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); no rank can halve "
+                "them alone: lower machines.*.batch_size"
+            )
         if micro_batch == 1:
             raise UserError(f"out of memory with one row at a time ({reason}); `make plan` says what fits here")
         print(f"out of memory with {micro_batch} rows at a time, on with {micro_batch // 2} ({reason})", flush=True)
