@@ -6,7 +6,6 @@ The ranks are real: a stage's process starts torchrun's agent, which starts two 
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
