@@ -15,6 +15,7 @@ TRAINED = {
     "reason": None,
     "note": None,
     "environment": environment().fingerprint,
+    "devices": 1,
     "parameters": 124439808,
     "loss_first": 10.95,
     "loss_last": 6.72,
@@ -244,3 +245,22 @@ def test_a_micro_batch_is_said_and_more_so_where_levels_differ():
     assert note == "memory holds 4 of a batch's 16 rows at a time: gradients were accumulated"
     _, other = report.micro_batch_notes({"fp32": {"micro_batch": 8}, "bf16": {"micro_batch": 4}}, 16)
     assert other.startswith("`fp32` was trained with 8 rows at a time where others had 4")
+
+
+def test_trainings_on_several_devices_say_what_is_of_all_and_what_of_one():
+    trainings = {name: {**TRAINED, "devices": 8} for name in ("fp32", "tf32", "bf16", "compile", "trial")}
+    (note,) = report.device_notes(trainings, gains(), "A processor")  # whose ranks may share it: no peak times eight
+    assert "the trial were trained on 8 devices: their tokens/s in passing are of all of them" in note
+    trainings["fp32"] = {**trainings["fp32"], "tokens_per_second": 6000.0}
+    notes = report.device_notes(trainings, gains(), "NVIDIA L4")
+    # one device does 1,000 tokens/s at half its peak; eight do 6,000, so each three quarters of that
+    assert "`fp32` trained at 38% of the peak of all 8 devices" in notes
+    assert not any("tf32" in note for note in notes)  # its peak is not known
+    assert report.device_notes({**trainings, "trial": TRAINED}, gains(), "NVIDIA L4") == []
+
+
+def test_trainings_on_different_numbers_of_devices_do_not_come_into_one_table():
+    results = dict.fromkeys(LEVELS, TRAINED)
+    with pytest.raises(UserError, match="different numbers of devices"):
+        facts({**results, "bf16": {**TRAINED, "devices": 8}})
+    facts({**results, "untied": {**TRAINED, "devices": 8}})  # a quality level's speed is compared with nobody's

@@ -327,7 +327,7 @@ def test_levels_with_other_micro_batches_are_measured_with_the_least(tmp_path, m
                 "status": "trained" if name in ("fp32", "bf16") else "skipped",
                 "float32_matmul_precision": "ieee",
             }
-            metrics |= {"environment": found.fingerprint, "micro_batch": 2 if name == "fp32" else 1}
+            metrics |= {"environment": found.fingerprint, "devices": 1, "micro_batch": 2 if name == "fp32" else 1}
             write_json(Path(f"results/levels/{name}/metrics.json"), metrics)
             Path(f"results/levels/{name}/steps.csv").write_text("step,loss\n0,10.9\n1,9.9\n")
     monkeypatch.setattr(config, "load", lambda: params)
