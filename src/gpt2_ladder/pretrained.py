@@ -1,6 +1,7 @@
 """GPT-2's published weights: from the Hugging Face hub, from a folder, or a random stand-in of the same format."""
 
 import json
+import logging
 import shutil
 import tempfile
 from functools import partial
@@ -72,13 +73,15 @@ def _fetch_openai(folder: Path, local: str | None) -> None:
     if local is None:
         if constants.HF_HUB_OFFLINE:
             raise Unreachable("HF_HUB_OFFLINE is set")
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            handler.addFilter(_hide)
         artifacts.probe(huggingface_hub.hf_hub_url(REPOSITORY, CONFIG, revision=REVISION))
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         sources = {}
         for name, sha256 in SHA256.items():
             path = Path(temporary) / name
             if local is None:
-                sources[name] = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
+                sources[name] = artifacts.hidden(huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION))
                 print(f"{name}: fetching from {sources[name]}", flush=True)
                 _download(name, temporary)
             else:
@@ -92,13 +95,19 @@ def _fetch_openai(folder: Path, local: str | None) -> None:
             artifacts.place(Path(temporary) / name, folder / name, sources[name], sha256)
 
 
+def _hide(record: logging.LogRecord) -> bool:
+    """Have huggingface_hub's warnings name the hub without the password in HF_ENDPOINT."""
+    record.msg, record.args = artifacts.hidden(record.getMessage()), None
+    return True
+
+
 def _download(name: str, folder: str) -> None:
     """Let huggingface_hub bring a file into `folder`.
 
     Raises:
         UserError: the file did not come. The hub has answered before, so there is no stand-in from here on.
     """
-    url = huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION)
+    url = artifacts.hidden(huggingface_hub.hf_hub_url(REPOSITORY, name, revision=REVISION))
     fetch_once = partial(huggingface_hub.hf_hub_download, REPOSITORY, name, revision=REVISION, local_dir=folder)
     try:
         artifacts.patiently(fetch_once, _may_pass)
@@ -108,7 +117,7 @@ def _download(name: str, folder: str) -> None:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
-            f"{url}: the hub answered, but the file did not come: {reason}; "
+            f"{url}: the hub answered, but the file did not come: {artifacts.hidden(reason)}; "
             "run again, set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
         ) from None
 
@@ -137,7 +146,7 @@ def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
     for layer in range(size.n_layer):
         mask = torch.ones(size.n_positions, size.n_positions).tril()
         tensors[f"h.{layer}.attn.bias"] = mask.view(1, 1, size.n_positions, size.n_positions)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         save_file(tensors, Path(temporary) / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(temporary)
         for name in (CONFIG, WEIGHTS):
