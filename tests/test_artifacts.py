@@ -335,8 +335,10 @@ def test_all_sources_out_of_reach_is_an_error_that_names_each(target, monkeypatc
 
 def test_the_probe_tells_an_absent_server_from_one_that_refuses(serve, waits):
     artifacts.probe(serve(status=302))
-    with pytest.raises(UserError, match="answered 401"):
-        artifacts.probe(serve(status=401))
+    with pytest.raises(UserError, match=r"^http://\*\*\*@127.*answered 401"):
+        artifacts.probe(serve(status=401).replace("//", "//user:password@"))
+    with pytest.raises(UserError, match=r"^http://\*\*\*@host:99999: Failed to parse: http://\*\*\*@host"):
+        artifacts.probe("http://user:password@host:99999")
     with pytest.raises(Unreachable):
         artifacts.probe(NOBODY)
     assert waits == []
@@ -404,6 +406,7 @@ def test_a_killed_download_leaves_nothing_in_the_way_of_the_one_that_waits(serve
     killed.kill()
     assert "fetching" in waiting.stdout.readline()
     assert not (tmp_path / "data/input.txt").exists()
+    assert len(list(tmp_path.rglob(f"{artifacts.UNFINISHED}*"))) == 1  # the waiting one's own
     waiting.communicate()
     assert waiting.returncode == 0
     assert len(serve.requests) == 2

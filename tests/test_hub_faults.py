@@ -1,8 +1,10 @@
 """A hub that goes wrong in the middle, or means harm. In this process, so the file contents are of no matter."""
 
 import hashlib
+import io
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import fake_hub
@@ -15,6 +17,7 @@ from gpt2_ladder.config import ModelSize, Pretrained, UserError
 
 CONTENT = {hub.CONFIG: b"{}\n", hub.WEIGHTS: bytes(range(256)) * 9}
 SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
+PLANTED = "planted-password"
 HASHES = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
 
 
@@ -41,21 +44,35 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def fetch(tmp_path, folder, monkeypatch):
-    """A function that fetches into `folder` from a hub that is so; `fetch.gets` counts the requests for the weights."""
+def fetch(tmp_path, folder, monkeypatch, capsys):
+    """A function that fetches into `folder` from a hub that is so, and shows that nothing keeps or says a password.
+
+    `fetch.gets` counts the requests for the weights, `fetch.said` is what huggingface_hub printed.
+    """
     published = tmp_path / "published"
     published.mkdir()
     for name, content in CONTENT.items():
         (published / name).write_bytes(content)
+    monkeypatch.setenv("HF_TOKEN", f"hf_{PLANTED}")
+    said = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("huggingface_hub").handlers[0], "stream", said)
 
     def fetch(model: str = "gpt2", **hub_is: object) -> None:
+        error = ""
         with fake_hub.serve(published, pretrained.REVISIONS[model], **hub_is) as (endpoint, requests):
-            template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            mirror = endpoint.replace("//", f"//user:{PLANTED}@")
+            template = f"{mirror}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
             try:
                 pretrained.fetch(folder, Pretrained(source="auto", folder=None), model, SIZE, seed=1)
+            except UserError as refused:
+                error = str(refused)
+                raise
             finally:
                 fetch.gets = sum(request.startswith(fake_hub.WEIGHTS_THEMSELVES) for request in requests)
+                fetch.said = said.getvalue()
+                everything = [*map(str.encode, (error, fetch.said, capsys.readouterr().out)), *files(tmp_path).values()]
+                assert not [text for text in everything if PLANTED.encode() in text]
 
     return fetch
 
@@ -105,6 +122,15 @@ def test_the_record_of_one_size_says_nothing_of_another(fetch, folder):
     record = json.loads(artifacts.provenance_path(folder / hub.WEIGHTS).read_text())
     assert "/openai-community/gpt2-medium/resolve/" in record["source"]
     assert record["sha256"] == artifacts.file_sha256(folder / hub.WEIGHTS) != HASHES[hub.WEIGHTS]
+
+
+def test_a_mirror_is_named_without_the_password_in_its_address(fetch, folder):
+    with pytest.raises(UserError, match=r"^http://\*\*\*@127.*: the hub answered, but.*for url 'http://\*\*\*@127"):
+        fetch(faults=["401"], at=f"GET /{pretrained._repository('gpt2')}")
+    fetch(faults=["cut"], at=f"GET /{pretrained._repository('gpt2')}")
+    assert "Error while downloading from http://***@127.0.0.1" in fetch.said
+    provenance = json.loads(artifacts.provenance_path(folder / hub.WEIGHTS).read_text())
+    assert provenance["source"].startswith("http://***@127.0.0.1")
 
 
 THEIR_HEAD = fake_hub.WEIGHTS_THEMSELVES.replace(

