@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,16 +195,12 @@ def test_results_hold_no_nan(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
-    class Recorder:
-        logged: list = []  # noqa: RUF012  one test's recorder
-
-        def log(self, step):
-            self.logged.append(step)
-
+    logged = []
+    recorder = SimpleNamespace(log=logged.append)
     steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
     with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan, the gradient's norm 1\.0; lower models"):
-        trainer.follow(steps, Recorder(), "bf16", total=3)
-    assert len(Recorder.logged) == 2
+        trainer.follow(steps, recorder, "bf16", total=3)
+    assert len(logged) == 2
 
 
 def test_tf32_left_on_is_found_where_no_loss_could_tell():

@@ -17,7 +17,7 @@ from gpt2_ladder.parity import check_one_count, check_one_environment
 
 Metrics = Mapping[str, Any]
 Table = list[list[str]]
-MISSING = "–"  # noqa: RUF001  an en dash, as tables have it
+MISSING = "\N{EN DASH}"  # as tables have it
 
 TRAINING_COLUMNS = {  # key in metrics.json: title, format
     "parameters": ("parameters", "{:,}"),
