@@ -128,14 +128,14 @@ def test_a_file_that_is_no_map_is_refused(tmp_path, content):
 def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
     text = PARAMS.read_text().replace("model: gpt2 ", "model: tiny ").replace("source: auto", "source: openai")
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"params\.yaml:27: pretrained\.source = openai: no weights for model: tiny"):
+    with pytest.raises(UserError, match=r"params\.yaml:28: pretrained\.source = openai: no weights for model: tiny"):
         config.load(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
 def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other):
     (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("folder:  ", "folder: here  ").replace(*other))
-    with pytest.raises(UserError, match=r"params\.yaml:28: pretrained\.folder = here: not read with these"):
+    with pytest.raises(UserError, match=r"params\.yaml:29: pretrained\.folder = here: not read with these"):
         config.load(tmp_path / "params.yaml")
 
 
