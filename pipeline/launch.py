@@ -42,6 +42,8 @@ def on_ranks(count: int, device: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         error = Path(folder) / "error"
         os.environ[ERROR_FILE] = str(error)
+        # else restarted ranks may find in the agent's store the addresses of those that died (pytorch/pytorch#135712)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
