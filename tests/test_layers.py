@@ -76,6 +76,10 @@ def test_a_stage_depends_on_the_code_that_it_imports(stage):
     assert listed == reach(module)
 
 
+def test_another_number_of_devices_trains_again():
+    assert {name for name, stage in STAGES.items() if "devices" in stage.get("params", ())} == {"train", "trial"}
+
+
 @pytest.mark.parametrize("stage", ["overfit", "train", "trial"])
 def test_a_training_stage_does_not_wait_for_imports_that_it_does_not_need(stage):
     heavy = ["transformers", "altair", "pandas", "scipy", "torch._dynamo", "torch._inductor"]  # the last two: 2 s

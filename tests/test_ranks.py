@@ -17,8 +17,9 @@ from conftest import REPOSITORY, random_ids, tiny
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ladder import config, data, devices, parity, ranks, runtime, training
+from gpt2_ladder import checkpoints, config, data, devices, parity, ranks, runtime, training
 from gpt2_ladder.config import UserError
+from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
 from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, launch, write_json
 
@@ -59,10 +60,12 @@ def prepare(folder: Path, **changes: object) -> None:
     (folder / "params.yaml").write_text(json.dumps(document))
 
 
-def run(folder: Path, before: str = "", command: str = TRIAL, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, before: str = "", command: str = TRIAL, exit_code: int = 0, wandb: str = "disabled"
+) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "RANK"))}
     variables |= {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {"WANDB_MODE": "disabled"}
+    variables |= {"WANDB_MODE": wandb}
     result = subprocess.run(
         [sys.executable, "-c", before + command], cwd=folder, env=variables, capture_output=True, text=True, check=False
     )
@@ -88,8 +91,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which two ranks have trained, undisturbed."""
     folder = tmp_path_factory.mktemp("two")
     prepare(folder)
-    printed = run(folder).stdout
+    printed = run(folder, wandb="offline").stdout
     assert printed.count(f"step   0/{STEPS}") == 1  # of one rank
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     return folder
 
 
@@ -136,6 +140,35 @@ def test_sigterm_to_the_stage_ends_the_step_of_all_ranks_saves_and_stops(two, tm
     assert error.endswith("00000006.json")
     assert "trial: goes on after step 5" in run(tmp_path).stdout
     assert same_as(tmp_path, two)
+
+
+def test_a_signal_to_any_rank_stops_all(monkeypatch):
+    class Kept:  # what a Tracker and Checkpoints are asked for
+        every, saved = 100, 0
+
+        def log(self, step: Step) -> None:
+            pass
+
+        def save(self, steps: list[Step]) -> None:
+            self.saved += 1
+
+        def newest(self) -> None:
+            pass
+
+    kept, steps = Kept(), (Step(index, 3.0, 1.0, 1.0, 1.0, 4) for index in range(5))
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, ["SIGTERM"]])
+    with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 0"):
+        trainer.follow(steps, kept, "trial", 5, saved=kept)
+    assert kept.saved == 1
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, "00000004.json"])
+    model = GPT(tiny())
+    saved = checkpoints.Checkpoints("trial", {}, model, torch.optim.SGD(model.parameters()), 2)
+    with pytest.raises(UserError, match="the ranks see different checkpoints here; let all machines share the folder"):
+        saved.load()
 
 
 def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tried_again(tmp_path):

@@ -330,3 +330,7 @@ def test_levels_with_other_micro_batches_are_measured_with_the_least(tmp_path, m
     monkeypatch.setattr(config, "load", lambda: params)
     parity.main()
     assert json.loads(Path("results/parity.json").read_text())["micro_batch"] == 1
+    path = Path("results/levels/bf16/metrics.json")
+    write_json(path, json.loads(path.read_text()) | {"devices": 8})
+    with pytest.raises(UserError, match="trained on different numbers of devices: fp32 on 1, bf16 on 8"):
+        parity.main()
