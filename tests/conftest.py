@@ -10,14 +10,17 @@ from pathlib import Path
 
 import climbing
 import faulty_server
+import numpy as np
 import pytest
 import tiktoken
 import torch
 from filelock import FileLock
 
-from gpt2_ladder import artifacts, data
-from gpt2_ladder.config import Environment, GPTConfig
+from gpt2_ladder import artifacts, config, data
+from gpt2_ladder.config import Environment, GPTConfig, Params
 from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, write_json
+from pipeline import environment as environment_stage
 from pipeline.download import PINNED
 
 REPOSITORY = climbing.REPOSITORY
@@ -116,6 +119,28 @@ def bpe_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def encoding(bpe_files: tuple[Path, Path]) -> tiktoken.Encoding:
     return data.open_encoding(*bpe_files)
+
+
+@pytest.fixture
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Path, Path]) -> Params:
+    """A folder with all that a training of the tiny model needs, its text random; 12 steps, a checkpoint every 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    found = environment_stage.describe()
+    write_json(ENVIRONMENT, {**found.model_dump(), "threads": 1})
+    write_json(PROBE, {"micro_batch": 2})
+    for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
+        shard.parent.mkdir(exist_ok=True)
+        data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
+    ENCODER_JSON.parent.mkdir()
+    ENCODER_JSON.symlink_to(bpe_files[1])
+    document = config.load(REPOSITORY / "params.yaml").model_dump()
+    document |= {"model": "tiny", "checkpoint_every": 2}
+    document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
+    document["machines"]["cpu"] |= {"block_size": 16, "steps": 12, "eval_tokens": 32}
+    document["quality"] |= {"batch_size": 2, "block_size": 16, "eval_tokens": 32}
+    document["recipe"] |= {"schedule": "cosine", "lr_warmup_steps": 3, "clip_norm": 1.0, "decay": "matrices"}
+    return Params.model_validate(document)
 
 
 @pytest.fixture

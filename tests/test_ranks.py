@@ -21,7 +21,7 @@ from gpt2_ladder import checkpoints, config, data, devices, parity, ranks, runti
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, launch, write_json
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, launch, trainer, write_json
 
 STEPS = 8
 # Every process runs this, the agent too; what is put before it goes wrong in one of them.
@@ -167,7 +167,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch
     monkeypatch.setattr(ranks, "gather", lambda value: [value, "00000004.json"])
     model = GPT(tiny())
     saved = checkpoints.Checkpoints("trial", {}, model, torch.optim.SGD(model.parameters()), 2)
-    with pytest.raises(UserError, match="the ranks see different checkpoints here; let all machines share the folder"):
+    with pytest.raises(UserError, match="not every rank sees the same checkpoint; let all machines share the folder"):
         saved.load()
 
 

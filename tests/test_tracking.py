@@ -1,5 +1,6 @@
 """The CSV is the truth and is there at once; W&B runs are grouped so that they can be compared."""
 
+import contextlib
 import csv
 import json
 import os
@@ -233,6 +234,19 @@ def test_whatever_wandb_raises_is_one_line(tmp_path, capsys, what):
             tracker.log(step)
     assert len((tmp_path / "steps.csv").read_text().splitlines()) == 3
     assert capsys.readouterr().out.count("W&B failed") == 1
+
+
+def test_a_summary_that_wandb_refuses_is_one_line(capsys):
+    class Broken(contextlib.nullcontext):
+        def __init__(self) -> None:
+            super().__init__()
+            self.summary: dict[str, object] = {}
+
+        def log(self, _: object) -> None:
+            raise BrokenPipeError("gone")
+
+    tracking.log_summary(Broken(), {"rounds": 8}, {})
+    assert capsys.readouterr().out == "W&B failed (BrokenPipeError: gone): the summary is in results/ alone\n"
 
 
 def test_a_wandb_that_cannot_even_start_offline_leaves_the_csv(tmp_path, monkeypatch, capsys):

@@ -61,8 +61,7 @@ class Tracker:
             do(self._run)
         except Exception as error:  # of any type: what W&B raises where its process has died is not documented
             self._run = None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"W&B failed ({reason}); {self._file.name} holds every step, also those to come", flush=True)
+            print(f"W&B failed ({_named(error)}); {self._file.name} holds every step, also those to come", flush=True)
 
 
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run:
@@ -92,10 +91,16 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
 
 
 def log_summary(run: wandb.Run, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
-    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, and end it."""
-    with run:
-        run.summary.update(dict(results))
-        run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
+    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, and end it.
+
+    Where W&B fails, one line says so.
+    """
+    try:
+        with run:
+            run.summary.update(dict(results))
+            run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
+    except Exception as error:  # of any type, as in Tracker
+        print(f"W&B failed ({_named(error)}): the summary is in results/ alone", flush=True)
 
 
 def run_group(fingerprint: str) -> str:
@@ -113,6 +118,10 @@ def run_group(fingerprint: str) -> str:
     return f"{commit}-{fingerprint}"
 
 
+def _named(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _start(init: Callable[[str], wandb.Run], mode: str) -> wandb.Run:
     """Start a run by `init`; without W&B where even an offline one cannot be started."""
     try:
@@ -120,8 +129,7 @@ def _start(init: Callable[[str], wandb.Run], mode: str) -> wandb.Run:
     except Exception as error:  # of any type, as in Tracker
         if mode == "online" and isinstance(error, wandb.errors.Error):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"W&B cannot start ({reason}): this run is recorded in steps.csv alone", flush=True)
+        print(f"W&B cannot start ({_named(error)}): this run is recorded in steps.csv alone", flush=True)
         return init("disabled")
 
 
