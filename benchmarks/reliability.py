@@ -35,7 +35,7 @@ ROWS = [
     ("weights whose header lies, or that hold NaN", "the file: refused by its name",
      "tests/test_hub.py -k 'lies or length or fit'"),
     ("W&B failing at the start, in the middle or at the end", "W&B's copy; steps.csv has every row",
-     "tests/test_tracking.py -k 'dies or raises or cannot or without_a_network'"),
+     "tests/test_tracking.py tests/test_wandb_server.py -k 'dies or raises or cannot or without_a_network or server'"),
     ("two downloads at once, one of them killed", "nothing",
      "tests/test_artifacts.py -k 'at_once_one or the_one_that_waits'"),
     ("params.yaml, shard, weights or checkpoint damaged at random", "the file: refused in clear lines",
