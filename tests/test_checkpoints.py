@@ -59,10 +59,11 @@ def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params, 
     whole_s = time.perf_counter() - start
     assert learned() == undisturbed
     dice, kills, ends, went_on = random.Random(7), 0, 0, 0
-    while kills < KILLS or not ends:
+    # a kill before the first checkpoint proves little: on a busy machine there are more of them
+    while kills < KILLS or went_on <= KILLS / 4 or not ends:
         went_on += bool(list(Path("checkpoints").glob("trial/*/*.json")))
         child = in_a_fork(lambda: run(params))
-        if kills < KILLS:
+        if kills < KILLS or went_on <= KILLS / 4:
             time.sleep(dice.uniform(0, whole_s))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
@@ -76,7 +77,6 @@ def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params, 
         for path in (Path("results/steps.csv"), Path("model/model.safetensors")):
             path.unlink()
     record_property("tried", kills)
-    assert went_on > KILLS / 4  # a kill before the first checkpoint proves little
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
