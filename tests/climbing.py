@@ -10,6 +10,14 @@ from pathlib import Path
 from dvc.utils.serialize import modify_yaml
 
 REPOSITORY = Path(__file__).parents[1]
+SECRET = "5ec2e7" * 7  # as long as a key of W&B's
+ADDRESS = f"https://user:{SECRET}@127.0.0.1:9/ladder.git"
+NO_SECRET = "a note that is planted and may be found"
+PLANTED = {  # around a climb
+    **dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET),
+    **dict.fromkeys(("HF_ENDPOINT", "WANDB_BASE_URL", "WANDB_HTTPS_PROXY"), ADDRESS),
+    **{"WANDB_MODE": "offline", "WANDB_NOTES": NO_SECRET},
+}
 
 
 def call(folder: Path, *command: str, exit_code: int = 0) -> str:
@@ -73,7 +81,8 @@ def climb(folder: Path) -> str:
     call(folder, "git", "init", "--quiet")
     call(folder, "git", "add", ".")
     call(folder, "git", "commit", "--quiet", "--message", "Start")
-    output = call(folder, "dvc", "repro")
+    call(folder, "git", "remote", "add", "origin", ADDRESS)
+    output = call(folder, "env", *(f"{name}={value}" for name, value in PLANTED.items()), "dvc", "repro")
     call(folder, "git", "add", ".")
     call(folder, "git", "commit", "--quiet", "--message", "Climb")
     return output

@@ -1,5 +1,6 @@
 """Experiments of the real pipeline under real DVC: alone, in a copy, queued, and with a level that fails."""
 
+import hashlib
 import json
 import time
 
@@ -32,12 +33,13 @@ def test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone(first_run,
     assert wandb_runs(clone) == before + 2  # trial and summary: the copy is thrown away, W&B's files are not
 
 
-def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(first_run, clone):
-    sweep = ("-S", "precision=fp32,tf32,bf16", "-S", "vocab_size=50304")
+def test_a_sweep_of_two_workers_runs_the_code_that_was_queued_and_leaves_the_shared_cache_whole(first_run, clone):
+    # another source of weights, so that each downloads and verifies, too
+    sweep = ("-S", "precision=fp32,tf32,bf16", "-S", "vocab_size=50304", "-S", "pretrained.source=stand-in")
     call(clone, "dvc", "exp", "run", "--queue", "--name", "sweep", *sweep)
     (clone / "pipeline/trial.py").write_text("raise SystemExit('the workspace was imported, not the snapshot')\n")
     try:
-        call(clone, "dvc", "queue", "start")
+        call(clone, "dvc", "queue", "start", "--jobs", "2")
         deadline = time.monotonic() + 240
         while (status := call(clone, "dvc", "queue", "status")).count("Success") < 3 and time.monotonic() < deadline:
             assert "Failed" not in status, status
@@ -45,6 +47,8 @@ def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(f
     finally:
         call(clone, "git", "restore", "pipeline")
     assert status.count("Success") == 3, status
+    for worker in (1, 2):
+        assert "succeeded in" in (clone / f".dvc/tmp/exps/celery/dvc-exp-worker-{worker}.out").read_text()
     shown = json.loads(call(clone, "dvc", "exp", "show", "--json"))
     revisions = [experiment["revs"][0] for commit in shown for experiment in commit["experiments"] or []]
     losses = {
@@ -56,6 +60,11 @@ def test_a_sweep_runs_the_code_that_was_queued_and_ends_with_three_experiments(f
     }
     assert set(losses) == {"fp32", "tf32", "bf16"}
     assert losses["fp32"] == losses["tf32"] != losses["bf16"]  # TF32 has no effect on a CPU
+    cached = [path for path in (clone / ".dvc/cache/files/md5").glob("??/*") if path.suffix != ".dir"]
+    assert len(cached) > 20
+    for path in cached:
+        assert hashlib.md5(path.read_bytes()).hexdigest() == path.parent.name + path.name
+    assert call(clone, "git", "status", "--porcelain") == ""
 
 
 def test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going(first_run, clone):
