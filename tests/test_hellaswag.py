@@ -119,7 +119,7 @@ def checkout(tmp_path, monkeypatch, bpe_files, serve):
     for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
         name.symlink_to(path)
     size = config.load().models["tiny"].model_copy(update={"n_layer": 1, "n_embd": 16, "n_positions": 64})
-    pretrained.fetch(Path("data/gpt2"), config.Pretrained(source="stand-in", folder=None), size, False, seed=3)
+    pretrained.fetch(Path("data/gpt2"), config.Pretrained(source="stand-in", folder=None), "tiny", size, seed=3)
     monkeypatch.setattr(command, "SHA256", hashlib.sha256(BODY).hexdigest())
     monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY)),))
     return tmp_path

@@ -24,7 +24,7 @@ def test_every_stage_runs(first_run):
 def test_what_can_run_here_is_trained_and_the_speed_levels_agree(first_run, clone):
     found = {level: read_metrics(clone, f"levels/{level}") for level in LEVELS}
     for level_metrics in found.values():
-        assert set(level_metrics) == {"status", "reason", "note", "environment", *metrics.MEASURED}
+        assert set(level_metrics) == {"status", "reason", "note", "environment", "devices", *metrics.MEASURED}
     trained = {level for level in LEVELS if found[level]["status"] == "trained"}
     assert trained >= {"untied", "tied", "init", "fp32", "tf32"}  # the others need a compiler, or bf16
     assert found["tf32"]["note"]
