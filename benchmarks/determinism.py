@@ -22,7 +22,7 @@ def main(rounds: int) -> None:
     shape = params.shape("speed")
     device = devices.open_device(environment.device, environment.threads, params.seed, False)
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
-    batch = next(data.batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
+    batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     arms = []
     for name in LEVELS:
         level = params.levels[name]

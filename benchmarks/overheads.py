@@ -45,7 +45,7 @@ def recording_ms() -> list[float]:
 
 def loading_ms(shape: config.Shape) -> list[float]:
     """Return what the next batch costs, in ms."""
-    batches = data.batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
+    batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
     times = []
     for _ in islice(range(STEPS), STEPS):
         start = time.perf_counter()

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2_ladder import files
+from gpt2_ladder import config, files
 from gpt2_ladder.config import Environment, UserError
 
-CORPUS = Path("data/input.txt")
+CORPUS = Path(config.CORPUS)
 ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bpe")
 WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
+SHARDS = Path("data/shards")  # what of a large corpus train.bin does not hold, and the manifest of all of it
 MODELS = Path("models")
 RESULTS = Path("results")
 ENVIRONMENT = RESULTS / "environment.json"

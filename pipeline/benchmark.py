@@ -41,7 +41,7 @@ def main(*arguments: str) -> None:
     levels = {name: switches for name, switches in contestants.items() if name != CONTROL}
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     shard = data.open_shard(TRAIN_SHARD)
-    batches = list(islice(data.batches(shard, shape.batch_size, shape.block_size), shape.steps))
+    batches = list(islice(data.Batches(shard, shape.batch_size, shape.block_size), shape.steps))
     measured = []
     kinds = sorted({matmul_kind(switches.precision) for switches in levels.values()})
     matmuls = kinds if devices.peak_is_measured(environment.device) else []

@@ -18,7 +18,7 @@ def main() -> None:
     params, environment = config.load(), read_environment()
     level, shape = params.levels[LEVEL], params.quality
     device, model, optimizer = trainer.build(params, level, environment)
-    batch = next(data.batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
+    batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     autocast = runtime.set_precision(level.precision, device)
     csv = RESULTS / "overfit" / "steps.csv"
     described = trainer.describe("overfit", params, level, shape, environment)

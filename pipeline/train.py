@@ -1,6 +1,5 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pipeline import (
     ENCODER_JSON,
     PROBE,
     RESULTS,
+    SHARDS,
     TRAIN_SHARD,
     VAL_SHARD,
     launch,
@@ -68,9 +68,10 @@ def train(
         return True
     if result["note"]:
         print(f"{name}: {result['note']}", flush=True)
-    train_shard, val_shard = data.open_shard(TRAIN_SHARD), data.open_shard(VAL_SHARD)
+    train_shards, val_shard = data.open_shards(TRAIN_SHARD, SHARDS), data.open_shard(VAL_SHARD)
     tokens = recipe.tokens_per_step or shape.batch_size * shape.block_size
-    batches = data.batches(train_shard, shape.batch_size, shape.block_size)
+    shuffled_by = params.seed if params.data.shuffle else None
+    batches = data.Batches(train_shards, shape.batch_size, shape.block_size, shuffled_by)
     train_batches = data.joined(batches, tokens // (shape.batch_size * shape.block_size))
     val_batches = list(data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size))
     val_bytes = data.count_bytes((y for _, y in val_batches), ENCODER_JSON)
@@ -81,8 +82,8 @@ def train(
     described = trainer.describe(name, params, switches, shape, environment, recipe, count)
     saved = None
     if params.checkpoint_every:
-        settings = {**described, "micro_batch": micro_batch, "corpus": hashlib.sha256(train_shard.data).hexdigest()}
-        saved = Checkpoints(name, settings, model, optimizer, params.checkpoint_every)
+        settings = {**described, "micro_batch": micro_batch, "corpus": train_shards.sha256()}
+        saved = Checkpoints(name, settings, model, optimizer, batches, params.checkpoint_every)
     before = saved.load() if saved else []
     if before:  # whose times and memory are those of more than one process
         notes = [result["note"], f"interrupted after step {before[-1].step} or later, and gone on from there"]
@@ -90,7 +91,7 @@ def train(
     new_steps = training.train(
         ranks.averaging(model),
         optimizer,
-        data.shares(islice(train_batches, len(before), shape.steps), ranks.rank(), count),
+        data.shares(islice(train_batches, shape.steps - len(before)), ranks.rank(), count),
         autocast,
         device,
         before[-1].micro_batch if before else micro_batch,
@@ -113,7 +114,7 @@ def train(
             "loss_last": steps[-1].loss,
             "val_loss": val_loss,
             "bits_per_byte": metrics.bits_per_byte(val_loss, shape.eval_tokens, val_bytes),
-            "epochs_seen": shape.steps * tokens / len(train_shard),
+            "epochs_seen": shape.steps * tokens / len(train_shards),
             "step_ms": step_ms,
             "tokens_per_second": metrics.tokens_per_second(tokens, step_ms),
             "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if switches.compile else None,

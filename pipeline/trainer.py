@@ -65,6 +65,7 @@ def describe(
         **recipe.model_dump(),
         **{"level": name, "model": params.model, "machine": params.machine, "seed": params.seed},
         **{"deterministic": params.deterministic, "devices": count},
+        **{"data": params.data.source, "shuffle": params.data.shuffle},
         "environment": environment.model_dump(),
     }
 

@@ -24,7 +24,7 @@ def main() -> None:
     logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
     encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
     text = data.read_text(CORPUS)
-    idx = next(data.batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
+    idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 
     stand_in = pretrained.is_stand_in(WEIGHTS)

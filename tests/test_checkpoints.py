@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
 
-from gpt2_ladder import checkpoints, hub, training
+from gpt2_ladder import checkpoints, data, hub, training
 from gpt2_ladder.config import Params, UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
@@ -126,7 +127,8 @@ def test_what_is_drawn_goes_on_where_it_stood(tmp_path, monkeypatch):
     """No level draws anything while it trains: only a network with dropout would notice."""
     monkeypatch.chdir(tmp_path)
     model = GPT(tiny())
-    saved = checkpoints.Checkpoints("any", {}, model, torch.optim.AdamW(model.parameters()), 1)
+    batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
+    saved = checkpoints.Checkpoints("any", {}, model, torch.optim.AdamW(model.parameters()), batches, 1)
     saved.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
     drawn = torch.rand(4)
     torch.manual_seed(0)

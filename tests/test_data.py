@@ -1,5 +1,6 @@
 """Text to shards and back, and batches in order."""
 
+import hashlib
 import itertools
 import json
 from itertools import islice
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from transformers import GPT2Tokenizer
 
@@ -137,19 +139,81 @@ def test_the_bytes_of_tokens_are_those_of_the_text(encoding, bpe_files):
 
 
 def test_batches_come_in_the_order_of_the_text_and_begin_again():
-    three = list(itertools.islice(data.batches(np.arange(14, dtype="<u2"), batch_size=2, block_size=3), 3))
+    three = list(itertools.islice(data.Batches(np.arange(14, dtype="<u2"), batch_size=2, block_size=3), 3))
     assert three[0][0].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert three[0][1].tolist() == [[1, 2, 3], [4, 5, 6]]
     assert three[1][0].tolist() == [[6, 7, 8], [9, 10, 11]]
     assert three[2][0].tolist() == three[0][0].tolist()  # 12 and 13 do not fill a batch
-    two = list(itertools.islice(data.batches(np.arange(12, dtype="<u2"), batch_size=2, block_size=3), 2))
+    two = list(itertools.islice(data.Batches(np.arange(12, dtype="<u2"), batch_size=2, block_size=3), 2))
     assert two[1][0].tolist() == two[0][0].tolist()  # 6 to 11 fill one, but the token after them is not there
 
 
 def test_the_last_batch_needs_the_token_after_it():
-    assert next(data.batches(np.arange(7, dtype="<u2"), 2, 3))[1].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert next(data.Batches(np.arange(7, dtype="<u2"), 2, 3))[1].tolist() == [[1, 2, 3], [4, 5, 6]]
     with pytest.raises(UserError, match="too short for one batch"):
-        data.batches(np.arange(6, dtype="<u2"), 2, 3)
+        data.Batches(np.arange(6, dtype="<u2"), 2, 3)
+
+
+def test_several_shards_are_one_text(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50257, 50).astype("<u2")
+    data.write_shard(tmp_path / "train.bin", ids[:20])
+    for number, part in enumerate((ids[20:21], ids[21:50]), 1):
+        data.write_shard(tmp_path / f"shards/{number:06}.bin", part)
+    shards = data.open_shards(tmp_path / "train.bin", tmp_path / "shards")
+    assert len(shards) == 50
+    for start, stop in itertools.combinations(range(52), 2):
+        assert shards[start:stop].tolist() == ids[start:stop].tolist()
+    assert shards.sha256() == hashlib.sha256(ids.tobytes()).hexdigest()
+    for (x, y), (expected_x, expected_y) in zip(
+        islice(data.Batches(shards, 2, 3), 20), islice(data.Batches(ids, 2, 3), 20), strict=True
+    ):
+        assert torch.equal(x, expected_x)
+        assert torch.equal(y, expected_y)
+    (tmp_path / "shards/000001.bin").unlink()
+    with pytest.raises(UserError, match=r"shards: 1 shards up to number 2; run `dvc repro -f tokenize`"):
+        data.open_shards(tmp_path / "train.bin", tmp_path / "shards")
+
+
+def test_shuffled_batches_are_the_same_rows_in_another_order_in_every_epoch():
+    shard = np.arange(8 * 5 + 1, dtype="<u2")  # 8 rows of 5 tokens
+    batches = data.Batches(shard, 2, 5, seed=1)
+    epochs = [[row for x, _ in islice(batches, 4) for row in x.tolist()] for _ in range(3)]
+    in_order = [row for x, _ in islice(data.Batches(shard, 2, 5), 4) for row in x.tolist()]
+    assert all(sorted(epoch) == in_order for epoch in epochs)
+    assert len({str(epoch) for epoch in [*epochs, in_order]}) == 4
+    assert [row for x, _ in islice(data.Batches(shard, 2, 5, seed=1), 4) for row in x.tolist()] == epochs[0]
+    assert [row for x, _ in islice(data.Batches(shard, 2, 5, seed=2), 4) for row in x.tolist()] != epochs[0]
+    x, y = next(data.Batches(shard, 2, 5, seed=1))
+    assert torch.equal(y, x + 1)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("taken", [0, 1, 4, 5, 13])
+def test_batches_go_on_from_a_position_that_went_through_json(seed, taken):
+    shard = np.random.default_rng(0).integers(0, 50257, 42).astype("<u2")
+    batches = data.Batches(shard, 2, 4, seed)
+    for _ in range(taken):
+        next(batches)
+    other = data.Batches(shard, 2, 4, seed)
+    other.position = json.loads(json.dumps(batches.position))
+    for (x, y), (other_x, other_y) in zip(islice(batches, 12), islice(other, 12), strict=True):
+        assert torch.equal(x, other_x)
+        assert torch.equal(y, other_y)
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(None, None), (0, 5), (0, -1), (-1, 0), (0.0, 0), ("0", 0)])
+def test_a_position_that_is_none_is_refused(epoch, batch):
+    batches = data.Batches(np.arange(42, dtype="<u2"), 2, 4)  # 5 batches an epoch
+    with pytest.raises(ValueError, match="not a position"):
+        batches.position = {"epoch": epoch, "batch": batch}
+
+
+def test_a_vocabulary_that_two_bytes_cannot_count_is_refused():
+    encoding = tiktoken.Encoding("large", pat_str=".", mergeable_ranks={b"a": 65535}, special_tokens={})
+    data.check_vocabulary(encoding)
+    encoding = tiktoken.Encoding("large", pat_str=".", mergeable_ranks={b"a": 65536}, special_tokens={})
+    with pytest.raises(UserError, match=r"^encoding large: its ids go up to 65,536, .* hold 65,535; use GPT-2's"):
+        data.check_vocabulary(encoding)
 
 
 def test_validation_sees_its_tokens_once():
@@ -162,7 +226,7 @@ def test_validation_sees_its_tokens_once():
 
 def test_joined_batches_are_the_same_rows_in_the_same_order():
     shard = np.arange(100, dtype=np.uint16)
-    parts, whole = data.batches(shard, 2, 8), next(data.joined(data.batches(shard, 2, 8), 3))
+    parts, whole = data.Batches(shard, 2, 8), next(data.joined(data.Batches(shard, 2, 8), 3))
     for index in range(2):
-        assert torch.equal(whole[index], torch.cat([batch[index] for batch in [*islice(data.batches(shard, 2, 8), 3)]]))
+        assert torch.equal(whole[index], torch.cat([batch[index] for batch in [*islice(data.Batches(shard, 2, 8), 3)]]))
     assert torch.equal(next(data.joined(parts, 1))[0], whole[0][:2])

@@ -28,7 +28,7 @@ def losses(precision="fp32", attention="eager", vocab_size=97, n_embd=256, batch
     """The loss curve of a small GPT-2 at the switches of a level; wide, so that attention matters from the start."""
     network = GPT(tiny(n_embd=n_embd, vocab_size=vocab_size, attention=attention))
     optimizer = training.make_optimizer(network, 3e-4, SETTINGS)
-    batches = (batch(x, y) for x, y in islice(data.batches(TEXT, 8, 32), STEPS))
+    batches = (batch(x, y) for x, y in islice(data.Batches(TEXT, 8, 32), STEPS))
     autocast = runtime.set_precision(precision, CPU)
     return [step.loss for step in training.train(network, optimizer, batches, autocast, CPU, 2)]
 

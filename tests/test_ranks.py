@@ -166,7 +166,8 @@ def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ranks, "gather", lambda value: [value, "00000004.json"])
     model = GPT(tiny())
-    saved = checkpoints.Checkpoints("trial", {}, model, torch.optim.SGD(model.parameters()), 2)
+    batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
+    saved = checkpoints.Checkpoints("trial", {}, model, torch.optim.SGD(model.parameters()), batches, 2)
     with pytest.raises(UserError, match="not every rank sees the same checkpoint; let all machines share the folder"):
         saved.load()
 
@@ -196,7 +197,7 @@ def test_every_token_goes_to_exactly_one_rank(count):
     shard = np.arange(4 * 8 * 6 + 1, dtype=np.uint16)  # each token its own place in the text
     of_ranks = []
     for rank in range(count):
-        batches = data.joined(data.batches(shard, 4, 8), 2)
+        batches = data.joined(data.Batches(shard, 4, 8), 2)
         share = data.shares(batches, rank, count)
         of_ranks.append([next(share) for _ in range(3)])
     for step in range(3):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gpt2_ladder import ranks
 from gpt2_ladder.config import UserError, shown
+from gpt2_ladder.data import Batches
 from gpt2_ladder.files import read_json, replacing
 from gpt2_ladder.metrics import STEP_FIELDS, Step
 from gpt2_ladder.model import GPT
@@ -37,6 +38,7 @@ class Checkpoints:
         settings: everything that decides its result, as JSON; a checkpoint of other settings is left alone.
         model: what it trains.
         optimizer: of `model`.
+        batches: what it trains on.
         every: how many steps lie between two of them.
     """
 
@@ -44,6 +46,7 @@ class Checkpoints:
     settings: Mapping[str, Any]
     model: GPT
     optimizer: torch.optim.Optimizer
+    batches: Batches
     every: int
 
     @property
@@ -68,13 +71,14 @@ class Checkpoints:
         older = set(self.folder.glob("*"))
         with replacing(weights, state_file) as (new_weights, new_state):
             save_file(tensors, new_weights)
-            state = {"sha256": _sha256(new_weights), "settings": self.settings}
+            position = self.batches.position
+            state = {"sha256": _sha256(new_weights), "position": position, "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
         for path in older - {weights, state_file}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # a folder: a killed process was writing into it
 
     def load(self) -> list[Step]:
-        """Bring model, optimizer and torch's generator to where the newest checkpoint left them.
+        """Bring model, optimizer, batches and torch's generator to where the newest checkpoint left them.
 
         Returns:
             The steps taken until then; none where there is no checkpoint.
@@ -93,8 +97,10 @@ class Checkpoints:
             return []
         path = state.with_suffix(".safetensors")
         try:
-            if _sha256(path) != read_json(state).get("sha256"):
+            written = read_json(state)
+            if _sha256(path) != written.get("sha256"):
                 raise ValueError("its sha256 is not the one that was written down")
+            self.batches.position = written["position"]
             tensors = load_file(path)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():

@@ -17,6 +17,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 LONGEST_VALUE = 1000  # characters; Python refuses to print an integer of four times as many
 DEEPEST = 8  # ruamel.yaml takes seconds for some thousand lists in each other, and then Python's whole stack
+CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
 MINIMUM_ROUNDS = 6  # the median of five lies outside all of them once in 16 times: no interval of theirs holds 95 %
 
@@ -154,6 +155,27 @@ class Pretrained(Strict):
     folder: str | None
 
 
+class Data(Strict):
+    """What is trained on.
+
+    Attributes:
+        source: tiny Shakespeare, whose last tenth is for validation; text files, each a document; parquet files, each
+            row a document; or FineWeb-Edu's sample of 10 billion tokens. Of these the first tokens are for validation.
+        path: of `text` and `parquet`: a file, or a folder of them.
+        column: of `parquet`: where the text is.
+        val_tokens: how many tokens are for validation.
+        shard_tokens: how many tokens lie in a file; only the last one holds fewer.
+        shuffle: train on the blocks of block_size tokens in an order drawn from the seed, not in that of the text.
+    """
+
+    source: Literal["tiny-shakespeare", "text", "parquet", "fineweb-edu"]
+    path: str
+    column: str
+    val_tokens: Tokens
+    shard_tokens: Tokens
+    shuffle: bool
+
+
 class Rounds(Strict):
     """How long the benchmark takes steps in turn: `rounds`, or as many as fit into `seconds`, but MINIMUM_ROUNDS."""
 
@@ -188,6 +210,7 @@ class Params(Switches):
     checkpoint_every: PositiveInt | None
     devices: PositiveInt
     run_slow_levels: bool
+    data: Data
     pretrained: Pretrained
     optimizer: AdamW
     recipe: Recipe
@@ -235,6 +258,8 @@ class Params(Switches):
             raise ValueError(
                 f"levels.{CONTROL} = {CONTROL}: that is what the benchmark calls the baseline's second arm"
             )
+        if self.data.source in ("tiny-shakespeare", "fineweb-edu") and self.data.path != CORPUS:
+            raise ValueError(f"data.path = {self.data.path}: {self.data.source} does not read it; leave it {CORPUS}")
         source = self.pretrained.source
         if source == "openai" and self.model == "tiny":
             raise ValueError(f"pretrained.source = openai: no weights for model: {self.model}; use auto or stand-in")

@@ -6,9 +6,10 @@ A shard is nanoGPT's: raw little-endian uint16 token ids without a header, so sh
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tiktoken
@@ -37,13 +38,24 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
             raise UserError(f"{path}: sha256 is {actual}, GPT-2's is {sha256}; run `dvc repro -f download`")
     # The hashes are passed because tiktoken caches files by their path: without them it could return old ones.
     ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
-    return tiktoken.Encoding(
+    encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=r50k_pat_str,  # how text is cut before bytes are merged
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(ranks)},
         explicit_n_vocab=GPT2_VOCAB_SIZE,
     )
+    check_vocabulary(encoding)
+    return encoding
+
+
+def check_vocabulary(encoding: tiktoken.Encoding) -> None:
+    """Raise UserError where `encoding` has ids that a shard cannot hold."""
+    if (largest := encoding.max_token_value) > (room := np.iinfo(DTYPE).max):
+        raise UserError(
+            f"encoding {encoding.name}: its ids go up to {largest:,}, and two bytes hold {room:,}; use GPT-2's, "
+            "or make the shards' DTYPE uint32"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -75,9 +87,9 @@ def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def write_shard(path: Path, ids: list[int]) -> None:
+def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
     """Write token `ids` as a shard, and its sidecar beside it."""
-    shard = np.array(ids, dtype=DTYPE)
+    shard = np.asarray(ids, dtype=DTYPE)
     # the sidecar takes its place first: interrupted between the two, no shard or another one is beside it
     with files.replacing(sidecar_path(path), path) as (sidecar, raw):
         raw.write_bytes(shard.tobytes())
@@ -133,29 +145,96 @@ def count_bytes(ids: Iterable[Tensor], encoder_json: Path) -> int:
     return sum(int(lengths[some.numpy()].sum()) for some in ids)
 
 
-def batches(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an endless iterator over (x, y), int64 (B, T) each, in the order of the text; y is x one token later.
+class Shards:
+    """Several shards as one: a sequence of token ids, of which only what is asked for is read from the disk."""
 
-    The last tokens that do not fill a batch are left out and the text begins again.
+    def __init__(self, shards: Sequence[np.ndarray]):
+        self._shards, self._ends = shards, np.cumsum([len(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, _ = window.indices(len(self))
+        index, parts = int(np.searchsorted(self._ends, start, "right")), []
+        while start < stop:
+            shard, end = self._shards[index], int(self._ends[index])
+            parts.append(shard[start - end + len(shard) : stop - end + len(shard)])
+            start, index = end, index + 1
+        return np.concatenate(parts) if parts else np.empty(0, DTYPE)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of all tokens, one after the other."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(shard.data)
+        return digest.hexdigest()
+
+
+def open_shards(first: Path, folder: Path) -> Shards:
+    """Map a corpus into memory: the shard `first`, and those in `folder` by their names.
+
+    Raises:
+        UserError: one of them is damaged (`open_shard`), or missing from `folder`, where they are numbered from 1.
+    """
+    further = sorted(folder.glob("*.bin"))
+    if further and (last := int(further[-1].stem)) != len(further):
+        raise UserError(f"{folder}: {len(further)} shards up to number {last}; run `dvc repro -f tokenize`")
+    return Shards([open_shard(path) for path in (first, *further)])
+
+
+class Batches:
+    """An endless iterator over (x, y), int64 (B, T) each; y is x one token later.
+
+    A row is `block_size` tokens at a multiple of it; rows come in the order of the text, or shuffled by `seed`, anew in
+    every epoch. The last ones that do not fill a batch are left out and the next epoch begins.
+
+    Attributes:
+        position: of the next batch, as JSON: {"epoch": 0, "batch": 0} at the start. Whoever sets it goes on from there.
 
     Raises:
         UserError: the shard is shorter than one batch and the token after it.
     """
-    tokens = batch_size * block_size
-    if len(shard) < tokens + 1:
-        raise UserError(
-            f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * "
-            f"block_size {block_size} tokens and the one after: use a smaller shape or a longer text"
-        )
-    return _windows(shard, batch_size, block_size)
 
+    def __init__(self, shard: np.ndarray | Shards, batch_size: int, block_size: int, seed: int | None = None):
+        self._shard, self._batch_size, self._block_size, self._seed = shard, batch_size, block_size, seed
+        self._rows = (len(shard) - 1) // block_size
+        if self._rows < batch_size:
+            raise UserError(
+                f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * "
+                f"block_size {block_size} tokens and the one after: use a smaller shape or a longer text"
+            )
+        self.position = {"epoch": 0, "batch": 0}
 
-def _windows(shard: np.ndarray, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    tokens = batch_size * block_size
-    while True:
-        for start in range(0, len(shard) - tokens, tokens):
-            window = torch.from_numpy(shard[start : start + tokens + 1].astype(np.int64))  # (B * T + 1,)
-            yield window[:-1].view(batch_size, block_size), window[1:].view(batch_size, block_size)
+    @property
+    def position(self) -> dict[str, int]:
+        """Where the next batch lies."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    @position.setter
+    def position(self, position: Mapping[str, int]) -> None:
+        epoch, batch = position.get("epoch"), position.get("batch")
+        if not (
+            isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 <= batch < self._rows // self._batch_size
+        ):
+            raise ValueError(f"{position!r:.80} is not a position in {self._rows // self._batch_size} batches")
+        self._epoch, self._batch = epoch, batch
+        self._order: Sequence[int] | np.ndarray = range(self._rows)
+        if self._seed is not None:
+            self._order = np.random.default_rng([self._seed, self._epoch]).permutation(self._rows)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        B, T = self._batch_size, self._block_size
+        rows = self._order[self._batch * B : (self._batch + 1) * B]
+        ids = np.stack([self._shard[row * T : row * T + T + 1] for row in rows]).astype(np.int64)  # (B, T + 1)
+        self._batch += 1
+        if self._batch == self._rows // B:
+            self.position = {"epoch": self._epoch + 1, "batch": 0}
+        window = torch.from_numpy(ids)
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
 
 def joined(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,4 +260,4 @@ def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: i
         raise UserError(
             f"eval_tokens ({tokens}) is over the {len(shard) - 1} tokens that the validation shard can give"
         )
-    return islice(batches(shard, batch_size, block_size), tokens // (batch_size * block_size))
+    return islice(Batches(shard, batch_size, block_size), tokens // (batch_size * block_size))

@@ -1,21 +1,17 @@
 """GPT-2's published weights: from the Hugging Face hub, from a folder, or a random stand-in of the same format."""
 
 import json
-import logging
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 
-import httpx2
 import huggingface_hub
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_ladder import artifacts, files, hub
+from gpt2_ladder import artifacts, files, hub, hub_download
 from gpt2_ladder.artifacts import Unreachable
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 from gpt2_ladder.hub import CONFIG, WEIGHTS
@@ -115,8 +111,6 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
     if local is None:
         if constants.HF_HUB_OFFLINE:
             raise Unreachable("HF_HUB_OFFLINE is set")
-        for handler in logging.getLogger("huggingface_hub").handlers:
-            handler.addFilter(_hide)
         artifacts.probe(_url(model, CONFIG))
     _check_disk(folder, size)
     with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
@@ -126,7 +120,8 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
             if local is None:
                 sources[name] = artifacts.hidden(_url(model, name))
                 print(f"{name}: fetching from {sources[name]}", flush=True)
-                _download(model, name, temporary)
+                mend = "set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
+                hub_download.fetch(_repository(model), name, REVISIONS[model], Path(temporary), mend)
             else:
                 sources[name] = f"{local}/{name}"
                 try:
@@ -151,46 +146,6 @@ def _repository(model: str) -> str:
 
 def _url(model: str, name: str) -> str:
     return huggingface_hub.hf_hub_url(_repository(model), name, revision=REVISIONS[model])
-
-
-def _hide(record: logging.LogRecord) -> bool:
-    """Have huggingface_hub's warnings name the hub without the password in HF_ENDPOINT."""
-    record.msg, record.args = artifacts.hidden(record.getMessage()), None
-    return True
-
-
-def _download(model: str, name: str, folder: str) -> None:
-    """Let huggingface_hub bring a file of `model` into `folder`.
-
-    Raises:
-        UserError: the file did not come. The hub has answered before, so there is no stand-in from here on.
-    """
-    fetch_once = partial(
-        huggingface_hub.hf_hub_download, _repository(model), name, revision=REVISIONS[model], local_dir=folder
-    )
-    try:
-        artifacts.patiently(fetch_once, _may_pass)
-    except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
-        if "No space left on device" in str(error):
-            raise
-        cause = error.__cause__ or error
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise UserError(
-            f"{artifacts.hidden(_url(model, name))}: the hub answered, but the file did not come: "
-            f"{artifacts.hidden(reason)}; "
-            "run again, set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
-        ) from None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Tell what is worth another call of huggingface_hub's.
-
-    It tries again itself, and goes on where it was, after a time-out, a cut connection and a 429; not so after a reset,
-    a 5xx or a wrong size, whose OSError has no number. A wrong hash of 0.5 GB that had the right size is final.
-    """
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in artifacts.RETRIED - {429}
-    return isinstance(error, httpx2.ReadError) or (type(error) is OSError and error.errno is None)
 
 
 def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:

@@ -1,0 +1,292 @@
+"""A corpus of any size -> shards of a fixed number of tokens, in the order of its documents.
+
+Files are read in pieces, pieces become tokens in several processes, and their tokens are cut into shards, so memory
+does not grow with the corpus. A manifest tells what the shards are made of and where each ends; interrupted, the next
+run goes on after the last one that is whole.
+"""
+
+import codecs
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from itertools import chain, islice, repeat, takewhile
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
+
+from gpt2_ladder import artifacts, data, files, hub_download
+from gpt2_ladder.config import Data, UserError, shown
+
+MANIFEST = "manifest.json"
+FINEWEB = "HuggingFaceFW/fineweb-edu"
+FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+FINEWEB_FILES = [f"sample/10BT/{number:03}_00000.parquet" for number in range(14)]  # 28.5 GB, 9,672,101 documents
+Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
+PIECE = 2**20  # characters
+ROWS = 256  # of a parquet file at a time
+AHEAD = 4  # pieces waiting for each process
+# GPT-2's pattern joins nothing with a space or a line feed after it, and never looks back: tokens end there. Python's
+# white space includes all of Unicode's, so what is none here is none there.
+LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+def find_files(path: Path, suffix: str) -> list[Path]:
+    """Return the file at `path`, or all files in the folder at `path` whose names end in `suffix`, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [path] if path.is_file() else sorted(one for one in path.rglob(f"*{suffix}") if one.is_file())
+    if not found:
+        raise UserError(f"data.path = {path}: no file, and no folder with *{suffix} in it; name one that is there")
+    return found
+
+
+def text_pieces(path: Path) -> Iterator[Piece]:
+    """Yield a text file, which is one document, in pieces that give the tokens of the whole.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    decoder, text, start = codecs.getincrementaldecoder("utf-8")(), "", [""]
+    with path.open("rb") as file:
+        while True:
+            raw = file.read(PIECE)
+            try:
+                text += decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                offset = file.tell() - len(raw) - len(decoder.getstate()[0]) + error.start
+                raise UserError(
+                    f"{path}: byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason}); "
+                    f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+                ) from None
+            if not raw:
+                break
+            if cut := LAST_CUT.match(text):
+                yield [*start, cut[0]]
+                text, start = text[cut.end() :], []
+    yield [*start, text]
+
+
+def parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
+    """Yield the rows of a parquet file, each a document, many in a piece; those without text are left out.
+
+    Raises:
+        UserError: it is no parquet file, is damaged, or has no text in `column`.
+    """
+    try:
+        # read as a stream: pyarrow would otherwise hold a whole row group, of any size
+        with pq.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            if column not in schema.names:
+                raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names):.200}: set data.column")
+            if schema.field(column).type not in (pa.string(), pa.large_string()):
+                raise UserError(f"{path}: column {column!r} holds {schema.field(column).type}, not text")
+            piece: Piece = [""]
+            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+                piece += filter(None, batch.column(0).to_pylist())
+                if sum(map(len, piece)) > PIECE:
+                    yield piece
+                    piece = [""]
+            if len(piece) > 1:
+                yield piece
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a readable parquet file: {shown(' '.join(str(error).split())):.300}") from None
+
+
+@cache
+def _encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
+    """Return GPT-2's encoding, opened once in each process."""
+    return data.open_encoding(vocab_bpe, encoder_json)
+
+
+def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
+    """Return the tokens of `piece`, uint16 (tokens,)."""
+    encoding = _encoding(vocab_bpe, encoder_json)
+    end = np.array([encoding.eot_token])
+    # each text alone, so that an <|endoftext|> in it is text
+    parts = [part for text in piece for part in (end, encoding.encode_to_numpy(text, disallowed_special=()))]
+    return np.concatenate(parts[1:]).astype(data.DTYPE)
+
+
+def write(
+    settings: Data, vocab_bpe: Path, encoder_json: Path, val: Path, train: Path, folder: Path, processes: int
+) -> None:
+    """Write a corpus as shards: `val`, the first of `train`, and those after it in `folder`, 000001.bin and so on.
+
+    Raises:
+        UserError: a file cannot be had or read, or there are too few tokens to train on.
+    """
+    inputs = _inputs(settings)
+    made_of = {**settings.model_dump(exclude={"shuffle"}), "inputs": inputs}
+    shards = _whole_shards(folder, made_of)
+    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 0}
+    if shards:
+        print(f"{folder}: goes on after {len(shards)} shards", flush=True)
+    sizes = chain((settings.val_tokens,), repeat(settings.shard_tokens))
+    pieces = _pieces(settings, list(inputs), position, folder)
+    tokens = _in_order(partial(encode, vocab_bpe, encoder_json), pieces, processes)
+    start = time.perf_counter()
+    for ids, end in cut(tokens, position["token"], islice(sizes, len(shards), None)):
+        number = len(shards)
+        path = (val, train)[number] if number < 2 else folder / f"{number - 1:06}.bin"
+        data.write_shard(path, ids)
+        shards.append({**describe(path), "next": end})
+        write_manifest(folder, made_of, shards)
+        print(f"{path}: {len(ids):,} tokens, {len(ids) / (time.perf_counter() - start):,.0f} a second", flush=True)
+        start = time.perf_counter()
+    if len(shards) < 2:
+        raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has no tokens beyond them; lower it")
+
+
+def describe(shard: Path) -> dict[str, Any]:
+    """Return what a manifest says of a shard, from its sidecar."""
+    sidecar = files.read_json(data.sidecar_path(shard))
+    return {"path": str(shard), "tokens": sidecar["tokens"], "sha256": sidecar["sha256"]}
+
+
+def write_manifest(folder: Path, made_of: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
+    """Write what a corpus is made of, and its shards in their order."""
+    files.write(folder / MANIFEST, json.dumps({"made_of": made_of, "shards": shards}, indent=1) + "\n")
+
+
+def cut(
+    pieces: Iterable[tuple[int, int, np.ndarray]], skip: int, sizes: Iterator[int]
+) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+    """Yield the tokens of `pieces`, but the first `skip`, in arrays of `sizes`, and the position where each ends.
+
+    A piece comes with the number of its file, and its own there.
+    """
+    parts, missing = list[np.ndarray](), next(sizes)
+    for file, number, ids in pieces:
+        used, skip = skip, 0
+        while used < len(ids):
+            parts.append(ids[used : used + missing])
+            used, missing = used + len(parts[-1]), missing - len(parts[-1])
+            if not missing:
+                yield np.concatenate(parts), {"file": file, "piece": number, "token": used}
+                parts, missing = [], next(sizes)
+    if parts:
+        yield np.concatenate(parts), {"file": file + 1, "piece": 0, "token": 0}
+
+
+def _inputs(settings: Data) -> dict[str, str]:
+    """Return the names of a corpus's files, and what makes sure that they are the same: SHA-256, or the commit."""
+    if settings.source == "fineweb-edu":
+        return dict.fromkeys(FINEWEB_FILES, FINEWEB_COMMIT)
+    paths = find_files(Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source])
+    return {str(path): artifacts.file_sha256(path) for path in paths}
+
+
+def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the shards that are there already, made of the same, up to the first that is missing or damaged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{artifacts.UNFINISHED}*"):
+        shutil.rmtree(left)
+    try:
+        manifest = files.read_json(folder / MANIFEST)
+    except (FileNotFoundError, UserError):
+        manifest = {}
+    if manifest.get("made_of") != made_of:
+        for path in folder.iterdir():
+            path.unlink()
+        return []
+    return list(takewhile(lambda shard: _is_whole(Path(shard["path"]), shard["sha256"]), manifest["shards"]))
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    try:
+        data.open_shard(path)
+        return bool(describe(path)["sha256"] == sha256)
+    except (FileNotFoundError, UserError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    return artifacts.file_sha256(path)
+
+
+def _pieces(
+    settings: Data, inputs: Sequence[str], position: Mapping[str, int], folder: Path
+) -> Iterator[tuple[int, int, Piece]]:
+    """Yield the pieces of all `inputs` from `position` on, each with the number of its file and its own there."""
+    for file in range(position["file"], len(inputs)):
+        opened = _fineweb(inputs[file], folder) if settings.source == "fineweb-edu" else nullcontext(Path(inputs[file]))
+        with opened as path:
+            pieces = text_pieces(path) if settings.source == "text" else parquet_pieces(path, settings.column)
+            first = position["piece"] if file == position["file"] else 0
+            for number, piece in islice(enumerate(pieces), first, None):
+                # documents are joined: nothing stands before the very first
+                yield file, number, piece[1:] if file == number == 0 else piece
+
+
+def _in_order(
+    encode_piece: Callable[[Piece], np.ndarray], pieces: Iterable[tuple[int, int, Piece]], processes: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield the tokens of `pieces`, in their order, from so many `processes`; only a few pieces are in memory at once.
+
+    Processes, because threads wait for each other while lists of tokens are made: two gave 0.7 times as much.
+
+    Raises:
+        UserError: one of them was killed.
+    """
+    if processes == 1:
+        yield from ((file, number, encode_piece(piece)) for file, number, piece in pieces)
+        return
+    waiting = deque[tuple[int, int, Future[np.ndarray]]]()
+    context = multiprocessing.get_context("forkserver")  # which imports torch once, not in each
+    try:
+        with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
+            for file, number, piece in pieces:
+                waiting.append((file, number, pool.submit(encode_piece, piece)))
+                if len(waiting) > AHEAD * processes:
+                    file, number, future = waiting.popleft()
+                    yield file, number, future.result()
+            yield from ((file, number, future.result()) for file, number, future in waiting)
+    except BrokenProcessPool:
+        raise UserError("a tokenizing process was killed, by lack of memory perhaps; run `dvc repro` again") from None
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that wants its tokens is killed: nobody else would tell it."""
+
+    def wait(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+@contextmanager
+def _fineweb(name: str, folder: Path) -> Iterator[Path]:
+    """Yield where a file of FineWeb-Edu lies, downloaded into `folder` for as long as it is read.
+
+    Raises:
+        UserError: it did not come, or not as the hub has it.
+    """
+    mend = "set HF_ENDPOINT to a mirror, or fetch the files by hand and use data.source: parquet"
+    try:
+        artifacts.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
+    except artifacts.Unreachable as failure:
+        raise UserError(f"data.source = fineweb-edu: the hub cannot be reached: {failure}; {mend}") from None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
+        yield hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, Path(temporary), mend, "dataset")

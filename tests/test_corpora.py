@@ -1,0 +1,234 @@
+"""Corpora of several files, as shards: the tokens of the whole, whatever interrupts their making."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPOSITORY
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2_ladder import config, corpora, data
+from gpt2_ladder.config import Data, UserError
+from pipeline import CORPUS, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, tokenize_corpus
+
+URL = "/{repo_id}/resolve/{revision}/{filename}"
+LETTERS = st.sampled_from(list("ab1'. \n\t\r\x0b\x1c\x85\u00a0\u2003\u3000é你🙂!")) | st.characters(
+    exclude_categories=["Cs"]
+)
+DOCUMENTS = ["First Citizen:\nSpeak.\n", "naïve café, 你好 🙂 ", "an <|endoftext|> that is text", "\n\n  end  \n" * 40]
+
+
+def made(**changes) -> Data:
+    return Data(
+        **{**config.load(REPOSITORY / "params.yaml").data.model_dump(), "val_tokens": 7, "shard_tokens": 50, **changes}
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch, bpe_files):
+    """A folder with GPT-2's encoding, in which corpora.write leaves its shards."""
+    monkeypatch.chdir(tmp_path)
+    VOCAB_BPE.parent.mkdir(parents=True)
+    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
+        name.symlink_to(path)
+    return tmp_path
+
+
+def write(settings, processes=1):
+    corpora.write(settings, VOCAB_BPE, ENCODER_JSON, VAL_SHARD, TRAIN_SHARD, SHARDS, processes)
+
+
+def tokens():
+    """Return all tokens, validation first, and the number of shards."""
+    shards = data.open_shards(TRAIN_SHARD, SHARDS)
+    manifest = json.loads((SHARDS / "manifest.json").read_text())
+    assert [shard["tokens"] for shard in manifest["shards"]][:2] == [7, 50]
+    return [*data.open_shard(VAL_SHARD), *shards[:]], len(manifest["shards"])
+
+
+def expected(encoding, documents):
+    """Return documents as tiktoken has them, joined."""
+    ids = [one for document in documents for one in (encoding.eot_token, *encoding.encode_ordinary(document))]
+    return ids[1:]
+
+
+def write_parquet(path, documents, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": documents, **columns}), path, row_group_size=2)
+
+
+@given(st.text(LETTERS | st.characters(exclude_categories=["Cs"]), max_size=80), st.integers(1, 5))
+@settings(max_examples=300, deadline=None)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tmp_path_factory, bpe_files, encoding, text, size):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "PIECE", size)
+        pieces = [*corpora.text_pieces(path)]
+    assert pieces[0][0] == ""  # where the documents before it end
+    pieces[0] = pieces[0][1:]
+    ids = np.concatenate([corpora.encode(*bpe_files, piece) for piece in pieces])
+    assert ids.tolist() == encoding.encode_ordinary(text)
+
+
+def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, encoding, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE", 16)
+    for number, document in enumerate(DOCUMENTS):
+        path = Path(f"raw/{number}/a.txt")
+        path.parent.mkdir(parents=True)
+        path.write_text(document)
+    write(made(source="text", path="raw"), processes=2)
+    ids, count = tokens()
+    assert ids == expected(encoding, DOCUMENTS)
+    assert count == 1 + -(-(len(ids) - 7) // 50)
+    manifest = json.loads((SHARDS / "manifest.json").read_text())
+    assert [*manifest["made_of"]["inputs"]] == [f"raw/{number}/a.txt" for number in range(4)]
+
+
+def test_the_rows_of_parquet_files_are_documents_and_those_without_text_are_left_out(checkout, encoding, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE", 30)
+    write_parquet(Path("raw/a.parquet"), [DOCUMENTS[0], None, DOCUMENTS[1], ""], n=[1, 2, 3, 4])
+    write_parquet(Path("raw/b.parquet"), DOCUMENTS[2:])
+    write(made(source="parquet", path="raw"))
+    assert tokens()[0] == expected(encoding, DOCUMENTS)
+
+
+def test_fineweb_edu_comes_from_the_hub_at_its_commit_and_is_removed_once_read(
+    checkout, encoding, monkeypatch, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("hub")
+    write_parquet(folder / "000_00000.parquet", DOCUMENTS[:2])
+    write_parquet(folder / "001_00000.parquet", DOCUMENTS[2:])
+    monkeypatch.setattr(corpora, "FINEWEB_FILES", [f"sample/10BT/{name.name}" for name in sorted(folder.iterdir())])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with fake_hub.serve(folder, corpora.FINEWEB_COMMIT) as (endpoint, requests):
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + URL)
+        write(made(source="fineweb-edu"))
+    assert tokens()[0] == expected(encoding, DOCUMENTS)
+    at = f"/datasets/HuggingFaceFW/fineweb-edu/resolve/{corpora.FINEWEB_COMMIT}/sample/10BT"
+    assert {request.split()[1] for request in requests} == {f"{at}/00{number}_00000.parquet" for number in range(2)}
+    assert sorted(path.suffix for path in SHARDS.iterdir() if path.name != "manifest.json")[0] == ".bin"
+
+
+def test_what_is_whole_already_is_kept_and_what_is_missing_is_made_again(checkout, encoding, monkeypatch, capsys):
+    monkeypatch.setattr(corpora, "PIECE", 30)
+    write_parquet(Path("raw.parquet"), DOCUMENTS * 5)
+    wanted = made(source="parquet", path="raw.parquet")
+    write(wanted)
+    ids, count = tokens()
+    kept, times = 5, {}
+    (SHARDS / "000004.bin").unlink()  # the sixth
+    for path in (VAL_SHARD, TRAIN_SHARD, *sorted(SHARDS.glob("*.bin"))):
+        times[path] = path.stat().st_mtime_ns
+    capsys.readouterr()
+    write(wanted)
+    assert f"goes on after {kept} shards" in capsys.readouterr().out
+    assert tokens() == (ids, count)
+    assert [path.stat().st_mtime_ns == before for path, before in times.items()] == [True] * 5 + [False] * (count - 6)
+    write(wanted.model_copy(update={"shard_tokens": 49}))
+    assert len(data.open_shard(TRAIN_SHARD)) == 49
+    raw = bytearray(TRAIN_SHARD.read_bytes())
+    raw[0] ^= 1
+    TRAIN_SHARD.write_bytes(raw)
+    write(wanted.model_copy(update={"shard_tokens": 49}))
+    assert [*data.open_shard(VAL_SHARD), *data.open_shards(TRAIN_SHARD, SHARDS)[:]] == ids
+
+
+def test_killed_while_it_tokenizes_the_next_run_makes_the_same_shards(checkout, encoding):
+    """SIGKILL to the stage alone: its processes must end by themselves."""
+    write_parquet(Path("raw.parquet"), DOCUMENTS * 1000)
+    program = """
+import sys
+from pathlib import Path
+from gpt2_ladder import corpora
+corpora.PIECE = 2000
+from test_corpora import made, write
+if __name__ == "__main__":
+    write(made(source="parquet", path="raw.parquet", shard_tokens=5000), processes=2)
+"""
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    Path("program.py").write_text(program)
+    for lines in (1, 4, 2):  # each tells of a shard, but the first of a run that goes on
+        process = subprocess.Popen([sys.executable, "program.py"], env=environment, stdout=subprocess.PIPE, text=True)
+        assert all(process.stdout.readline() for _ in range(lines))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)  # its other processes would hold the pipe
+    done = subprocess.run(
+        [sys.executable, "program.py"], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert re.match(r"data/shards: goes on after [4-9] shards\n", done.stdout)
+    ids = [*data.open_shard(VAL_SHARD), *data.open_shards(TRAIN_SHARD, SHARDS)[:]]
+    assert ids == expected(encoding, DOCUMENTS * 1000)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "content", "message"),
+    [
+        ("text", "a.txt", "ok\nnaïve é".encode("latin-1"), r"a\.txt: byte 0xef at offset 5 is not UTF-8 .*iconv"),
+        ("text", "a.txt", "n" * 40 + "你"[:1] + "x", None),
+        ("text", "a.txt", ("n" * 2**20).encode() + "你".encode()[:2], r"a\.txt: byte 0xe4 at offset 1048576 is not"),
+        ("parquet", "a.parquet", b"PAR1 and nothing else PAR1", r"a\.parquet: not a readable parquet file: "),
+        ("parquet", "a.parquet", {"body": ["a"], "n": [1]}, r"no column 'text'; it has body, n: set data\.column"),
+        ("parquet", "a.parquet", {"text": [1, 2]}, r"column 'text' holds int64, not text"),
+        ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
+        ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):
+    Path("raw").mkdir()
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), f"raw/{name}")
+    else:
+        Path(f"raw/{name}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if message is None:
+        write(made(source=source, path="raw"))
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        write(made(source=source, path="raw"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not TRAIN_SHARD.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_parquet_file_is_refused(checkout, damage):
+    write_parquet(Path("raw.parquet"), DOCUMENTS * 50)
+    raw = bytearray(Path("raw.parquet").read_bytes())
+    if damage == "flip":
+        raw[-7] ^= 255  # of the footer's length
+    Path("raw.parquet").write_bytes(raw if damage == "flip" else raw[: len(raw) // 2])
+    with pytest.raises(UserError, match=r"^raw\.parquet: not a readable parquet file"):
+        write(made(source="parquet", path="raw.parquet"))
+
+
+def test_a_process_that_was_killed_is_named(checkout, monkeypatch):
+    monkeypatch.setattr(corpora, "encode", _die)
+    write_parquet(Path("raw.parquet"), DOCUMENTS)
+    with pytest.raises(UserError, match="a tokenizing process was killed, by lack of memory perhaps"):
+        write(made(source="parquet", path="raw.parquet"), processes=2)
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_stage_reads_what_the_settings_name(checkout, encoding):
+    text = (REPOSITORY / "params.yaml").read_text()
+    text = text.replace("source: tiny-shakespeare", "source: text").replace("val_tokens: 1000000", "val_tokens: 7")
+    Path("params.yaml").write_text(text.replace("shard_tokens: 100000000", "shard_tokens: 50"))
+    CORPUS.write_text("First Citizen:\nSpeak.\n" * 30)
+    tokenize_corpus.main()
+    assert tokens()[0] == encoding.encode_ordinary(CORPUS.read_text())
+    Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    tokenize_corpus.main()
+    assert [path.name for path in SHARDS.iterdir()] == ["manifest.json"]
