@@ -143,6 +143,7 @@ def write(
     if shards:
         print(f"{folder}: goes on after {len(shards)} shards", flush=True)
     sizes = chain((settings.val_tokens,), repeat(settings.shard_tokens))
+    _encoding(vocab_bpe, encoder_json)  # once for all processes
     pieces = _pieces(settings, list(inputs), position, folder)
     tokens = _in_order(partial(encode, vocab_bpe, encoder_json), pieces, processes)
     start = time.perf_counter()
@@ -253,9 +254,10 @@ def _in_order(
         yield from ((file, number, encode_piece(piece)) for file, number, piece in pieces)
         return
     waiting = deque[tuple[int, int, Future[np.ndarray]]]()
-    context = multiprocessing.get_context("forkserver")  # which imports torch once, not in each
+    # Forked, so that they share all that is loaded, and now, before reading starts threads, which no fork takes along
     try:
-        with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
+            pool.submit(int).result()
             for file, number, piece in pieces:
                 waiting.append((file, number, pool.submit(encode_piece, piece)))
                 if len(waiting) > AHEAD * processes:
