@@ -1,0 +1,187 @@
+"""Nothing in README.md, CONTRIBUTING.md and docs/ is only written: commands, -S values, links and pictures are checked.
+
+docs/LOG.md is a record: what it names was run then, and need not run now; its links are checked all the same.
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import REPOSITORY
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+
+from gpt2_ladder import config
+from pipeline import environment
+
+PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
+PROGRAMS = {"dvc", "make", "python", "wandb", "git", "torchrun", "pip", "apt", "source", "export", "grep", "rm"}
+
+NETWORK, MINUTES = "needs a network", "takes minutes: it measures"
+DAILY = "test_pipeline.test_what_a_reader_looks_at_is_there"
+RECORD = "test_pipeline.test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back"
+TEAM = "test_team.team"
+SHARED = "test_team.test_an_experiment_of_one_is_the_others_without_a_training"
+SWEEP = "test_experiments.test_a_sweep_of_two_workers_runs_the_code_that_was_queued_and_leaves_the_shared_cache_whole"
+# Every command, without what is set before it and without -S, whose values have a test of their own: the test that
+# executes it, by file and name, or why none does.
+HELD = {
+    "dvc repro": "test_pipeline.test_a_second_run_runs_nothing_but_the_environment",
+    "dvc repro -k": "test_experiments.test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going",
+    "dvc repro -f -s train@bf16": "test_pipeline.test_one_level_is_trained_again_and_the_table_follows",
+    "dvc repro -f download": "test_pipeline.test_asking_the_hub_again_where_there_is_none_changes_nothing",
+    "dvc exp run": "test_experiments.test_an_experiment_runs_the_trial_alone",
+    "dvc exp run --temp": "test_experiments.test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone",
+    "dvc exp run --queue": SWEEP,
+    "dvc queue start": SWEEP,
+    "dvc queue start -j 2": SWEEP,
+    "dvc exp push origin NAME": SHARED,
+    "dvc exp pull origin NAME": SHARED,
+    "dvc exp apply NAME": SHARED,
+    "dvc exp remove --all-commits": "test_pipeline.test_experiments_are_removed_and_their_networks_with_them",
+    "dvc gc --workspace --all-branches": "test_pipeline.test_experiments_are_removed_and_their_networks_with_them",
+    "dvc exp show --only-changed": DAILY,
+    "dvc metrics show": DAILY,
+    "dvc metrics diff": DAILY,
+    "dvc params diff": DAILY,
+    "dvc commit trial": RECORD,
+    "dvc checkout": "climbing.get_back",
+    "dvc remote add --default store /a/folder/all/see": TEAM,
+    "dvc remote modify --local store profile NAME": "test_pipeline.test_ones_own_keys_stay_out_of_git",
+    "dvc push": TEAM,
+    "dvc pull": "test_team.test_a_fresh_clone_trains_without_the_store_and_does_not_with_it",
+    "git restore params.yaml dvc.lock results docs/levels": "climbing.get_back",
+    "git add params.yaml dvc.lock results docs/levels": RECORD,
+    'git commit -m "My machine"': RECORD,
+    "git clone": TEAM,
+    "git push": "Git's own, to a server of the team's",
+    "git pull": "Git's own, from a server of the team's",
+    "make benchmark": "test_pipeline.test_a_longer_benchmark_stays_until_something_changes",
+    "make benchmark ROUNDS=100": "test_pipeline.test_a_longer_benchmark_stays_until_something_changes",
+    "make plots": "test_pipeline.test_plots_are_a_page_that_loads_nothing",
+    "make show": DAILY,
+    "make plan": DAILY,
+    "make plan MEMORY=24GiB": DAILY,
+    "make docs": DAILY,
+    "make schema": DAILY,
+    "make hellaswag LIMIT=500": NETWORK,
+    "make repro": "takes 20 minutes and installs packages; its `dvc repro` is the climb of the tests",
+    "make test": "is what runs this",
+    "make check": "is the other half of .ci/run",
+    "make pins": NETWORK,
+    "make test-gpu": "needs a GPU; test_gpu.py is rehearsed by a test",
+    "python -m pipeline.compare padded bf16": DAILY,
+    "python -m pipeline.compare path/to/its/results/benchmark.json": DAILY,
+    "python -m pipeline.train": "names the process; test_ranks.py sends it a SIGTERM",
+    "python -m pytest -m long -n 0": MINUTES,
+    "python -m pytest -n 0": "the head of a column, whose tests belong to the suite",
+    **dict.fromkeys(
+        f"python benchmarks/{name}.py{options}"
+        for name, options in (
+            *(("memory", ""), ("determinism", ""), ("overheads", ""), ("race", ""), ("scaling", "")),
+            ("reliability", " --long"),
+        )
+    ),
+    "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id ladder "
+    "--rdzv-endpoint HOST:29400 -m pipeline.trial": "needs two machines; test_ranks.py starts two ranks on one",
+    "wandb leet wandb": "needs a terminal; test_tracking.py reads runs by its `inspect`",
+    "wandb login": "needs an account",
+    "wandb sync wandb/offline-run-*": "needs an account",
+    "wandb offline": "is named as what does not work",
+    "grep -cE 'avx512_bf16|amx_bf16' /proc/cpuinfo": "test_docs.test_the_readmes_look_for_bfloat16_finds_what_the_"
+    "environment_stage_does",
+    "source .venv/bin/activate": "sets the shell that it is typed into",
+    "export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu": NETWORK,
+    "apt install python3-dev python3-venv git make g++": NETWORK,
+    "pip install dvc-s3": NETWORK,
+    "rm -rf .venv": NETWORK,
+    ".venv/bin/pip check": NETWORK,
+}
+HELD |= {command: MINUTES for command, held in HELD.items() if held is None}
+
+
+def spans(page) -> list[str]:
+    """What a page has in code fences, line by line, and in inline code; of the source code that it shows, nothing."""
+    text = page.read_text()
+    fence = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    lines = [line for kind, body in fence.findall(text) if not kind for line in body.replace("\\\n", "").splitlines()]
+    return [line.split(" #")[0] for line in lines] + re.findall(r"`([^`]+)`", fence.sub("", text))
+
+
+def commands() -> dict[str, list[str]]:
+    """Every command in the pages, as HELD has it, and the values that its -S set."""
+    found: dict[str, list[str]] = {}
+    for page in (page for page in PAGES if page.name != "LOG.md"):
+        for one in (part for span in spans(page) for part in re.split(r"&&|;", span)):
+            words = re.sub(r"^(\w+=\S+ )+", "", " ".join(one.split())).split()
+            if len(words) > 1 and words[0].removeprefix(".venv/bin/") in PROGRAMS:
+                values = re.findall(r"-S '?([^ ']+)'?", one)
+                found.setdefault(re.sub(r" -S \S+", "", " ".join(words)), []).extend(
+                    [" ".join(values)] if values else []
+                )
+    return found
+
+
+def source_of(test: str) -> str:
+    """The source of a function of tests/, by file and name, its parameters with it; empty where there is none."""
+    file, _, name = test.partition(".")
+    text = (REPOSITORY / "tests" / f"{file}.py").read_text()
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return "".join(ast.unparse(node) for node in found)
+
+
+def test_every_command_is_executed_by_a_test_or_marked_with_the_reason_why_not():
+    assert set(commands()) == set(HELD), "a command in a page needs a row in HELD, and a row a command"
+    for command, held in HELD.items():
+        if " " in held:
+            continue
+        source = source_of(held)
+        assert source, f"{command}: there is no test {held}"
+        verb = re.match(r"\w+( [a-z]+\b)?", command).group()  # whose words stand in a string or in several
+        assert re.search(rf"\b{verb}\b".replace(" ", "(', '| )"), source), f"{held} does not run {command}"
+
+
+@pytest.mark.parametrize("command", [command for command in HELD if command.startswith("make ")])
+def test_every_make_target_is_one(command):
+    dry = [*command.split(), "--dry-run", "--old-file", ".venv/installed"]
+    assert subprocess.run(dry, cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
+
+
+def test_every_script_and_test_file_that_a_page_names_is_there():
+    paths = {
+        word for page in PAGES for span in spans(page) for word in span.split() if re.match(r"[\w./]+/\w+\.py$", word)
+    }
+    assert len(paths) > 10
+    assert [path for path in paths if not ((REPOSITORY / path).exists() or (REPOSITORY / "src" / path).exists())] == []
+
+
+def changes() -> list[str]:
+    """Every set of `-S`, and every `key=value` that a table offers for one, tried on a GPU's shape."""
+    loose = [span for span in spans(REPOSITORY / "README.md") if re.fullmatch(r"[a-z_.]+=[\w.]+", span)]
+    return sorted({one for many in commands().values() for one in many} | {f"machine=gpu {one}" for one in loose})
+
+
+@pytest.mark.parametrize("values", changes())
+def test_every_change_that_a_page_makes_is_one_that_params_yaml_takes(values, tmp_path):
+    path = tmp_path / "params.yaml"
+    for sweep in get_hydra_sweeps({str(path): values.split()}):
+        shutil.copy(REPOSITORY / "params.yaml", path)
+        apply_overrides(path, sweep[str(path)])  # as DVC does
+        config.load(path)
+
+
+def test_every_relative_link_and_picture_is_there():
+    pages, found = [*PAGES, *REPOSITORY.glob("results/**/*.md")], 0
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if not link.startswith(("http://", "https://")):
+                assert (page.parent / link).exists(), f"{page.relative_to(REPOSITORY)}: {link}"
+                found += 1
+    assert found > 40
+
+
+def test_the_readmes_look_for_bfloat16_finds_what_the_environment_stage_does():
+    command = next(one for one in commands() if one.startswith("grep"))
+    count = subprocess.run(command, shell=True, capture_output=True, text=True, check=False).stdout
+    assert (int(count) > 0) == environment.describe().bf16
