@@ -3,6 +3,7 @@
 # make show    the experiments, compared              make check   linters and types
 # make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
 # make hellaswag  how often it finds the right ending
+# make docs    docs/levels from prose, src/ and results/
 # make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro announce benchmark show plots plan hellaswag test test-gpu check schema pins
+.PHONY: repro announce benchmark show plots plan hellaswag test test-gpu check docs schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -61,6 +62,10 @@ check: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+# What the report stage writes as well; for a change of prose or code that changes no result.
+docs: .venv/installed
+	PYTHONPATH=src python -m pipeline.levels
 
 # For editors: params.yaml names it in its first line.
 schema: .venv/installed

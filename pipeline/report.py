@@ -1,4 +1,7 @@
-"""Gather all results into results/report: a page as Markdown and as HTML, its pictures, a table, a W&B summary run."""
+"""Gather all results into results/report: a page as Markdown and as HTML, its pictures, a table, a W&B summary run.
+
+And into docs/levels, which holds a page for every level.
+"""
 
 import csv
 import io
@@ -9,7 +12,7 @@ from typing import Any
 import altair as alt
 
 from gpt2_ladder import charts, config, files, report, tracking
-from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, run
+from pipeline import GAINS, PARITY, PROFILE, RESULTS, levels, read_environment, run
 
 FOLDER = RESULTS / "report"
 
@@ -56,6 +59,7 @@ def main() -> None:
     svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
     files.write(FOLDER / "ladder.html", report.html(facts, svgs))
     write_losses(losses)
+    levels.main()
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
     summary = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)

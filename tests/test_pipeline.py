@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -77,8 +78,8 @@ def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(first_run, c
     assert all(found["mfu"] > 0 for found in gains["levels"].values())
     bf16 = gains["levels"]["bf16"]["over_previous"]
     gain = f"[{bf16['low']:.2f}, {bf16['high']:.2f}]"  # before it stands the ratio, or "no measurable gain"
-    for page in ("ladder.md", "ladder.html"):
-        assert gain in (clone / "results/report" / page).read_text()
+    for page in ("results/report/ladder.md", "results/report/ladder.html", "docs/levels/bf16.md"):
+        assert gain in (clone / page).read_text()
 
 
 def test_every_training_has_a_run_of_its_own(first_run, clone):
@@ -122,6 +123,85 @@ def test_plots_are_a_page_that_loads_nothing(first_run, clone):
     assert "vegaEmbed" in page
     assert '"level": "padded"' in page
     assert call(clone, "git", "status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("dvc metrics show", "results/levels/padded/metrics.json"),
+        ("dvc metrics diff", ""),
+        ("dvc params diff", ""),
+        ("dvc exp show --only-changed", "main|master"),
+        ("make plan", "allocator"),
+        ("make plan MEMORY=24GiB", "24"),
+        ("make docs", ""),
+        ("make schema", ""),
+        ("python -m pipeline.compare padded bf16", "padded over bf16: .* times as fast"),
+        ("python -m pipeline.compare results/benchmark.json", "here: .*\nthere: .*"),
+    ],
+)
+def test_what_a_reader_looks_at_is_there(first_run, clone, command, shown):
+    (clone / ".venv").mkdir(exist_ok=True)
+    (clone / ".venv/installed").touch()
+    assert re.search(shown, call(clone, "env", "PYTHONPATH=src", *command.split()))
+    assert call(clone, "git", "status", "--porcelain") == ""  # the pages and the schema were current
+
+
+def test_one_level_is_trained_again_and_the_table_follows(first_run, clone):
+    assert stages_that_ran(call(clone, "dvc", "repro", "-f", "-s", "train@bf16")) == {"train@bf16"}
+    assert stages_that_ran(call(clone, "dvc", "repro")) == {
+        "environment",
+        "parity",
+        "report",
+    }  # its losses are the same
+    get_back(clone)
+
+
+def test_asking_the_hub_again_where_there_is_none_trains_nothing(first_run, clone):
+    output = call(clone, "env", "HF_ENDPOINT=http://127.0.0.1:9", "dvc", "repro", "-f", "download")
+    assert stages_that_ran(output) == {"download"}
+    assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment", "verify"}  # the stand-in has another reason
+    get_back(clone)
+
+
+def test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back(first_run, clone):
+    call(clone, "dvc", "commit", "trial")  # as after a training that torchrun started by hand
+    set_param(clone, "levels.init.init", "pytorch")
+    call(clone, "dvc", "repro")
+    assert "levels.init.init" in call(clone, "dvc", "params", "diff")
+    assert "results/levels/init/metrics.json" in call(clone, "dvc", "metrics", "diff")
+    call(clone, "git", "add", "params.yaml", "dvc.lock", "results", "docs/levels")
+    call(clone, "git", "commit", "-m", "My machine")
+    assert call(clone, "git", "status", "--porcelain") == ""
+    call(clone, "git", "reset", "--quiet", "--soft", "HEAD~1")
+    call(clone, "git", "reset", "--quiet")
+    get_back(clone)
+
+
+def test_ones_own_keys_stay_out_of_git(first_run, clone):
+    call(clone, "dvc", "remote", "add", "--default", "store", "s3://bucket/path")
+    call(clone, "dvc", "remote", "modify", "--local", "store", "profile", "NAME")
+    assert "NAME" not in (clone / ".dvc/config").read_text()
+    assert call(clone, "git", "status", "--porcelain").split() == ["M", ".dvc/config"]
+    (clone / ".dvc/config.local").unlink()
+    call(clone, "git", "restore", ".dvc/config")
+
+
+def test_experiments_are_removed_and_their_networks_with_them(first_run, clone):
+    def cached() -> int:
+        return len(list((clone / ".dvc/cache/files").rglob("*")))
+
+    before = cached()
+    call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
+    (clone / ".venv").mkdir(exist_ok=True)
+    (clone / ".venv/installed").touch()
+    assert re.search(r"\| precision .*\| bf16 ", call(clone, "make", "show"), re.DOTALL)
+    get_back(clone)
+    assert cached() > before
+    call(clone, "dvc", "exp", "remove", "--all-commits")
+    call(clone, "sh", "-c", "yes | dvc gc --workspace --all-branches")
+    assert cached() <= before
+    assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
 
 
 def test_a_level_that_computes_something_else_stops_before_the_benchmark(first_run, clone):

@@ -53,15 +53,15 @@ def switch_that_changes(level: Switches, previous: Switches | None) -> str:
     if previous is None:
         return "start: PyTorch's defaults"
     changed = [name for name in Switches.model_fields if getattr(level, name) != getattr(previous, name)]
-    return ", ".join(f"{name}: {_word(getattr(level, name))}" for name in changed) or "the speed shape only"
+    return ", ".join(f"{name}: {word(getattr(level, name))}" for name in changed) or "the speed shape only"
 
 
-def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics) -> Table:
-    """Return the titles, one row of text a level in the ladder's order, and the trial's."""
+def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics | None = None) -> Table:
+    """Return the titles, one row of text a level in the ladder's order, and the trial's if it is given."""
     changes = _changes(levels)
     rows = [[name, changes[name], *_cells(results[name])] for name in levels]
     titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
-    return [titles, *rows, ["trial", "the knobs of params.yaml", *_cells(trial)]]
+    return [titles, *rows, *([["trial", "the knobs of params.yaml", *_cells(trial)]] if trial else [])]
 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
@@ -116,12 +116,12 @@ def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[
         over = found["over_previous"]
         if over and over["verdict"] != NO_GAIN and operators.get(name) and operators.get(over["over"]):
             before_ms, after_ms = gains["levels"][over["over"]]["step_ms"], found["step_ms"]
-            why = explain(_scaled(operators[over["over"]], before_ms), _scaled(operators[name], after_ms))
+            why = explain(scaled(operators[over["over"]], before_ms), scaled(operators[name], after_ms))
             lines.append(f"`{name}`: {before_ms:,.0f} -> {after_ms:,.0f} ms a step; {why}")
     return lines
 
 
-def _scaled(operators: Sequence[Metrics], step_ms: float) -> dict[str, float]:
+def scaled(operators: Sequence[Metrics], step_ms: float) -> dict[str, float]:
     """Return the milliseconds of each operator, their sum made `step_ms`."""
     total = sum(operator["self_ms"] for operator in operators)
     return {operator["name"]: operator["self_ms"] * step_ms / total for operator in operators}
@@ -319,6 +319,6 @@ def _cells(metrics: Metrics) -> list[str]:
     ]
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
     """Write a switch's value as params.yaml has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
