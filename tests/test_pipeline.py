@@ -1,16 +1,19 @@
 """What a climb of the real pipeline under real DVC leaves behind, and what a second one runs."""
 
 import gzip
+import hashlib
 import json
 import math
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from climbing import NO_SECRET, SECRET, call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
+from transformers import AutoModelForCausalLM
 
-from gpt2_ladder import config, metrics
+from gpt2_ladder import config, hub, metrics
 
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
@@ -94,6 +97,43 @@ def test_no_file_of_a_climb_holds_a_key_that_was_around_it(first_run, clone):
     assert sum(path.suffix == ".wandb" for path in notes) == wandb_runs(clone)  # so a key would be found there
     assert [path for path, content in contents.items() if SECRET.encode() in content] == []
     assert SECRET not in first_run
+
+
+def test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers(first_run, clone, tmp_path, encoding):
+    (clone / ".venv").mkdir(exist_ok=True)
+    (clone / ".venv/installed").touch()  # what make needs is on PATH already
+    assert f"hf upload OWNER/net {tmp_path}/net ." in call(clone, "make", "share", f"FOLDER={tmp_path}/net")
+    card, found = (tmp_path / "net/README.md").read_text(), read_metrics(clone, "trial")
+    environment = json.loads((clone / "results/environment.json").read_text())
+    corpus, train = (clone / f"data/{name}" for name in ("input.txt", "train.bin"))
+    commit = call(clone, "git", "rev-parse", "HEAD").strip()
+    for fact in (
+        *("**4 steps old**", "on 512 tokens", "2 x 64 tokens; 128 tokens a step"),
+        *(f"{found[name]:.4f}" for name in ("loss_first", "loss_last", "val_loss", "bits_per_byte")),
+        *(f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in (corpus, train)),
+        *(environment["torch"], environment["device_name"], f"git checkout {commit}", '| `precision` | "fp32" |'),
+    ):
+        assert fact in card
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "net")(torch.tensor([encoding.encode("Before we")])).logits
+    ours, _ = hub.load_gpt(clone / "models/trial")(torch.tensor([encoding.encode("Before we")]))
+    torch.testing.assert_close(logits, ours, rtol=0, atol=2e-5 * ours.abs().max().item())
+    refused = "env", "PYTHONPATH=src", "python", "-m", "pipeline.share", "other"
+    set_param(clone, "precision", "bf16")
+    assert "params.yaml: precision" in call(clone, *refused, exit_code=1, stderr=True)
+    get_back(clone)
+    weights = clone / "models/trial/model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()  # a link into DVC's cache is not written through
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "models/trial;" in call(clone, *refused, exit_code=1, stderr=True)
+    weights.unlink()
+    get_back(clone)
+    assert not (clone / "other").exists()
+    (clone / "src/note.txt").write_text("not committed")
+    call(clone, *refused)
+    assert "It cannot be repeated from a commit" in (clone / "other/README.md").read_text()
+    shutil.rmtree(clone / "other")
+    (clone / "src/note.txt").unlink()
 
 
 def test_nothing_untracked_is_left_behind(first_run, clone):
