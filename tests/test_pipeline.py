@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 from climbing import NO_SECRET, SECRET, call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
 from transformers import AutoModelForCausalLM
+from wandb_server import KEY, serve
 
-from gpt2_ladder import config, hub, metrics
+from gpt2_ladder import config, hub, metrics, runs
 
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
@@ -84,9 +86,37 @@ def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(first_run, c
         assert gain in (clone / "results/report" / page).read_text()
 
 
-def test_every_training_has_a_run_of_its_own(first_run, clone):
+def test_every_training_has_a_run_of_its_own_and_all_are_one_group(first_run, clone):
     trained = [level for level in LEVELS if read_metrics(clone, f"levels/{level}")["status"] == "trained"]
-    assert wandb_runs(clone) == len(trained) + 3  # overfit, trial and the summary
+    found = list(runs.local(clone / "wandb", None))
+    kinds = {"overfit": "overfit", "trial": "trial", "summary": "report", **dict.fromkeys(trained, "train")}
+    assert sorted((run.name, run.job_type) for run in found) == sorted(kinds.items())
+    assert len({run.group for run in found}) == 1
+    assert {run.state for run in found} == {"finished"}
+    table = call(clone, "env", "PYTHONPATH=src", "python", "-m", "pipeline.runs")
+    for name in ("trial", *trained):
+        metrics_found = read_metrics(clone, name if name == "trial" else f"levels/{name}")
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {name} "))
+        assert f" {metrics_found['loss_last']:.4f} | " in row
+        assert f" {metrics_found['val_loss']:.4f} | " in row
+
+
+def test_wandb_sync_sends_every_run_once_and_sent_again_it_is_the_same_run(first_run, clone):
+    found = list(runs.local(clone / "wandb", None))
+    expected = {(Path(run.where).name.split("-")[-1], run.name, run.group, run.job_type) for run in found}
+    assert len({run_id for run_id, *_ in expected}) == len(found) == wandb_runs(clone)
+    folders = sorted(run.where for run in found)
+    for again in ((), ("--include-synced",)):
+        with serve() as (url, sent):
+            send = "env", f"WANDB_API_KEY={KEY}", f"WANDB_BASE_URL={url}", "wandb", "sync"
+            call(clone, *send, *again, *folders)
+            upserted = [json.loads(one)["variables"] for one in sent if b"mutation UpsertBucket" in one]
+            heads = [tuple(one[key] for key in ("name", "displayName", "groupName", "jobType")) for one in upserted]
+            assert sorted(head for head in heads if head[1]) == sorted(expected)
+            assert {run_id for run_id, *_ in heads} == {run_id for run_id, *_ in expected}
+            sent.clear()
+            call(clone, *send, *folders)  # what was sent is marked, and skipped
+            assert not [one for one in sent if b"mutation" in one]
 
 
 def test_no_file_of_a_climb_holds_a_key_that_was_around_it(first_run, clone):
