@@ -59,7 +59,7 @@ hellaswag: .venv/installed
 
 # The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
 share: .venv/installed
-	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) '$(FOLDER)' $(MODEL)
+	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) '$(or $(FOLDER),$(error name a new folder: make share FOLDER=../my-gpt2))' $(MODEL)
 
 check: .venv/installed
 	ruff check .

@@ -119,6 +119,19 @@ def test_a_group_is_chosen_and_damaged_files_are_named(capsys):
         command.main("--group", "other")
 
 
+def test_what_went_to_a_server_lies_in_this_folder_too(monkeypatch, capsys):
+    with serve() as (url, _):
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        wandb.teardown()
+        folder = record("bf16")
+        wandb.teardown()
+    assert folder.name.startswith("run-")
+    capsys.readouterr()
+    command.main()
+    assert rows(capsys.readouterr().out) == [["bf16", "precision: bf16", *CELLS]]
+
+
 def test_a_run_of_another_version_has_no_word_on_its_switches(capsys):
     record("bf16", precision="fp8")
     command.main()

@@ -39,7 +39,7 @@ def check_target(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder}: is not a folder; name one that is not there yet")
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty, and nothing is overwritten; remove it or name another folder")
+        raise UserError(f"{folder}: is not empty, and nothing is overwritten; name a folder that is not there yet")
 
 
 def write_folder(folder: Path, model: GPT, card: str, encoder_json: Path, vocab_bpe: Path) -> None:
