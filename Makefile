@@ -2,8 +2,12 @@
 # make benchmark  the gains again, in 30 rounds        make plots   DVC's plots as a page that needs no network
 # make show    the experiments, compared              make check   linters and types
 # make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
+<<<<<<< HEAD
 # make hellaswag  how often it finds the right ending
 # make docs    docs/levels from prose, src/ and results/
+=======
+# make hellaswag  how often it finds the right ending   make share FOLDER=../my-gpt2   for the Hugging Face hub
+>>>>>>> w9b
 # make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
@@ -11,7 +15,11 @@ PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
+<<<<<<< HEAD
 .PHONY: repro announce benchmark show plots plan hellaswag test test-gpu check docs schema pins
+=======
+.PHONY: repro announce benchmark show plots plan hellaswag share test test-gpu check schema pins
+>>>>>>> w9b
 
 repro: announce .venv/installed
 	dvc repro
@@ -57,6 +65,10 @@ plan: .venv/installed
 hellaswag: .venv/installed
 	@dvc repro --quiet environment download
 	@PYTHONPATH=src python -m pipeline.hellaswag $(MODEL) $(if $(LIMIT),--limit $(LIMIT))
+
+# The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
+share: .venv/installed
+	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) '$(or $(FOLDER),$(error name a new folder: make share FOLDER=../my-gpt2))' $(MODEL)
 
 check: .venv/installed
 	ruff check .

@@ -39,7 +39,7 @@ def main(*arguments: str) -> None:
         artifacts.fetch(QUESTIONS, SHA256, SOURCES)
     encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
     examples = hellaswag.read(QUESTIONS)
-    origin = provenance(asked.model)
+    origin = provenance(asked.model / hub.WEIGHTS)
     print(f"{asked.model}: {origin['note'] or origin['source']}", flush=True)
     grades = []
     chosen = examples[: asked.limit]
@@ -69,13 +69,12 @@ def main(*arguments: str) -> None:
     )
 
 
-def provenance(folder: Path) -> dict[str, str | None]:
-    """Return source, hash and note of the weights in `folder`, from what lies beside them if it speaks of them."""
-    weights = folder / hub.WEIGHTS
-    path, sha256 = artifacts.provenance_path(weights), artifacts.file_sha256(weights)
+def provenance(found: Path) -> dict[str, str | None]:
+    """Return source, hash and note of the file `found`, from what lies beside it if that speaks of it."""
+    path, sha256 = artifacts.provenance_path(found), artifacts.file_sha256(found)
     written = files.read_json(path) if path.exists() else {}
     if written.get("sha256") != sha256:
-        written = {"source": "this folder; nothing beside the weights says where they come from"}
+        written = {"source": "a local file; nothing beside it says where it comes from"}
     return {"source": written.get("source"), "sha256": sha256, "note": written.get("note")}
 
 

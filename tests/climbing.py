@@ -20,8 +20,8 @@ PLANTED = {  # around a climb
 }
 
 
-def call(folder: Path, *command: str, exit_code: int = 0) -> str:
-    """Run a command with this interpreter's environment first on PATH; return what it printed."""
+def call(folder: Path, *command: str, exit_code: int = 0, stderr: bool = False) -> str:
+    """Run a command with this interpreter's environment first on PATH; return what it printed, its errors if wanted."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_"))},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -34,7 +34,7 @@ def call(folder: Path, *command: str, exit_code: int = 0) -> str:
     }
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == exit_code, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+    return result.stderr if stderr else result.stdout
 
 
 def get_back(clone: Path) -> None:

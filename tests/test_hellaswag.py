@@ -148,13 +148,13 @@ def test_the_command_counts_what_transformers_finds_right(checkout, serve, encod
 
 
 def test_weights_of_ones_own_are_not_called_openais_or_a_stand_in(checkout):
-    written = command.provenance(Path("data/gpt2"))
+    written = command.provenance(Path("data/gpt2") / hub.WEIGHTS)
     assert written["source"] == pretrained.STAND_IN_SOURCE
     hub.save_gpt(GPT(tiny(vocab_size=50257)), Path("data/gpt2"))  # what lies beside them speaks of others now
-    found = command.provenance(Path("data/gpt2"))
+    found = command.provenance(Path("data/gpt2") / hub.WEIGHTS)
     assert found["sha256"] != written["sha256"]
     assert (found["source"], found["note"]) == (
-        "this folder; nothing beside the weights says where they come from",
+        "a local file; nothing beside it says where it comes from",
         None,
     )
 

@@ -1,17 +1,22 @@
 """What a climb of the real pipeline under real DVC leaves behind, and what a second one runs."""
 
 import gzip
+import hashlib
 import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from climbing import NO_SECRET, SECRET, call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
+from transformers import AutoModelForCausalLM
+from wandb_server import KEY, serve
 
-from gpt2_ladder import config, metrics
+from gpt2_ladder import config, hub, metrics, runs
 
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
@@ -82,9 +87,37 @@ def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(first_run, c
         assert gain in (clone / page).read_text()
 
 
-def test_every_training_has_a_run_of_its_own(first_run, clone):
+def test_every_training_has_a_run_of_its_own_and_all_are_one_group(first_run, clone):
     trained = [level for level in LEVELS if read_metrics(clone, f"levels/{level}")["status"] == "trained"]
-    assert wandb_runs(clone) == len(trained) + 3  # overfit, trial and the summary
+    found = list(runs.local(clone / "wandb", None))
+    kinds = {"overfit": "overfit", "trial": "trial", "summary": "report", **dict.fromkeys(trained, "train")}
+    assert sorted((run.name, run.job_type) for run in found) == sorted(kinds.items())
+    assert len({run.group for run in found}) == 1
+    assert {run.state for run in found} == {"finished"}
+    table = call(clone, "env", "PYTHONPATH=src", "python", "-m", "pipeline.runs")
+    for name in ("trial", *trained):
+        metrics_found = read_metrics(clone, name if name == "trial" else f"levels/{name}")
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {name} "))
+        assert f" {metrics_found['loss_last']:.4f} | " in row
+        assert f" {metrics_found['val_loss']:.4f} | " in row
+
+
+def test_wandb_sync_sends_every_run_once_and_sent_again_it_is_the_same_run(first_run, clone):
+    found = list(runs.local(clone / "wandb", None))
+    expected = {(Path(run.where).name.split("-")[-1], run.name, run.group, run.job_type) for run in found}
+    assert len({run_id for run_id, *_ in expected}) == len(found) == wandb_runs(clone)
+    folders = sorted(run.where for run in found)
+    for again in ((), ("--include-synced",)):
+        with serve() as (url, sent):
+            send = "env", f"WANDB_API_KEY={KEY}", f"WANDB_BASE_URL={url}", "wandb", "sync"
+            call(clone, *send, *again, *folders)
+            upserted = [json.loads(one)["variables"] for one in sent if b"mutation UpsertBucket" in one]
+            heads = [tuple(one[key] for key in ("name", "displayName", "groupName", "jobType")) for one in upserted]
+            assert sorted(head for head in heads if head[1]) == sorted(expected)
+            assert {run_id for run_id, *_ in heads} == {run_id for run_id, *_ in expected}
+            sent.clear()
+            call(clone, *send, *folders)  # what was sent is marked, and skipped
+            assert not [one for one in sent if b"mutation" in one]
 
 
 def test_no_file_of_a_climb_holds_a_key_that_was_around_it(first_run, clone):
@@ -95,6 +128,43 @@ def test_no_file_of_a_climb_holds_a_key_that_was_around_it(first_run, clone):
     assert sum(path.suffix == ".wandb" for path in notes) == wandb_runs(clone)  # so a key would be found there
     assert [path for path, content in contents.items() if SECRET.encode() in content] == []
     assert SECRET not in first_run
+
+
+def test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers(first_run, clone, tmp_path, encoding):
+    (clone / ".venv").mkdir(exist_ok=True)
+    (clone / ".venv/installed").touch()  # what make needs is on PATH already
+    assert f"hf upload OWNER/net {tmp_path}/net ." in call(clone, "make", "share", f"FOLDER={tmp_path}/net")
+    card, found = (tmp_path / "net/README.md").read_text(), read_metrics(clone, "trial")
+    environment = json.loads((clone / "results/environment.json").read_text())
+    corpus, train = (clone / f"data/{name}" for name in ("input.txt", "train.bin"))
+    commit = call(clone, "git", "rev-parse", "HEAD").strip()
+    for fact in (
+        *("**4 steps old**", "on 512 tokens", "2 x 64 tokens; 128 tokens a step"),
+        *(f"{found[name]:.4f}" for name in ("loss_first", "loss_last", "val_loss", "bits_per_byte")),
+        *(f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in (corpus, train)),
+        *(environment["torch"], environment["device_name"], f"git checkout {commit}", '| `precision` | "fp32" |'),
+    ):
+        assert fact in card
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "net")(torch.tensor([encoding.encode("Before we")])).logits
+    ours, _ = hub.load_gpt(clone / "models/trial")(torch.tensor([encoding.encode("Before we")]))
+    torch.testing.assert_close(logits, ours, rtol=0, atol=2e-5 * ours.abs().max().item())
+    refused = "env", "PYTHONPATH=src", "python", "-m", "pipeline.share", "other"
+    set_param(clone, "precision", "bf16")
+    assert "params.yaml: precision" in call(clone, *refused, exit_code=1, stderr=True)
+    get_back(clone)
+    weights = clone / "models/trial/model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()  # a link into DVC's cache is not written through
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "models/trial;" in call(clone, *refused, exit_code=1, stderr=True)
+    weights.unlink()
+    get_back(clone)
+    assert not (clone / "other").exists()
+    (clone / "src/note.txt").write_text("not committed")
+    call(clone, *refused)
+    assert "It cannot be repeated from a commit" in (clone / "other/README.md").read_text()
+    shutil.rmtree(clone / "other")
+    (clone / "src/note.txt").unlink()
 
 
 def test_nothing_untracked_is_left_behind(first_run, clone):

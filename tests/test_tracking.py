@@ -153,16 +153,16 @@ def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_key_is_found_where_wandb_login_puts_it(tmp_path, monkeypatch):
-    assert not tracking._has_key()
+    assert not tracking.has_key()
     hosts = (urlsplit(wandb.setup().settings.base_url).netloc, "api.wandb.ai")  # today's, and that of older logins
     for host in hosts:
         for key in ("0" * 40, "malformed"):
             (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
-            assert tracking._has_key()
+            assert tracking.has_key()
     (tmp_path / "netrc").write_text(f"machine example.com\n  login user\n  password {'0' * 40}\n")
-    assert not tracking._has_key()
+    assert not tracking.has_key()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert tracking._has_key()
+    assert tracking.has_key()
 
 
 def test_the_group_is_the_users_or_the_experiments_or_the_commit_and_environment(monkeypatch):

@@ -1,66 +1,19 @@
 """A W&B server that lets a run start and then goes wrong, or never comes to that; and what a training makes of it."""
 
 import csv
-import http.server
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-import faulty_server
 import pytest
 import wandb
+from wandb_server import KEY, serve
 
 from gpt2_ladder import tracking
 from gpt2_ladder.config import Params
 from pipeline.train import train
 
-KEY = "5ec2e7" * 7
 STEPS = 200
-
-
-@contextmanager
-def serve(fault: str, starts: bool) -> Iterator[tuple[str, list[bytes]]]:
-    """Serve what W&B's client needs; yield the address and the growing list of what it sends.
-
-    All requests meet `fault`, but the one with which a run `starts`. "{}" is an answer that lacks all that was asked.
-    """
-    sent: list[bytes] = []
-    turn, resume = threading.Lock(), threading.Event()
-    url = "http://127.0.0.1"
-    project = {"id": "p", "name": "gpt2-ladder", "entity": {"id": "e", "name": "me"}}
-    bucket = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "project": project, "historyLineCount": 0}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = self.rfile.read(int(self.headers["Content-Length"]))
-            with turn:
-                first = starts and not any(b"mutation UpsertBucket" in one for one in sent)
-                sent.append(request)
-            answer: dict = {}
-            if b"mutation UpsertBucket" in request and (first or not fault):
-                answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-            elif b"mutation CreateRunFiles" in request:
-                files = [{"name": name, "uploadUrl": url} for name in json.loads(request)["variables"]["files"]]
-                answer = {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
-            body = b"{}" if fault == "{}" and not first else json.dumps(answer).encode()
-            faulty_server.answer(self, body, "" if first or fault == "{}" else fault, resume=resume)
-
-        do_PUT = do_GET = do_POST  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield url, sent
-    finally:
-        resume.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

@@ -48,20 +48,28 @@ templates = jinja2.Environment(
 )
 
 
-def switch_that_changes(level: Switches, previous: Switches | None) -> str:
-    """Return the switches in which `level` differs from `previous`, as `name: value`."""
+def switch_that_changes(level: Switches, previous: Switches | None, same: str = "the speed shape only") -> str:
+    """Return the switches in which `level` differs from `previous`, as `name: value`; where there is none, `same`."""
     if previous is None:
         return "start: PyTorch's defaults"
     changed = [name for name in Switches.model_fields if getattr(level, name) != getattr(previous, name)]
+<<<<<<< HEAD
     return ", ".join(f"{name}: {word(getattr(level, name))}" for name in changed) or "the speed shape only"
+=======
+    return ", ".join(f"{name}: {_word(getattr(level, name))}" for name in changed) or same
+>>>>>>> w9b
 
 
 def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics | None = None) -> Table:
     """Return the titles, one row of text a level in the ladder's order, and the trial's if it is given."""
     changes = _changes(levels)
-    rows = [[name, changes[name], *_cells(results[name])] for name in levels]
+    rows = [[name, changes[name], *training_cells(results[name])] for name in levels]
     titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
+<<<<<<< HEAD
     return [titles, *rows, *([["trial", "the knobs of params.yaml", *_cells(trial)]] if trial else [])]
+=======
+    return [titles, *rows, ["trial", "the knobs of params.yaml", *training_cells(trial)]]
+>>>>>>> w9b
 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
@@ -311,7 +319,7 @@ def _gain(found: Metrics | None) -> str:
     return str(Gain(found["ratio"], found["low"], found["high"]))
 
 
-def _cells(metrics: Metrics) -> list[str]:
+def training_cells(metrics: Metrics) -> list[str]:
     """Return the cells of TRAINING_COLUMNS; a skipped level has dashes."""
     return [
         template.format(metrics[name]) if metrics[name] is not None else MISSING

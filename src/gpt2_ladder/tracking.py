@@ -72,7 +72,7 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     Raises:
         UserError: WANDB_MODE is none of W&B's words.
     """
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     if mode not in MODES:
         raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
     try:
@@ -101,6 +101,17 @@ def log_summary(run: wandb.Run, results: Mapping[str, Any], pictures: Mapping[st
             run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
     except Exception as error:  # of any type, as in Tracker
         print(f"W&B failed ({_named(error)}): the summary is in results/ alone", flush=True)
+
+
+def project() -> str:
+    """Return the W&B project of all runs."""
+    return os.environ.get("WANDB_PROJECT", PROJECT)
+
+
+def folder() -> Path:
+    """Return where W&B puts its folder, which is called wandb."""
+    # Not the working directory: `dvc exp run --temp` throws that away. DVC_ROOT is the real repository.
+    return Path(os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or ".")
 
 
 def run_group(fingerprint: str) -> str:
@@ -135,9 +146,8 @@ def _start(init: Callable[[str], wandb.Run], mode: str) -> wandb.Run:
 
 def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:
     return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        # Not the working directory: `dvc exp run --temp` throws that away. DVC_ROOT is the real repository.
-        dir=os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or ".",
+        project=project(),
+        dir=folder(),
         name=name,
         group=group,
         job_type=job_type,
@@ -150,7 +160,7 @@ def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, An
     )
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Tell whether W&B has an API key here: in WANDB_API_KEY, or in the netrc file that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY"):
         return True
