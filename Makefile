@@ -2,7 +2,7 @@
 # make benchmark  the gains again, in 30 rounds        make plots   DVC's plots as a page that needs no network
 # make show    the experiments, compared              make check   linters and types
 # make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
-# make hellaswag  how often it finds the right ending
+# make hellaswag  how often it finds the right ending   make sample  let the trial's network write
 # make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro announce benchmark show plots plan hellaswag test test-gpu check schema pins
+.PHONY: repro announce benchmark show plots plan hellaswag sample test test-gpu check schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -56,6 +56,11 @@ plan: .venv/installed
 hellaswag: .venv/installed
 	@dvc repro --quiet environment download
 	@PYTHONPATH=src python -m pipeline.hellaswag $(MODEL) $(if $(LIMIT),--limit $(LIMIT))
+
+# A text that begins with the prompt: make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
+sample: .venv/installed
+	@dvc repro --quiet environment download
+	@PYTHONPATH=src python -m pipeline.sample --prompt "$$PROMPT" $(OPTIONS)
 
 check: .venv/installed
 	ruff check .

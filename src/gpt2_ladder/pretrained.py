@@ -3,15 +3,17 @@
 import json
 import logging
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import huggingface_hub
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -67,6 +69,36 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
         _write_stand_in(folder, size, seed)
 
 
+def fetch_repository(repository: str) -> Path:
+    """Bring the two files of a public `repository`, owner/name, into huggingface_hub's cache; return the folder there.
+
+    What is there already is taken without asking the hub. OpenAI's come at the pinned commit, and their hash is checked
+    where it is known here; others at the newest.
+
+    Raises:
+        UserError: a file cannot be had, or is not the pinned one.
+    """
+    model = repository.removeprefix("openai-community/")
+    repository = _repository(model) if model in REVISIONS else repository
+    for name in (CONFIG, WEIGHTS):
+        try:
+            path: Any = huggingface_hub.try_to_load_from_cache(repository, name, revision=REVISIONS.get(model))
+            url = huggingface_hub.hf_hub_url(repository, name, revision=REVISIONS.get(model))
+            if not isinstance(path, str):
+                _probe(url)
+                print(f"{name}: fetching from {artifacts.hidden(url)}", file=sys.stderr)
+                path = _download(repository, name, REVISIONS.get(model))
+        except HFValidationError:
+            raise UserError(f"{repository!r:.100}: a repository of the hub is called owner/name") from None
+        except Unreachable as failure:
+            raise UserError(
+                f"{repository}: the hub cannot be reached: {failure}; check the network or HF_ENDPOINT"
+            ) from None
+        if sha256 := SHA256.get(model, {}).get(name):
+            artifacts.check_sha256(Path(path), sha256, artifacts.hidden(url), f"delete {path} and get it again")
+    return Path(path).parent
+
+
 def is_stand_in(folder: Path) -> bool:
     """Tell from the provenance in `folder` whether its weights are a stand-in rather than OpenAI's."""
     return bool(json.loads(artifacts.provenance_path(folder / WEIGHTS).read_text())["source"] == STAND_IN_SOURCE)
@@ -113,11 +145,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
                 artifacts.write_provenance(folder / name, "found in place", sha256, commit)
         return
     if local is None:
-        if constants.HF_HUB_OFFLINE:
-            raise Unreachable("HF_HUB_OFFLINE is set")
-        for handler in logging.getLogger("huggingface_hub").handlers:
-            handler.addFilter(_hide)
-        artifacts.probe(_url(model, CONFIG))
+        _probe(_url(model, CONFIG))
     _check_disk(folder, size)
     with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         sources = {}
@@ -126,7 +154,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
             if local is None:
                 sources[name] = artifacts.hidden(_url(model, name))
                 print(f"{name}: fetching from {sources[name]}", flush=True)
-                _download(model, name, temporary)
+                _download(_repository(model), name, REVISIONS[model], temporary)
             else:
                 sources[name] = f"{local}/{name}"
                 try:
@@ -153,32 +181,39 @@ def _url(model: str, name: str) -> str:
     return huggingface_hub.hf_hub_url(_repository(model), name, revision=REVISIONS[model])
 
 
+def _probe(url: str) -> None:
+    """Ask the hub, with a short clock, for `url`; raise Unreachable where no answer comes, UserError for an error."""
+    if constants.HF_HUB_OFFLINE:
+        raise Unreachable("HF_HUB_OFFLINE is set")
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_hide)
+    artifacts.probe(url)
+
+
 def _hide(record: logging.LogRecord) -> bool:
     """Have huggingface_hub's warnings name the hub without the password in HF_ENDPOINT."""
     record.msg, record.args = artifacts.hidden(record.getMessage()), None
     return True
 
 
-def _download(model: str, name: str, folder: str) -> None:
-    """Let huggingface_hub bring a file of `model` into `folder`.
+def _download(repository: str, name: str, revision: str | None, folder: str | None = None) -> str:
+    """Let huggingface_hub bring a file of `repository` into `folder`, or else its cache; return where it is.
 
     Raises:
         UserError: the file did not come. The hub has answered before, so there is no stand-in from here on.
     """
-    fetch_once = partial(
-        huggingface_hub.hf_hub_download, _repository(model), name, revision=REVISIONS[model], local_dir=folder
-    )
+    fetch_once = partial(huggingface_hub.hf_hub_download, repository, name, revision=revision, local_dir=folder)
     try:
-        artifacts.patiently(fetch_once, _may_pass)
+        return artifacts.patiently(fetch_once, _may_pass)
     except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
         if "No space left on device" in str(error):
             raise
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
-            f"{artifacts.hidden(_url(model, name))}: the hub answered, but the file did not come: "
-            f"{artifacts.hidden(reason)}; "
-            "run again, set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
+            f"{artifacts.hidden(huggingface_hub.hf_hub_url(repository, name, revision=revision))}: "
+            f"the hub answered, but the file did not come: {artifacts.hidden(reason)}; "
+            "run again, set HF_ENDPOINT to a mirror, or name a local folder (in params.yaml: pretrained.folder)"
         ) from None
 
 
