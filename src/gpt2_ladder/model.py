@@ -1,6 +1,7 @@
 """GPT-2 on one page.
 
-Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), L layers,
+V vocabulary.
 Parameter names are Hugging Face's, without their `transformer.` prefix, so that published weights map one to one.
 There is no dropout: the levels are compared on their loss curves, and a random mask would blur them.
 
@@ -156,7 +157,7 @@ class GPT(nn.Module):
             them, and the mean cross-entropy in nats as a float32 scalar, None without targets.
         """
         T = idx.size(1)
-        assert start == 0 or T == 1, "a flash kernel would mask several tokens after others wrongly"
+        assert start == 0 or T == 1, "several tokens after others would need another mask"
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         for layer, block in enumerate(self.h):
