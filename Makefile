@@ -2,12 +2,8 @@
 # make benchmark  the gains again, in 30 rounds        make plots   DVC's plots as a page that needs no network
 # make show    the experiments, compared              make check   linters and types
 # make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
-<<<<<<< HEAD
-# make hellaswag  how often it finds the right ending
-# make docs    docs/levels from prose, src/ and results/
-=======
-# make hellaswag  how often it finds the right ending   make share FOLDER=../my-gpt2   for the Hugging Face hub
->>>>>>> w9b
+# make hellaswag  how often it finds the right ending   make sample  let the trial's network write
+# make share FOLDER=../my-gpt2   for the Hugging Face hub    make docs    docs/levels from prose, src/ and results/
 # make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
 
 SHELL := /bin/bash
@@ -15,11 +11,7 @@ PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-<<<<<<< HEAD
-.PHONY: repro announce benchmark show plots plan hellaswag test test-gpu check docs schema pins
-=======
-.PHONY: repro announce benchmark show plots plan hellaswag share test test-gpu check schema pins
->>>>>>> w9b
+.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-gpu check docs schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -69,6 +61,11 @@ hellaswag: .venv/installed
 # The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
 share: .venv/installed
 	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) '$(or $(FOLDER),$(error name a new folder: make share FOLDER=../my-gpt2))' $(MODEL)
+
+# A text that begins with the prompt: make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
+sample: .venv/installed
+	@dvc repro --quiet environment download
+	@PYTHONPATH=src python -m pipeline.sample --prompt "$$PROMPT" $(OPTIONS)
 
 check: .venv/installed
 	ruff check .

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import config, files, hub, sharing
+from gpt2_ladder import config, corpora, files, hub, sharing
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.data import sidecar_path
 from pipeline import (
@@ -19,7 +19,7 @@ from pipeline import (
     ENCODER_JSON,
     MODELS,
     RESULTS,
-    TRAIN_SHARD,
+    SHARDS,
     VAL_SHARD,
     VOCAB_BPE,
     read_environment,
@@ -83,6 +83,7 @@ def read_run() -> dict[str, Any]:
         )
     params, environment, result = config.load(), read_environment(), files.read_json(written)
     shape, recipe = params.shape("speed"), params.recipe
+    manifest = files.read_json(SHARDS / corpora.MANIFEST)
     settings = trainer.describe("trial", params, params.switches, shape, environment, recipe, params.devices)
     return {
         "result": result,
@@ -90,8 +91,9 @@ def read_run() -> dict[str, Any]:
         "tokens": shape.steps * (recipe.tokens_per_step or shape.batch_size * shape.block_size),
         "settings": {key: value for key, value in settings.items() if key not in ("environment", "level")},
         "environment": environment,
-        "corpus": provenance(CORPUS) if CORPUS.exists() else None,
-        "train": files.read_json(sidecar_path(TRAIN_SHARD)),
+        "corpus": provenance(CORPUS) if params.data.source == "tiny-shakespeare" and CORPUS.exists() else None,
+        "made_of": manifest["made_of"],
+        "train": [shard for shard in manifest["shards"] if shard["path"] != str(VAL_SHARD)],
         "val": files.read_json(sidecar_path(VAL_SHARD)),
         "commit": _commit(),
     }

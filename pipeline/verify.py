@@ -1,14 +1,15 @@
 """Prove that our GPT computes what GPT-2 does, with the downloaded weights and with random ones, and let it talk."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from gpt2_ladder import config, data, devices, files, hub, pretrained, verification
+from gpt2_ladder import artifacts, config, data, devices, files, hub, pretrained, sampling, verification
 from gpt2_ladder.config import UserError
-from gpt2_ladder.model import GPT, generate
+from gpt2_ladder.model import GPT
 from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
@@ -29,7 +30,8 @@ def main() -> None:
 
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
-    with tempfile.TemporaryDirectory(dir=WEIGHTS) as folder:  # /tmp may be smaller, or memory
+    # in WEIGHTS, because /tmp may be smaller, or memory; what a stage that is killed leaves, the next download removes
+    with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=artifacts.UNFINISHED) as folder:
         hub.save_gpt(GPT(params.size.gpt(), params.seed), Path(folder))
         random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
     for name, comparison in (("the downloaded weights", weights), ("random weights", random)):
@@ -40,9 +42,8 @@ def main() -> None:
     model = hub.load_gpt(WEIGHTS, "flash")
     known = params.model == "gpt2" and not stand_in  # llm.c tells the loss of the smallest alone
     known_loss = None if not known else verification.llmc_loss(model, text, encoding)
-    rows = generate(
-        model, prompt.expand(SAMPLES, -1), NEW_TOKENS, TOP_K, torch.Generator().manual_seed(params.seed)
-    ).tolist()
+    choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))
+    rows = sampling.generate(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, choose).tolist()
     notice = pretrained.STAND_IN_NOTICE if stand_in else "OpenAI's weights were verified."
     samples = "\n".join([notice, *(f"> {encoding.decode(row)!r}" for row in rows)])
     print(samples, flush=True)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt2_ladder import config
-from gpt2_ladder.model import GPT, generate
+from gpt2_ladder.model import GPT
 
 
 @pytest.mark.parametrize(("tie_weights", "parameters"), [(False, 163_037_184), (True, 124_439_808)])
@@ -149,19 +149,16 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     assert not torch.equal(GPT(tiny(), seed=2).wte.weight, first["wte.weight"])
 
 
-def test_greedy_generation_takes_the_likeliest_token_and_keeps_the_prompt():
-    model, prompt = GPT(tiny()), random_ids(time=4)
-    continued = generate(model, prompt, 3)
-    assert torch.equal(continued[:, :4], prompt)
-    assert torch.equal(continued[:, 4], model(prompt)[0][:, -1].argmax(-1))
-    assert torch.equal(continued[:, 6], model(continued[:, :6])[0][:, -1].argmax(-1))
-
-
-def test_sampling_stays_among_the_top_k_and_follows_its_generator():
-    model, prompt = GPT(tiny()), random_ids(batch=1, time=4).expand(200, -1)
-    drawn = generate(model, prompt, 1, 5, torch.Generator().manual_seed(0))[:, -1]
-    assert set(drawn.tolist()) == set(model(prompt[:1])[0][0, -1].topk(5).indices.tolist())
-    assert torch.equal(drawn, generate(model, prompt, 1, 5, torch.Generator().manual_seed(0))[:, -1])
+@pytest.mark.parametrize("change", [{}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+@torch.no_grad()
+def test_a_prompt_and_then_token_by_token_with_a_cache_give_the_logits_of_the_whole(attention, change):
+    model, ids = GPT(tiny(attention=attention, **change)), random_ids(time=32)
+    cache = torch.full((2, 2, 2, 2, 32, 8), torch.nan)  # (L, 2, B, H, room, D): what is read unwritten would show
+    pieces = [(ids[:, :5], 0), *((ids[:, start : start + 1], start) for start in range(5, 32))]
+    logits = torch.cat([model(piece, cache=cache, start=start)[0] for piece, start in pieces], dim=1)
+    # logits below 1, from products of other shapes
+    torch.testing.assert_close(logits, model(ids)[0][:, 4:], rtol=0, atol=1e-6)
 
 
 class Shapes(TorchDispatchMode):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pooch
 import requests
@@ -116,13 +117,13 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
     )
 
 
-def patiently(call: Callable[[], object], may_pass: Callable[[Exception], bool | float]) -> None:
-    """Call, and again after a growing pause where `may_pass` tells so of the error: three times in all.
+def patiently(call: Callable[[], Any], may_pass: Callable[[Exception], bool | float]) -> Any:
+    """Return what `call` does; call again after a growing pause where `may_pass` tells so of the error: thrice in all.
 
     `may_pass` may name a pause in seconds instead.
     """
     stamina.instrumentation.set_on_retry_hooks([_announce])
-    stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(may_pass, call)
+    return stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(may_pass, call)
 
 
 def hidden(text: object) -> str:

@@ -285,10 +285,10 @@ def _fineweb(name: str, folder: Path) -> Iterator[Path]:
     Raises:
         UserError: it did not come, or not as the hub has it.
     """
-    mend = "set HF_ENDPOINT to a mirror, or fetch the files by hand and use data.source: parquet"
+    mend = "fetch its files by hand and use data.source: parquet"
     try:
-        artifacts.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
+        hub_download.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
     except artifacts.Unreachable as failure:
         raise UserError(f"data.source = fineweb-edu: the hub cannot be reached: {failure}; {mend}") from None
     with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
-        yield hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, Path(temporary), mend, "dataset")
+        yield Path(hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, mend, Path(temporary), "dataset"))

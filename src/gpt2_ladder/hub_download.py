@@ -6,27 +6,43 @@ from pathlib import Path
 
 import httpx2
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2_ladder import artifacts
+from gpt2_ladder.artifacts import Unreachable
 from gpt2_ladder.config import UserError
 
 
-def fetch(repository: str, name: str, revision: str, folder: Path, mend: str, kind: str = "model") -> Path:
-    """Bring the file `name` of a `repository`, of models or datasets, into `folder`, and return where it lies.
-
-    `mend`: what the user can do where it does not come.
+def probe(url: str) -> None:
+    """Ask the hub, with a short clock, whether it answers for `url`.
 
     Raises:
-        UserError: it did not come.
+        Unreachable: no answer.
+        UserError: an answer, but an error.
     """
+    if constants.HF_HUB_OFFLINE:
+        raise Unreachable("HF_HUB_OFFLINE is set")
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_hide)
+    artifacts.probe(url)
+
+
+def fetch(
+    repository: str, name: str, revision: str | None, mend: str, folder: Path | None = None, kind: str = "model"
+) -> str:
+    """Bring the file `name` of a `repository` of that `kind` into `folder`, or the hub's cache; return where it lies.
+
+    `mend`: what a user may do where neither another try nor a mirror helps. `probe` comes first.
+
+    Raises:
+        UserError: the file did not come.
+    """
     fetch_once = partial(
         huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision, local_dir=folder
     )
     try:
-        artifacts.patiently(fetch_once, _may_pass)
+        return artifacts.patiently(fetch_once, _may_pass)
     except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
         if "No space left on device" in str(error):
             raise
@@ -35,9 +51,8 @@ def fetch(repository: str, name: str, revision: str, folder: Path, mend: str, ki
         url = huggingface_hub.hf_hub_url(repository, name, repo_type=kind, revision=revision)
         raise UserError(
             f"{artifacts.hidden(url)}: the hub answered, but the file did not come: {artifacts.hidden(reason)}; "
-            f"run again, {mend}"
+            f"run again, set HF_ENDPOINT to a mirror, or {mend}"
         ) from None
-    return folder / name
 
 
 def _hide(record: logging.LogRecord) -> bool:

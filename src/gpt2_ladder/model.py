@@ -1,6 +1,7 @@
 """GPT-2 on one page.
 
-Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), L layers,
+V vocabulary.
 Parameter names are Hugging Face's, without their `transformer.` prefix, so that published weights map one to one.
 There is no dropout: the levels are compared on their loss curves, and a random mask would blur them.
 
@@ -34,16 +35,20 @@ class CausalSelfAttention(nn.Module):
             ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool, device="cpu")
             self.register_buffer("future", ones.triu(1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T, C) -> (B, T, C); GPT.forward says what is in `cache`, here one layer's, (2, B, H, room, D)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # 3 x (B, H, T, D)
+        if cache is not None:
+            cache[:, :, :, start : start + T] = torch.stack((k, v))  # (2, B, H, T, D)
+            k, v = cache[:, :, :, : start + T]  # 2 x (B, H, start + T, D); from here on it stands for T in k, v, scores
         if self.attention == "flash":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D); no (T, T) matrix exists
+            causal = start == 0  # one token after others sees all of them
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, D); no (T, T) matrix exists
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-            scores = scores.masked_fill(self.future[:T, :T], float("-inf"))  # (B, H, T, T)
+            scores = scores.masked_fill(self.future[start : start + T, : start + T], float("-inf"))  # (B, H, T, T)
             y = F.softmax(scores, dim=-1) @ v  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
@@ -72,9 +77,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache, start)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
@@ -136,24 +141,30 @@ class GPT(nn.Module):
                 else:
                     module.bias.zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Tensor | None = None, start: int = 0
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the next token at every position.
 
         Args:
             idx: token ids, int64 (B, T), T at most n_positions.
             targets: the ids that follow, int64 (B, T), or None.
+            cache: keys and values of every layer, (L, 2, B, H, room, D), which those of `idx` are written into.
+            start: how many positions before `idx` are in the cache; after the first call, `idx` is one token a row.
 
         Returns:
-            logits (B, T, V), None where `config.chunked_loss` spares them, and the mean cross-entropy in nats as a
-            float32 scalar, None without targets.
+            logits (B, T, V), of the last position alone (B, 1, V) with a cache, None where `config.chunked_loss` spares
+            them, and the mean cross-entropy in nats as a float32 scalar, None without targets.
         """
         T = idx.size(1)
-        positions = torch.arange(T, device=idx.device)  # (T,)
+        assert start == 0 or T == 1, "several tokens after others would need another mask"
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
-        for block in self.h:
+        for layer, block in enumerate(self.h):
             again = self.config.activation_checkpointing  # in backward, from the block's input, all that is kept
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)  # (B, T, C)
-        x = self.ln_f(x)  # (B, T, C)
+            inputs = (x, None if cache is None else cache[layer], start)
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)  # (B, T, C)
+        x = self.ln_f(x if cache is None else x[:, -1:])  # (B, T, C)
         if targets is not None and self.config.chunked_loss:
             pieces = zip(x.flatten(0, 1).chunk(CHUNKS), targets.flatten().chunk(CHUNKS), strict=True)
             # a checkpoint keeps no logits: backward computes a piece's anew, for one more product of the head in all
@@ -168,24 +179,3 @@ class GPT(nn.Module):
     def _loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross-entropy of some tokens: (N, C), (N,) -> scalar."""
         return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")  # (N, V), (N,) -> scalar
-
-
-@torch.no_grad()
-def generate(
-    model: GPT, idx: Tensor, new_tokens: int, top_k: int | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """Continue every row of `idx`, int64 (B, T), by `new_tokens`: greedily, or sampled from the `top_k` likeliest.
-
-    Returns:
-        int64 (B, T + new_tokens). All of it must fit n_positions: there is no cache and no sliding window.
-    """
-    for _ in range(new_tokens):
-        logits = model(idx)[0][:, -1]  # (B, V)
-        if top_k is None:
-            chosen = logits.argmax(-1, keepdim=True)  # (B, 1)
-        else:
-            likeliest, ids = logits.topk(top_k)  # (B, top_k) each
-            drawn = torch.multinomial(F.softmax(likeliest.float(), dim=-1), 1, generator=generator)  # (B, 1)
-            chosen = ids.gather(1, drawn)  # (B, 1)
-        idx = torch.cat((idx, chosen), dim=1)  # (B, T + 1)
-    return idx

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -63,6 +65,36 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
         _write_stand_in(folder, size, seed)
 
 
+def fetch_repository(repository: str) -> Path:
+    """Bring the two files of a public `repository`, owner/name, into huggingface_hub's cache; return the folder there.
+
+    What is there already is taken without asking the hub. OpenAI's come at the pinned commit, and their hash is checked
+    where it is known here; others at the newest.
+
+    Raises:
+        UserError: a file cannot be had, or is not the pinned one.
+    """
+    model = repository.removeprefix("openai-community/")
+    repository = _repository(model) if model in REVISIONS else repository
+    for name in (CONFIG, WEIGHTS):
+        try:
+            path: Any = huggingface_hub.try_to_load_from_cache(repository, name, revision=REVISIONS.get(model))
+            url = huggingface_hub.hf_hub_url(repository, name, revision=REVISIONS.get(model))
+            if not isinstance(path, str):
+                hub_download.probe(url)
+                print(f"{name}: fetching from {artifacts.hidden(url)}", file=sys.stderr)
+                path = hub_download.fetch(repository, name, REVISIONS.get(model), "name a local folder")
+        except HFValidationError:
+            raise UserError(f"{repository!r:.100}: a repository of the hub is called owner/name") from None
+        except Unreachable as failure:
+            raise UserError(
+                f"{repository}: the hub cannot be reached: {failure}; check the network or HF_ENDPOINT"
+            ) from None
+        if sha256 := SHA256.get(model, {}).get(name):
+            artifacts.check_sha256(Path(path), sha256, artifacts.hidden(url), f"delete {path} and get it again")
+    return Path(path).parent
+
+
 def is_stand_in(folder: Path) -> bool:
     """Tell from the provenance in `folder` whether its weights are a stand-in rather than OpenAI's."""
     return bool(json.loads(artifacts.provenance_path(folder / WEIGHTS).read_text())["source"] == STAND_IN_SOURCE)
@@ -109,9 +141,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
                 artifacts.write_provenance(folder / name, "found in place", sha256, commit)
         return
     if local is None:
-        if constants.HF_HUB_OFFLINE:
-            raise Unreachable("HF_HUB_OFFLINE is set")
-        artifacts.probe(_url(model, CONFIG))
+        hub_download.probe(_url(model, CONFIG))
     _check_disk(folder, size)
     with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         sources = {}
@@ -120,8 +150,8 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
             if local is None:
                 sources[name] = artifacts.hidden(_url(model, name))
                 print(f"{name}: fetching from {sources[name]}", flush=True)
-                mend = "set HF_ENDPOINT to a mirror, or name a local pretrained.folder"
-                hub_download.fetch(_repository(model), name, REVISIONS[model], Path(temporary), mend)
+                mend = "name a local pretrained.folder"
+                hub_download.fetch(_repository(model), name, REVISIONS[model], mend, Path(temporary))
             else:
                 sources[name] = f"{local}/{name}"
                 try:

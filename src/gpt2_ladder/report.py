@@ -53,11 +53,7 @@ def switch_that_changes(level: Switches, previous: Switches | None, same: str = 
     if previous is None:
         return "start: PyTorch's defaults"
     changed = [name for name in Switches.model_fields if getattr(level, name) != getattr(previous, name)]
-<<<<<<< HEAD
-    return ", ".join(f"{name}: {word(getattr(level, name))}" for name in changed) or "the speed shape only"
-=======
-    return ", ".join(f"{name}: {_word(getattr(level, name))}" for name in changed) or same
->>>>>>> w9b
+    return ", ".join(f"{name}: {word(getattr(level, name))}" for name in changed) or same
 
 
 def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics | None = None) -> Table:
@@ -65,11 +61,7 @@ def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], 
     changes = _changes(levels)
     rows = [[name, changes[name], *training_cells(results[name])] for name in levels]
     titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
-<<<<<<< HEAD
-    return [titles, *rows, *([["trial", "the knobs of params.yaml", *_cells(trial)]] if trial else [])]
-=======
-    return [titles, *rows, ["trial", "the knobs of params.yaml", *training_cells(trial)]]
->>>>>>> w9b
+    return [titles, *rows, *([["trial", "the knobs of params.yaml", *training_cells(trial)]] if trial else [])]
 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from gpt2_ladder import hub
+from gpt2_ladder import hub, sampling
 from gpt2_ladder.config import UserError
 from gpt2_ladder.data import END_OF_TEXT
-from gpt2_ladder.model import GPT, generate
+from gpt2_ladder.model import GPT
 
 # Two right implementations differ by rounding, and rounding grows with the logits: 2e-6 at 3, 7e-4 at 105 were seen.
 RELATIVE_TOLERANCE = 2e-5
@@ -64,7 +64,7 @@ def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Compa
         ours = hub.load_gpt(folder, attention)
         differences.append((ours(idx)[0] - expected_logits).abs().max())
         # transformers stops at <|endoftext|>, ours goes on
-        ids = generate(ours, prompt, new_tokens)[:, : expected_ids.size(1)]
+        ids = sampling.generate(ours, prompt, new_tokens)[:, : expected_ids.size(1)]
         equal = equal and torch.equal(ids, expected_ids)
         del ours  # before the next is loaded: with the reference, two networks are in memory and not three
     worst = torch.stack(differences).max().item()  # NaN stays NaN here; Python's max would drop it
