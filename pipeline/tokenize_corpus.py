@@ -26,13 +26,13 @@ def main() -> None:
 def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
     text = data.read_text(CORPUS)
     parts = dict(zip((TRAIN_SHARD, VAL_SHARD), data.split_text(text), strict=True))
-    shutil.rmtree(SHARDS, ignore_errors=True)
     for path, part in parts.items():
         data.write_shard(path, encoding.encode_ordinary(part))
         shard = data.open_shard(path)
         if encoding.decode(shard.tolist()) != part:
             raise UserError(f"{path}: decoding the shard does not give the text back")
         print(f"{path}: {len(shard):,} tokens of {len(part.encode()):,} bytes, decoded back byte for byte")
+    shutil.rmtree(SHARDS, ignore_errors=True)  # of a larger corpus
     made_of = {"source": settings.source, "inputs": {str(CORPUS): artifacts.file_sha256(CORPUS)}}
     corpora.write_manifest(SHARDS, made_of, [corpora.describe(path) for path in parts])
 

@@ -5,6 +5,7 @@ docs/LOG.md is a record: what it names was run then, and need not run now; its l
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -51,6 +52,7 @@ HELD = {
         "make plan MEMORY=24GiB",
         "make docs",
         "make schema",
+        'make sample PROMPT="Once upon a time"',
         "python -m pipeline.compare padded bf16",
         "python -m pipeline.compare path/to/its/results/benchmark.json",
     ],
@@ -89,7 +91,9 @@ HELD = {
         "python benchmarks/determinism.py",
         "python benchmarks/overheads.py",
         "python benchmarks/race.py",
+        "python benchmarks/sampling.py",
         "python benchmarks/scaling.py",
+        "python benchmarks/tokenizing.py",
         "python benchmarks/reliability.py --long",
     ],
     "the head of a column, whose tests belong to the suite": ["python -m pytest -n 0"],
@@ -98,7 +102,12 @@ HELD = {
         "--rdzv-endpoint HOST:29400 -m pipeline.trial"
     ],
     "needs a terminal; test_tracking.py reads runs by its `inspect`": ["wandb leet wandb"],
-    "needs an account": ["wandb login", "wandb sync wandb/offline-run-*"],
+    "needs an account": ["wandb login"],
+    "test_pipeline.test_every_training_has_a_run_of_its_own_and_all_are_one_group": ["python -m pipeline.runs"],
+    "test_pipeline.test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers": [
+        "make share FOLDER=../my-gpt2"
+    ],
+    "needs a server; test_runs.py has one of ours": ["python -m pipeline.runs --online"],
     "is named as what does not work": ["wandb offline"],
     "test_docs.test_the_readmes_look_for_bfloat16_finds_what_the_environment_stage_does": [
         "grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo"
@@ -151,7 +160,7 @@ def test_every_command_is_executed_by_a_test_or_marked_with_the_reason_why_not()
 
 @pytest.mark.parametrize("command", [command for command in HELD_BY if command.startswith("make ")])
 def test_every_make_target_is_one(command):
-    dry = [*command.split(), "--dry-run", "--old-file", ".venv/installed"]
+    dry = [*shlex.split(command), "--dry-run", "--old-file", ".venv/installed"]
     assert subprocess.run(dry, cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
 
 

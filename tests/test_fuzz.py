@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, random_ids, tiny
@@ -146,7 +147,8 @@ def training(folder: Path) -> Checkpoints:
     """A training of a tiny network whose checkpoints lie in `folder`."""
     model = GPT(tiny())
     here = type("Here", (Checkpoints,), {"folder": folder})
-    return here("training", {}, model, torch.optim.AdamW(model.parameters()), 1)
+    batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
+    return here("training", {}, model, torch.optim.AdamW(model.parameters()), batches, 1)
 
 
 def train_and_save(folder: Path) -> None:

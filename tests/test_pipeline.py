@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -206,6 +207,7 @@ def test_plots_are_a_page_that_loads_nothing(first_run, clone):
         ("make plan MEMORY=24GiB", "24"),
         ("make docs", ""),
         ("make schema", ""),
+        ('make sample PROMPT="Once upon a time"', "^Once upon a time"),
         ("python -m pipeline.compare padded bf16", "padded over bf16: .* times as fast"),
         ("python -m pipeline.compare results/benchmark.json", "here: .*\nthere: .*"),
     ],
@@ -213,7 +215,7 @@ def test_plots_are_a_page_that_loads_nothing(first_run, clone):
 def test_what_a_reader_looks_at_is_there(first_run, clone, command, shown):
     (clone / ".venv").mkdir(exist_ok=True)
     (clone / ".venv/installed").touch()
-    assert re.search(shown, call(clone, "env", "PYTHONPATH=src", *command.split()))
+    assert re.search(shown, call(clone, "env", "PYTHONPATH=src", *shlex.split(command)))
     assert call(clone, "git", "status", "--porcelain") == ""  # the pages and the schema were current
 
 
