@@ -45,7 +45,7 @@ def baseline() -> list[float]:
 def broken_attention(scale: float | None, causal: bool):
     """CausalSelfAttention.forward with another scale or without its mask."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: None, start: int) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
