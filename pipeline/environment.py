@@ -16,7 +16,9 @@ from gpt2_ladder import config
 from gpt2_ladder.config import Environment
 from pipeline import ENVIRONMENT, run, write_json
 
+CPUINFO = Path("/proc/cpuinfo")
 AMPERE = 8.0  # the first compute capability with bfloat16
+VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # what a CPU's products run on, the best first
 UNTRIED = "torch's compiler for Apple's GPUs is young, and nobody has tried it with this project"
 # What Inductor will ask of the compiler: Python's headers, OpenMP and a shared library. To include Python.h instead of
 # looking for it would take four times as long, at every `dvc repro`.
@@ -101,20 +103,23 @@ def _ask(command: list[str]) -> str:
 
 
 def _cpu() -> tuple[str, set[str], int]:
-    """Return the processor's name, its instruction set flags, and how many cores (not hyperthreads) we may use."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
+    """Return the processor's name, its instruction set flags, and how many cores (not hyperthreads) we may use.
+
+    The name ends in the best of VECTORS: one model may have AMX or, in a virtual machine, be denied it.
+    """
+    if not CPUINFO.exists():
         return platform.processor() or platform.machine(), set(), os.cpu_count() or 1
     usable, cores = os.sched_getaffinity(0), set()
     field: dict[str, str] = {}
-    for processor in info.read_text().strip().split("\n\n"):
+    for processor in CPUINFO.read_text().strip().split("\n\n"):
         field = {
             key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor.split("\n"))
         }
         if int(field["processor"]) in usable:
             cores.add((field.get("physical id"), field.get("core id", field["processor"])))
-    flags = field.get("flags") or field.get("Features", "")  # x86, Arm
-    return field.get("model name", platform.machine()), set(flags.split()), len(cores)
+    flags = (field.get("flags") or field.get("Features", "")).split()  # x86, Arm
+    name = ", ".join([field.get("model name", platform.machine()), *(one for one in VECTORS if one in flags)][:2])
+    return name, set(flags), len(cores)
 
 
 if __name__ == "__main__":
