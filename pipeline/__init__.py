@@ -35,6 +35,9 @@ def run(main: Callable[..., None], *arguments: str) -> None:
         main(*arguments)
     except UserError as error:
         _end(str(error))
+    except BrokenPipeError:  # who reads our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except FileNotFoundError as error:
         _end(f"{error.filename} is not there; `dvc repro` runs the stages in their order")
     except Exception as error:

@@ -4,6 +4,7 @@ It holds what transformers loads, and a card whose facts are those of the very r
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -11,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import config, corpora, files, hub, sharing
+from gpt2_ladder import config, data, files, hub, sharing
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
-from gpt2_ladder.data import sidecar_path
 from pipeline import (
     CORPUS,
     ENCODER_JSON,
@@ -29,7 +29,10 @@ from pipeline import (
 from pipeline.hellaswag import provenance
 
 TRIAL = MODELS / "trial"
-DESCRIBED = ("params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")  # what a commit must hold to repeat a run
+# what a commit must hold to repeat a run
+DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
+
+MOST_NAMED = 20  # files of a corpus
 
 
 def main(*arguments: str) -> None:
@@ -83,7 +86,11 @@ def read_run() -> dict[str, Any]:
         )
     params, environment, result = config.load(), read_environment(), files.read_json(written)
     shape, recipe = params.shape("speed"), params.recipe
-    manifest = files.read_json(SHARDS / corpora.MANIFEST)
+    manifest = data.read_manifest(SHARDS)
+    root, read = Path(params.data.path).parent, manifest["made_of"]["inputs"]
+    # not where they lie on this machine
+    inputs = {name.removeprefix(f"{root}/"): found for name, found in read.items()}
+    digest = hashlib.sha256("".join(read.values()).encode())
     settings = trainer.describe("trial", params, params.switches, shape, environment, recipe, params.devices)
     return {
         "result": result,
@@ -92,9 +99,12 @@ def read_run() -> dict[str, Any]:
         "settings": {key: value for key, value in settings.items() if key not in ("environment", "level")},
         "environment": environment,
         "corpus": provenance(CORPUS) if params.data.source == "tiny-shakespeare" and CORPUS.exists() else None,
-        "made_of": manifest["made_of"],
+        "source": params.data.source,
+        "read": inputs
+        if len(inputs) <= MOST_NAMED
+        else {f"{len(inputs):,} files, of whose hashes": digest.hexdigest()},
         "train": [shard for shard in manifest["shards"] if shard["path"] != str(VAL_SHARD)],
-        "val": files.read_json(sidecar_path(VAL_SHARD)),
+        "val": files.read_json(data.sidecar_path(VAL_SHARD)),
         "commit": _commit(),
     }
 

@@ -82,7 +82,7 @@ def train(
     described = trainer.describe(name, params, switches, shape, environment, recipe, count)
     saved = None
     if params.checkpoint_every:
-        settings = {**described, "micro_batch": micro_batch, "corpus": train_shards.sha256()}
+        settings = {**described, "micro_batch": micro_batch, "corpus": train_shards.sha256}
         saved = Checkpoints(name, settings, model, optimizer, batches, params.checkpoint_every)
     before = saved.load() if saved else []
     if before:  # whose times and memory are those of more than one process

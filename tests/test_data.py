@@ -159,19 +159,31 @@ def test_several_shards_are_one_text(tmp_path):
     data.write_shard(tmp_path / "train.bin", ids[:20])
     for number, part in enumerate((ids[20:21], ids[21:50]), 1):
         data.write_shard(tmp_path / f"shards/{number:06}.bin", part)
+    names = [{"path": f"data/{name}"} for name in ("val.bin", "train.bin", "shards/000001.bin", "shards/000002.bin")]
+    (tmp_path / "shards/manifest.json").write_text(json.dumps({"shards": names}))
+    (tmp_path / "shards/stray.bin").write_bytes(b"x")
     shards = data.open_shards(tmp_path / "train.bin", tmp_path / "shards")
     assert len(shards) == 50
     for start, stop in itertools.combinations(range(52), 2):
         assert shards[start:stop].tolist() == ids[start:stop].tolist()
-    assert shards.sha256() == hashlib.sha256(ids.tobytes()).hexdigest()
+    parts = (hashlib.sha256(part.tobytes()).hexdigest() for part in (ids[:20], ids[20:21], ids[21:]))
+    assert shards.sha256 == hashlib.sha256("".join(parts).encode()).hexdigest()
     for (x, y), (expected_x, expected_y) in zip(
         islice(data.Batches(shards, 2, 3), 20), islice(data.Batches(ids, 2, 3), 20), strict=True
     ):
         assert torch.equal(x, expected_x)
         assert torch.equal(y, expected_y)
-    (tmp_path / "shards/000001.bin").unlink()
-    with pytest.raises(UserError, match=r"shards: 1 shards up to number 2; run `dvc repro -f tokenize`"):
+    (tmp_path / "shards/000002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="000002"):
         data.open_shards(tmp_path / "train.bin", tmp_path / "shards")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"shards": 5}', '{"shards": [{"path": 5}]}', '{"shards": [5]}'])
+def test_a_damaged_manifest_is_refused(tmp_path, text):
+    data.write_shard(tmp_path / "train.bin", [1, 2, 3])
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: no manifest of shards; run `dvc repro -f tokenize`"):
+        data.open_shards(tmp_path / "train.bin", tmp_path)
 
 
 def test_shuffled_batches_are_the_same_rows_in_another_order_in_every_epoch():

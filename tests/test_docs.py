@@ -101,6 +101,7 @@ HELD = {
         "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id ladder "
         "--rdzv-endpoint HOST:29400 -m pipeline.trial"
     ],
+    "names a folder of one's own": ["dvc add corpus"],
     "needs a terminal; test_tracking.py reads runs by its `inspect`": ["wandb leet wandb"],
     "needs an account": ["wandb login"],
     "test_pipeline.test_every_training_has_a_run_of_its_own_and_all_are_one_group": ["python -m pipeline.runs"],

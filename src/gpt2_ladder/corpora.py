@@ -34,11 +34,11 @@ import tiktoken
 from gpt2_ladder import artifacts, data, files, hub_download
 from gpt2_ladder.config import Data, UserError, shown
 
-MANIFEST = "manifest.json"
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 FINEWEB_FILES = [f"sample/10BT/{number:03}_00000.parquet" for number in range(14)]  # 28.5 GB, 9,672,101 documents
 Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
+VERSION = 1  # of how pieces are made and become tokens: after a change of that another one
 PIECE = 2**20  # characters
 ROWS = 256  # of a parquet file at a time
 AHEAD = 4  # pieces waiting for each process
@@ -137,7 +137,8 @@ def write(
         UserError: a file cannot be had or read, or there are too few tokens to train on.
     """
     inputs = _inputs(settings)
-    made_of = {**settings.model_dump(exclude={"shuffle"}), "inputs": inputs}
+    how = [VERSION, PIECE, ROWS, pa.__version__]  # positions are numbers of pieces: of others they would be elsewhere
+    made_of = {**settings.model_dump(exclude={"shuffle"}), "cut": how, "inputs": inputs}
     shards = _whole_shards(folder, made_of)
     position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 0}
     if shards:
@@ -167,7 +168,7 @@ def describe(shard: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, made_of: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
     """Write what a corpus is made of, and its shards in their order."""
-    files.write(folder / MANIFEST, json.dumps({"made_of": made_of, "shards": shards}, indent=1) + "\n")
+    files.write(folder / data.MANIFEST, json.dumps({"made_of": made_of, "shards": shards}, indent=1) + "\n")
 
 
 def cut(
@@ -201,10 +202,10 @@ def _inputs(settings: Data) -> dict[str, str]:
 def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the shards that are there already, made of the same, up to the first that is missing or damaged."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{artifacts.UNFINISHED}*"):
+    for left in folder.glob(".*"):  # of a run that was killed while it downloaded or wrote
         shutil.rmtree(left)
     try:
-        manifest = files.read_json(folder / MANIFEST)
+        manifest = data.read_manifest(folder)
     except (FileNotFoundError, UserError):
         manifest = {}
     if manifest.get("made_of") != made_of:
@@ -216,14 +217,9 @@ def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, An
 
 def _is_whole(path: Path, sha256: str) -> bool:
     try:
-        data.open_shard(path)
-        return bool(describe(path)["sha256"] == sha256)
+        return data.check_shard(path) == sha256
     except (FileNotFoundError, UserError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    return artifacts.file_sha256(path)
 
 
 def _pieces(

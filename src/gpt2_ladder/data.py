@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tiktoken
@@ -22,6 +22,7 @@ from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 
 DTYPE = np.dtype("<u2")  # two bytes hold every id below 65,536
+MANIFEST = "manifest.json"
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -89,11 +90,10 @@ def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
 
 def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
     """Write token `ids` as a shard, and its sidecar beside it."""
-    shard = np.asarray(ids, dtype=DTYPE)
     # the sidecar takes its place first: interrupted between the two, no shard or another one is beside it
     with files.replacing(sidecar_path(path), path) as (sidecar, raw):
-        raw.write_bytes(shard.tobytes())
-        sidecar.write_text(json.dumps(_describe(shard), indent=2) + "\n")
+        raw.write_bytes(np.asarray(ids, dtype=DTYPE).tobytes())
+        sidecar.write_text(json.dumps(_describe(raw)[0], indent=2) + "\n")
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -107,30 +107,41 @@ def open_shard(path: Path) -> np.memmap:
     Raises:
         UserError: an odd byte count, an id outside GPT-2's vocabulary, or a sidecar that describes another shard.
     """
+    check_shard(path)
+    return np.memmap(path, dtype=DTYPE, mode="r")
+
+
+def check_shard(path: Path) -> str:
+    """Return the SHA-256 of a shard; raise UserError as `open_shard` does."""
     size = path.stat().st_size
     if size == 0 or size % DTYPE.itemsize:
         raise UserError(f"{path}: {size} bytes are not a whole number of uint16 tokens; run `dvc repro -f tokenize`")
-    shard = np.memmap(path, dtype=DTYPE, mode="r")
-    if (largest := int(shard.max())) >= GPT2_VOCAB_SIZE:
+    found, largest = _describe(path)
+    if largest >= GPT2_VOCAB_SIZE:
         raise UserError(f"{path}: token id {largest} is outside GPT-2's vocabulary of {GPT2_VOCAB_SIZE}")
     if sidecar_path(path).exists():
         sidecar = files.read_json(sidecar_path(path))
-        for name, actual in _describe(shard).items():
+        for name, actual in found.items():
             if (expected := sidecar.get(name)) != actual:
                 raise UserError(
                     f"{path}: {name} {actual}, its sidecar says {expected!r:.80}; run `dvc repro -f tokenize`"
                 )
-    return shard
+    return str(found["sha256"])
 
 
-def _describe(shard: np.ndarray) -> dict[str, str | int]:
-    """Return what the sidecar of `shard` says."""
-    return {
-        "dtype": "uint16",
-        "tokens": len(shard),
-        "vocab_size": GPT2_VOCAB_SIZE,
-        "sha256": hashlib.sha256(shard.data).hexdigest(),
-    }
+def _describe(path: Path) -> tuple[dict[str, str | int], int]:
+    """Return what the sidecar of the shard at `path` says, and the largest id in it.
+
+    Read a piece at a time and not mapped, since what is mapped counts as a training's memory.
+    """
+    digest, tokens, largest = hashlib.sha256(), 0, 0
+    with path.open("rb") as file:
+        while raw := file.read(2**24):
+            ids = np.frombuffer(raw, DTYPE)
+            digest.update(raw)
+            tokens, largest = tokens + len(ids), max(largest, int(ids.max()))
+    size: dict[str, str | int] = {"dtype": "uint16", "tokens": tokens, "vocab_size": GPT2_VOCAB_SIZE}
+    return {**size, "sha256": digest.hexdigest()}, largest
 
 
 def count_bytes(ids: Iterable[Tensor], encoder_json: Path) -> int:
@@ -146,10 +157,17 @@ def count_bytes(ids: Iterable[Tensor], encoder_json: Path) -> int:
 
 
 class Shards:
-    """Several shards as one: a sequence of token ids, of which only what is asked for is read from the disk."""
+    """Several shards as one: a sequence of token ids, of which only what is asked for is read from the disk.
 
-    def __init__(self, shards: Sequence[np.ndarray]):
-        self._shards, self._ends = shards, np.cumsum([len(shard) for shard in shards])
+    Attributes:
+        sha256: of their SHA-256, one after the other.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        hashes = "".join(map(check_shard, paths))
+        self.sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        self._shards = [np.memmap(path, dtype=DTYPE, mode="r") for path in paths]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -163,24 +181,33 @@ class Shards:
             start, index = end, index + 1
         return np.concatenate(parts) if parts else np.empty(0, DTYPE)
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of all tokens, one after the other."""
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            digest.update(shard.data)
-        return digest.hexdigest()
-
 
 def open_shards(first: Path, folder: Path) -> Shards:
-    """Map a corpus into memory: the shard `first`, and those in `folder` by their names.
+    """Map a corpus into memory: the shard `first`, and those in `folder` that its manifest names, if it has one.
 
     Raises:
-        UserError: one of them is damaged (`open_shard`), or missing from `folder`, where they are numbered from 1.
+        UserError: one of them is damaged (`open_shard`), or the manifest is.
     """
-    further = sorted(folder.glob("*.bin"))
-    if further and (last := int(further[-1].stem)) != len(further):
-        raise UserError(f"{folder}: {len(further)} shards up to number {last}; run `dvc repro -f tokenize`")
-    return Shards([open_shard(path) for path in (first, *further)])
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {"shards": []}
+    paths = [Path(shard["path"]) for shard in manifest["shards"]]
+    return Shards([first, *(folder / path.name for path in paths if path.parent.name == folder.name)])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the corpus in `folder` is made of, and its shards.
+
+    It may be of any size: it names every file that was read.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not all(isinstance(shard["path"], str) for shard in manifest["shards"]):
+            raise TypeError
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{folder / MANIFEST}: no manifest of shards; run `dvc repro -f tokenize`") from None
+    return manifest
 
 
 class Batches:
@@ -221,14 +248,15 @@ class Batches:
         self._epoch, self._batch = epoch, batch
         self._order: Sequence[int] | np.ndarray = range(self._rows)
         if self._seed is not None:
-            self._order = np.random.default_rng([self._seed, self._epoch]).permutation(self._rows)
+            rows = np.arange(self._rows, dtype=np.uint32)  # 40 MB of 10B tokens at T=1024
+            self._order = np.random.default_rng([self._seed, self._epoch]).permutation(rows)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         B, T = self._batch_size, self._block_size
-        rows = self._order[self._batch * B : (self._batch + 1) * B]
+        rows = [int(row) for row in self._order[self._batch * B : (self._batch + 1) * B]]
         ids = np.stack([self._shard[row * T : row * T + T + 1] for row in rows]).astype(np.int64)  # (B, T + 1)
         self._batch += 1
         if self._batch == self._rows // B:

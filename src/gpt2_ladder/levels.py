@@ -36,7 +36,7 @@ def excerpt(file: str, symbol: str, *words: str) -> str:
     for start, end in spans:
         start = _with_comments(start, lines)
         if start > last + 1:
-            shown.append(lines[start - 1][: len(lines[start - 1]) - len(lines[start - 1].lstrip())] + "...")
+            shown.append(re.sub(r"\S.*", "...", lines[last]))
         shown += lines[start - 1 : end]
         last = end
     if missing := [word for word in words if not any(word in line for line in shown)]:

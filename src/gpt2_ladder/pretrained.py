@@ -75,21 +75,22 @@ def fetch_repository(repository: str) -> Path:
         UserError: a file cannot be had, or is not the pinned one.
     """
     model = repository.removeprefix("openai-community/")
-    repository = _repository(model) if model in REVISIONS else repository
+    repository, revision = (_repository(model) if model in REVISIONS else repository), REVISIONS.get(model)
     for name in (CONFIG, WEIGHTS):
         try:
-            path: Any = huggingface_hub.try_to_load_from_cache(repository, name, revision=REVISIONS.get(model))
-            url = huggingface_hub.hf_hub_url(repository, name, revision=REVISIONS.get(model))
+            path: Any = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+            url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
             if not isinstance(path, str):
                 hub_download.probe(url)
                 print(f"{name}: fetching from {artifacts.hidden(url)}", file=sys.stderr)
-                path = hub_download.fetch(repository, name, REVISIONS.get(model), "name a local folder")
+                path = hub_download.fetch(repository, name, revision, "name a local folder")
         except HFValidationError:
             raise UserError(f"{repository!r:.100}: a repository of the hub is called owner/name") from None
         except Unreachable as failure:
             raise UserError(
                 f"{repository}: the hub cannot be reached: {failure}; check the network or HF_ENDPOINT"
             ) from None
+        revision = Path(path).parent.name  # the commit, from which the second file comes too
         if sha256 := SHA256.get(model, {}).get(name):
             artifacts.check_sha256(Path(path), sha256, artifacts.hidden(url), f"delete {path} and get it again")
     return Path(path).parent
