@@ -91,7 +91,7 @@ def main() -> None:
     part = asked.megabytes // 4
     rows = ["| corpus | MB/s a process | of tiktoken alone | tokens/s | MiB at a quarter | MiB at the whole |"]
     rows += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-    with tempfile.TemporaryDirectory(dir=".") as folder, ProcessPoolExecutor(PROCESSES) as pool:
+    with tempfile.TemporaryDirectory(dir=CORPUS.parent) as folder, ProcessPoolExecutor(PROCESSES) as pool:
         (Path(folder) / "part").mkdir()
         (Path(folder) / "whole").mkdir()
         parts = generate(Path(folder).absolute() / "part", part)
