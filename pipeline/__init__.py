@@ -1,5 +1,6 @@
 """The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs. And where things lie."""
 
+import argparse
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
 SHARDS = Path("data/shards")  # what of a large corpus train.bin does not hold, and the manifest of all of it
 MODELS = Path("models")
+TRIAL = MODELS / "trial"
 RESULTS = Path("results")
 ENVIRONMENT = RESULTS / "environment.json"
 PROBE = RESULTS / "probe.json"
@@ -27,6 +29,14 @@ GAINS = RESULTS / "gains.json"
 PROFILE = RESULTS / "profile.json"
 TRACES = Path("profiles")
 ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # the variable by which a rank is told where to leave its error
+
+
+class Parser(argparse.ArgumentParser):
+    """Names a wrong option in one line, as all else that a user can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
+        raise UserError(f"{message}; all options: {self.prog} --help")
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:

@@ -3,14 +3,13 @@
 No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all questions take over an hour on two cores.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from gpt2_ladder import artifacts, config, data, devices, files, hellaswag, hub
 from gpt2_ladder.artifacts import Url
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
-from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, read_environment, run, write_json
+from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, read_environment, run, write_json
 
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
@@ -24,7 +23,7 @@ FOUND = RESULTS / "hellaswag.json"
 
 def main(*arguments: str) -> None:
     params = config.load()
-    parser = argparse.ArgumentParser(prog="python -m pipeline.hellaswag", description=__doc__)
+    parser = Parser(prog="python -m pipeline.hellaswag", description=__doc__)
     parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help="a folder, as data/gpt2 or models/trial")
     parser.add_argument("--limit", type=int, help="ask so many only, the first of the file")
     asked = parser.parse_args(arguments)

@@ -1,6 +1,5 @@
 """Will it fit, and how fast could it be? Predict every speed level's memory and least time; nothing is allocated."""
 
-import argparse
 import re
 import sys
 
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from gpt2_ladder import config, cost, devices, planning
 from gpt2_ladder.config import UserError
-from pipeline import read_environment, run
+from pipeline import Parser, read_environment, run
 
 SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
 GIB = 2**30
@@ -22,7 +21,7 @@ docs/GPU.md says how far off both are."""
 
 def main(*arguments: str) -> None:
     params = config.load()
-    parser = argparse.ArgumentParser(prog="python -m pipeline.plan", description=__doc__)
+    parser = Parser(prog="python -m pipeline.plan", description=__doc__)
     parser.add_argument("--memory", type=str, help="of a GPU that is not here, as in 24GiB")
     memory = parser.parse_args(arguments).memory
     if memory:

@@ -3,17 +3,16 @@
 Runs that did not finish are named and left out.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from gpt2_ladder import config, report, runs, tracking
 from gpt2_ladder.config import UserError
-from pipeline import run
+from pipeline import Parser, run
 
 
 def main(*arguments: str) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.runs", description=__doc__)
+    parser = Parser(prog="python -m pipeline.runs", description=__doc__)
     parser.add_argument("--group", help="a group of runs, instead of the newest")
     parser.add_argument(
         "--online", nargs="?", const=tracking.project(), metavar="PROJECT", help="ask the W&B server; OWNER/NAME"

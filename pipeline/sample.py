@@ -12,25 +12,15 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from gpt2_ladder import artifacts, config, data, devices, files, hub, sampling
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
 from gpt2_ladder.model import GPT
-from pipeline import ENCODER_JSON, MODELS, VOCAB_BPE, read_environment, run
+from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, read_environment, run
 
-TRIAL = MODELS / "trial"
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; line feeds and tabs may do so
-
-
-class Parser(argparse.ArgumentParser):
-    """Names a wrong option in one line, as all else that a user can mend."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing the usage."""
-        raise UserError(f"{message}; all options: {self.prog} --help")
 
 
 def main(*arguments: str) -> None:

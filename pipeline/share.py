@@ -3,7 +3,6 @@
 It holds what transformers loads, and a card whose facts are those of the very run that trained the network.
 """
 
-import argparse
 import hashlib
 import json
 import shlex
@@ -17,18 +16,18 @@ from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from pipeline import (
     CORPUS,
     ENCODER_JSON,
-    MODELS,
     RESULTS,
     SHARDS,
+    TRIAL,
     VAL_SHARD,
     VOCAB_BPE,
+    Parser,
     read_environment,
     run,
     trainer,
 )
 from pipeline.hellaswag import provenance
 
-TRIAL = MODELS / "trial"
 # what a commit must hold to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
 
@@ -36,7 +35,7 @@ MOST_NAMED = 20  # files of a corpus
 
 
 def main(*arguments: str) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.share", description=__doc__)
+    parser = Parser(prog="python -m pipeline.share", description=__doc__)
     parser.add_argument("folder", type=Path, help="where to put it: a folder that is not there yet")
     parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help="another network, a folder as data/gpt2")
     parser.add_argument("--trim", action="store_true", help="cut the rows off that pad the vocabulary to 50304")

@@ -159,25 +159,30 @@ def _profile(
     names = [one for one in (before, name) if one]
     if not all(operators.get(one) for one in names):
         return None
-    ms = {one: report.scaled(operators[one], gains["levels"][one]["step_ms"]) for one in names}
-    for one in names:  # torch's name for a graph counts those compiled before it: no operator, and another each time
-        ms[one] = {key: own for key, own in ms[one].items() if not key.startswith("Torch-Compiled Region")}
+    ms = {one: _own_ms(operators[one], gains["levels"][one]["step_ms"]) for one in names}
     calls = {one: {operator["name"]: operator["calls"] for operator in operators[one]} for one in names}
-
-    changes = {
-        key: abs(ms[name].get(key, 0) - ms.get(before or "", {}).get(key, 0)) for own in ms.values() for key in own
-    }
+    earlier: Mapping[str, float] = ms[before] if before else {}
+    changes = {key: abs(ms[name].get(key, 0) - earlier.get(key, 0)) for key in {*earlier, *ms[name]}}
     notable = {key: change for key, change in changes.items() if change > NOTABLE * sum(ms[name].values())}
     if before and gains["levels"][name]["over_previous"]["verdict"] == NO_GAIN:
         notable = {key: notable[key] for key in notable if calls[before].get(key) != calls[name].get(key)}
-    largest = sorted(notable, key=lambda key: (-notable[key], key))[:LARGEST]
+    largest = sorted(notable, key=lambda key: (-notable[key], key))
     titles = ["operator", *(f"{what}, `{one}`" for what in ("calls", "ms") for one in names)]
     rows = [
         [f"`{key}`", *(str(calls[one].get(key, 0)) for one in names), *(f"{ms[one].get(key, 0):,.0f}" for one in names)]
-        for key in largest
+        for key in largest[:LARGEST]
     ]
     return {
-        "gone": [key for key in notable if before and key not in ms[name]],
-        "new": [key for key in notable if before and key not in ms[before]],
+        "gone": [key for key in largest if before and key not in ms[name]],
+        "new": [key for key in largest if before and key not in earlier],
         "table": [titles, *rows] if rows else None,
     }
+
+
+def _own_ms(operators: Sequence[report.Metrics], step_ms: float) -> dict[str, float]:
+    """Return the milliseconds of each operator by its name, their sum made `step_ms`.
+
+    torch's name for a graph is left out: it counts those compiled before it, so it is another one each time.
+    """
+    ms = report.scaled(operators, step_ms)
+    return {name: own for name, own in ms.items() if not name.startswith("Torch-Compiled Region")}
