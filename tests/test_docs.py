@@ -54,7 +54,7 @@ HELD = {
         "make schema",
         'make sample PROMPT="Once upon a time"',
         "python -m pipeline.compare padded bf16",
-        "python -m pipeline.compare path/to/its/results/benchmark.json",
+        "python -m pipeline.compare benchmarks/runs/xeon-amx.json",
     ],
     "test_pipeline.test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back": [
         "dvc commit trial",

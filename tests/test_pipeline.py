@@ -209,7 +209,7 @@ def test_plots_are_a_page_that_loads_nothing(first_run, clone):
         ("make schema", ""),
         ('make sample PROMPT="Once upon a time"', "^Once upon a time"),
         ("python -m pipeline.compare padded bf16", "padded over bf16: .* times as fast"),
-        ("python -m pipeline.compare results/benchmark.json", "here: .*\nthere: .*"),
+        ("python -m pipeline.compare benchmarks/runs/xeon-amx.json", "here: .*\nthere: .*"),
     ],
 )
 def test_what_a_reader_looks_at_is_there(first_run, clone, command, shown):

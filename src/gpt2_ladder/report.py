@@ -77,7 +77,7 @@ def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gai
             [
                 name,
                 changes[name],
-                *(_gain(found[over]) for over in ("over_previous", "over_baseline")),
+                *(gain_cell(found[over]) for over in ("over_previous", "over_baseline")),
                 f"{found['tokens_per_second']:,.0f}",
                 f"{found['tflops']:.3g}" + (f" ({found['mfu']:.0%})" if found["mfu"] is not None else ""),
                 f"{results[name]['peak_memory_mib']:,.0f}",
@@ -202,7 +202,7 @@ def side_by_side(here: Measurement, there: Measurement) -> Table:
             index = machine.levels.index(row[0])
             previous = machine.levels[index - 1] if index else None
             found = machine.compare(row[0], previous, noises[id(machine)]) if previous else None
-            row += [f"{statistics.median(machine.step_ms(row[0])):,.0f}", _gain(found)]
+            row += [f"{statistics.median(machine.step_ms(row[0])):,.0f}", gain_cell(found)]
     return [titles, *rows]
 
 
@@ -241,7 +241,7 @@ def facts(
         "model": model,
         "baseline": parity["baseline"],
         "fastest": fastest,
-        "gain": _gain(over),
+        "gain": gain_cell(over),
         "measurable": over is not None and over["verdict"] == "faster",
         "times": f"{over['ratio']:.2f}" if over else MISSING,
         "apart": max(found["largest"] for found in parity["levels"].values()),
@@ -302,7 +302,7 @@ def _changes(levels: Mapping[str, Level]) -> dict[str, str]:
     return {name: switch_that_changes(level, previous[i]) for i, (name, level) in enumerate(levels.items())}
 
 
-def _gain(found: Metrics | None) -> str:
+def gain_cell(found: Metrics | None) -> str:
     """Write one entry of gains.json as `1.87 [1.80, 1.95]`; what may be noise gets no number."""
     if found is None:
         return MISSING
