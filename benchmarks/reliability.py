@@ -44,9 +44,6 @@ ROWS = [
      "tests/test_corpora.py -k 'cannot_be_read or damaged_parquet'"),
     ("a rank killed, or all told to stop", "the steps since the last checkpoint, or nothing",
      "tests/test_ranks.py -k 'killed_rank or sigterm'"),
-    ("two queue workers on one cache", "nothing: every file of it has its MD5",
-     "tests/test_experiments.py -k two_workers"),
-    ("keys around a climb", "nothing: none of its files holds one", "tests/test_pipeline.py -k holds_a_key"),
     ("params.yaml, shard, weights or checkpoint damaged at random", "the file: refused in clear lines",
      "tests/test_fuzz.py -k clear_lines"),
 ]  # fmt: skip
