@@ -14,8 +14,6 @@ from gpt2_ladder.config import Params
 from pipeline.train import train
 
 STEPS = 200
-# W&B does not wait for its own process, which on a busy machine ends after the Python object that stands for it
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 
 
 @pytest.fixture
