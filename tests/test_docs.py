@@ -94,7 +94,7 @@ HELD = {
         "python benchmarks/sampling.py",
         "python benchmarks/scaling.py",
         "python benchmarks/tokenizing.py",
-        "python benchmarks/reliability.py --long",
+        "python benchmarks/reliability.py",
     ],
     "the head of a column, whose tests belong to the suite": ["python -m pytest -n 0"],
     "needs two machines; test_ranks.py starts two ranks on one": [
