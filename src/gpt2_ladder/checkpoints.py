@@ -1,9 +1,9 @@
 """A training's state on the disk, from which it goes on bit for bit as if nothing had interrupted it.
 
 A checkpoint is two files: `<steps>.safetensors` holds weights, optimizer, generator and the steps so far,
-`<steps>.json` what they belong to. The second takes its place last, so where it is, the first is whole; only then is
-the checkpoint before removed. DVC knows nothing of them: they lie in `checkpoints/`, not among a stage's outputs, which
-it removes before it runs the stage again.
+`<steps>.json` what they belong to and the batches' position. The second takes its place last, so where it is, the first
+is whole; only then is the checkpoint before removed. DVC knows nothing of them: they lie in `checkpoints/`, not among a
+stage's outputs, which it removes before it runs the stage again.
 """
 
 import hashlib
