@@ -47,6 +47,13 @@ def test_what_is_kept_is_what_transformers_keeps(top_k, top_p):
     assert torch.equal(sampling.keep_likeliest(logits, top_k, top_p), expected)
 
 
+def test_a_nucleus_that_reaches_its_probability_exactly_takes_no_further_token():
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    expected = TopPLogitsWarper(0.5)(None, logits)
+    assert expected.isfinite().tolist() == [[True, False, False]]
+    assert torch.equal(sampling.keep_likeliest(logits, top_p=0.5), expected)
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely_at_the_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20_000, -1)
     drawn = sampling.draw(logits, 2.0, top_k=3, generator=torch.Generator().manual_seed(0))
