@@ -4,22 +4,20 @@ import shutil
 
 from gpt2_ladder import config, hub
 from gpt2_ladder.model import GPT
-from pipeline import MODELS, RESULTS, run
+from pipeline import RESULTS, TRIAL, run
 from pipeline.train import train
-
-FOLDER = MODELS / "trial"
 
 
 def main() -> None:
     params = config.load()
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    shutil.rmtree(TRIAL, ignore_errors=True)
     trained = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe, keep)
     if not trained:
-        FOLDER.mkdir(parents=True, exist_ok=True)  # DVC wants the output to exist; there is no network to put into it
+        TRIAL.mkdir(parents=True, exist_ok=True)  # DVC wants the output to exist; there is no network to put into it
 
 
 def keep(model: GPT) -> None:
-    hub.save_gpt(model, FOLDER)
+    hub.save_gpt(model, TRIAL)
 
 
 if __name__ == "__main__":

@@ -183,8 +183,8 @@ def ask_hub(checkout, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(checkout / "cache"))
 
-    def ask(repository: str, revision: str) -> tuple[str, list[str]]:
-        with fake_hub.serve(command.TRIAL, revision) as (endpoint, requests):
+    def ask(repository: str, revision: str, **hub_is: object) -> tuple[str, list[str]]:
+        with fake_hub.serve(command.TRIAL, revision, **hub_is) as (endpoint, requests):
             template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
             command.main("--hub", repository, "--length", "4", "--temperature", "0")
@@ -203,6 +203,12 @@ def test_a_network_comes_from_the_hub_once_and_openais_at_the_pinned_commit(ask_
     assert printed == encoding.decode(found.tolist()) + "\n"
     assert f"GET /{repository}/resolve/{revision}/config.json" in requests
     assert ask_hub(repository.removeprefix("openai-community/"), revision) == (printed, [])
+
+
+def test_both_files_come_from_the_commit_that_the_first_one_was_at(ask_hub):
+    """The hub may move on between the two: it is asked for that commit, which this one, knowing main alone, has not."""
+    with pytest.raises(UserError, match=r"resolve/a{40}/model\.safetensors: the server answered 404"):
+        ask_hub("somebody/gpt2", "main", at="/config.json", headers={"X-Repo-Commit": "a" * 40})
 
 
 def test_what_the_hub_does_not_have_or_is_not_the_pinned_file_is_an_error(ask_hub):
