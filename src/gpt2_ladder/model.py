@@ -20,6 +20,20 @@ from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
 CHUNKS = 4  # of a chunked loss; each saves less memory than the one before and costs a sum over the head's gradient
 
 
+class Linear(nn.Linear):
+    """nn.Linear without its own start: GPT.initialize draws every weight, and twice would take twice as long."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without its own start, like Linear."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and at the tokens before it, in H heads at once."""
 
@@ -28,8 +42,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.attention = config.n_head, config.attention
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         if self.attention == "eager":
             # on the CPU even under torch.device("meta"), so that a network built there needs nothing but its weights
             ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool, device="cpu")
@@ -58,8 +72,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -91,17 +105,17 @@ class GPT(nn.Module):
 
     Args:
         config: the sizes and the switches that concern the network.
-        seed: what the weights are drawn from; None leaves them to the caller, who brings his own.
+        seed: what the weights are drawn from; None leaves memory unfilled to the caller, who brings his own.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.wte.weight = self.lm_head.weight
         if seed is not None:
