@@ -13,24 +13,20 @@ from gpt2_ladder import config
 from gpt2_ladder.model import GPT
 
 
-@pytest.mark.parametrize(("tie_weights", "parameters"), [(False, 163_037_184), (True, 124_439_808)])
-def test_gpt2_has_its_number_of_parameters(tie_weights, parameters):
-    model = GPT(tiny(n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=50257, tie_weights=tie_weights))
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-
-
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "tie_weights", "parameters"),
     [
-        ("gpt2", 124_439_808),
-        ("gpt2-medium", 354_823_168),
-        ("gpt2-large", 774_030_080),
-        ("gpt2-xl", 1_557_611_200),
+        ("gpt2", True, 124_439_808),
+        ("gpt2", False, 163_037_184),
+        ("gpt2-medium", True, 354_823_168),
+        ("gpt2-large", True, 774_030_080),
+        ("gpt2-xl", True, 1_557_611_200),
     ],
 )
-def test_every_size_has_the_parameters_of_the_published_network(name, parameters):
+def test_every_size_has_the_parameters_of_the_published_network(name, tie_weights, parameters):
+    size = config.load(REPOSITORY / "params.yaml").models[name].gpt()
     with torch.device("meta"):
-        model = GPT(config.load(REPOSITORY / "params.yaml").models[name].gpt(), seed=None)
+        model = GPT(size.model_copy(update={"tie_weights": tie_weights}), seed=None)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -43,11 +39,6 @@ def test_future_tokens_do_not_change_past_logits(attention):
     assert not torch.allclose(model(ids)[0][:, 10:], model(changed)[0][:, 10:])
 
 
-def test_flash_attention_computes_what_eager_attention_does():
-    eager, flash = GPT(tiny(attention="eager")), GPT(tiny(attention="flash"))
-    torch.testing.assert_close(eager(random_ids())[0], flash(random_ids())[0], rtol=0, atol=1e-6)  # logits below 1
-
-
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
     model, ids, targets = GPT(tiny()), random_ids(seed=1), random_ids(seed=2)
     logits, loss = model(ids, targets)
@@ -56,21 +47,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
     assert model(ids)[1] is None
 
 
-def test_the_loss_is_float32_where_the_logits_are_bfloat16():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, loss = GPT(tiny())(random_ids(), random_ids())
-    assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
-
-
 def test_the_loss_starts_near_a_uniform_guess():
     model = GPT(tiny(vocab_size=50257))
     assert abs(model(random_ids(), random_ids(seed=1))[1].item() - math.log(50257)) < 0.05
-
-
-def test_tied_weights_are_one_matrix():
-    tied, untied = GPT(tiny(tie_weights=True)), GPT(tiny(tie_weights=False))
-    assert tied.wte.weight is tied.lm_head.weight
-    assert untied.wte.weight is not untied.lm_head.weight
 
 
 def test_pytorch_init_draws_from_the_distributions_of_pytorchs_modules():
@@ -120,25 +99,23 @@ def test_the_residual_stream_does_not_grow_with_depth_as_it_does_without_the_sca
     assert residual_growth(unscaled) > 2 * residual_growth(shallow)
 
 
-def test_padded_rows_shift_the_loss_by_less_than_1e_3_and_no_other_weight():
-    plain, padded = GPT(tiny(vocab_size=50257)), GPT(tiny(vocab_size=50304))
+@pytest.mark.parametrize(
+    ("change", "std"), [({}, 0.02), ({"init": "pytorch", "tie_weights": False}, 1)], ids=["gpt2", "pytorch"]
+)
+def test_padded_rows_are_drawn_like_the_others_and_shift_no_other_weight(change, std):
+    plain, padded = (GPT(tiny(vocab_size=vocab_size, **change)) for vocab_size in (50257, 50304))
     state = padded.state_dict()
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, state[name][: len(weight)]), name
+    assert padded.wte.weight[50257:].std().item() == pytest.approx(std, rel=0.1)  # 752 draws: known to 2.6 %
+
+
+def test_padded_rows_shift_the_loss_by_less_than_1e_3():
+    plain, padded = GPT(tiny(vocab_size=50257)), GPT(tiny(vocab_size=50304))
     ids, targets = random_ids(vocab_size=50257), random_ids(vocab_size=50257, seed=1)
     shift = (padded(ids, targets)[1] - plain(ids, targets)[1]).item()
     # 47 more outcomes that are as likely as the rest: ln(50304 / 50257) = 9.35e-4
     assert shift == pytest.approx(math.log(50304 / 50257), abs=5e-5)
-
-
-def test_padded_rows_shift_no_other_weight_under_pytorch_init():
-    plain, padded = (
-        GPT(tiny(vocab_size=vocab_size, init="pytorch", tie_weights=False)) for vocab_size in (50257, 50304)
-    )
-    state = padded.state_dict()
-    for name, weight in plain.state_dict().items():
-        assert torch.equal(weight, state[name][: len(weight)]), name
-    assert padded.wte.weight[50257:].std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
@@ -191,15 +168,9 @@ def test_a_chunked_loss_is_the_plain_one_with_its_gradients_and_without_all_logi
     assert torch.equal(chunked(ids)[0], plain(ids)[0])  # without targets all logits are wanted
 
 
-@pytest.mark.parametrize("change", [{"chunked_loss": True}, {"activation_checkpointing": True}])
-def test_what_is_computed_again_in_backward_compiles_to_one_graph(change):
-    model, graphs = GPT(tiny(**change)), []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    model.compile(backend=backend, dynamic=False, fullgraph=True)
+def test_a_chunked_loss_compiles_to_one_graph():
+    model, graphs = GPT(tiny(chunked_loss=True)), []
+    model.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, dynamic=False, fullgraph=True)
     model(random_ids(), random_ids(seed=1))[1].backward()
     assert len(graphs) == 1
 
@@ -210,7 +181,7 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients_from_blocks_
     plain, checkpointed = GPT(tiny()), GPT(tiny(activation_checkpointing=True))
     calls = []
     if compiled:
-        checkpointed.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+        checkpointed.compile(backend="aot_eager", dynamic=False, fullgraph=True)  # one graph, or an error
     else:
         checkpointed.h[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
     losses = [model(ids, targets)[1] for model in (plain, checkpointed)]
