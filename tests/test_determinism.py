@@ -1,10 +1,6 @@
 """The same bits in two processes, with `deterministic: true`, at every kind of level that needs no compiler."""
 
-import os
-import subprocess
-import sys
-
-from conftest import REPOSITORY
+import processes
 
 TRAINING = """
 import hashlib
@@ -26,15 +22,7 @@ for seed, precision in ((1337, "fp32"), (1337, "bf16"), (1338, "fp32")):
 """
 
 
-def train() -> list[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    command = [sys.executable, "-c", TRAINING]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
-
-
 def test_two_processes_give_the_same_losses_and_weights_to_the_bit():
-    first = train()
-    assert train() == first
-    assert len(set(first)) == 6  # another precision, kernel or seed gives other bits
+    first = processes.run(TRAINING)
+    assert processes.run(TRAINING) == first
+    assert len(set(first.splitlines())) == 6  # another precision, kernel or seed gives other bits

@@ -1,11 +1,9 @@
 """Memory runs out by injection, past a cap on live storage, and once for real: the loss curve does not notice."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
+import processes
 import pytest
 import torch
 from conftest import REPOSITORY, random_ids, tiny
@@ -67,13 +65,10 @@ def test_accumulated_gradients_train_as_the_whole_batch_does(micro_batch):
 
 
 def test_a_gradient_that_is_not_scaled_by_its_share_would_be_found(monkeypatch):
-    whole, _ = train()
+    (whole, _), split = train(), training.split
     monkeypatch.setattr(training, "split", lambda batch, rows: ((x, y, 1.0) for x, y, _ in split(batch, rows)))
     wrong, _ = train(micro_batch=4)
     assert [step.loss for step in wrong] != pytest.approx([step.loss for step in whole], abs=1e-5)
-
-
-split = training.split
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(capsys):
@@ -206,12 +201,9 @@ print(json.dumps([(s.loss, s.micro_batch) for s in training.train(model, optimiz
 
 
 def test_a_cpu_that_refuses_memory_halves_too():
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    command = [sys.executable, "-c", REALLY]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    ((loss, micro_batch),) = json.loads(result.stdout.splitlines()[-1])
+    output = processes.run(REALLY)
+    ((loss, micro_batch),) = json.loads(output.splitlines()[-1])
     assert 1 <= micro_batch < 16
     assert 10 < loss < 12
-    assert "on with 8" in result.stdout
-    assert "can't allocate memory" in result.stdout
+    assert "on with 8" in output
+    assert "can't allocate memory" in output
