@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import wandb
 from conftest import REPOSITORY
-from wandb_server import KEY, serve
+from wandb_server import KEY, forget_user, log_in, serve
 
 from gpt2_ladder import config, report, tracking
 from gpt2_ladder.config import UserError
@@ -28,15 +28,12 @@ CELLS = ["124,439,808", "10.9500", "8.1896", "8.0076", "3.7303", "279"]
 
 
 @pytest.fixture(autouse=True)
-def place(monkeypatch, tmp_path) -> Iterator[Path]:
+def place(monkeypatch, tmp_path) -> Iterator[None]:
     """A folder with params.yaml and W&B's folder, and none of the user's settings."""
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "DVC_"))]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    forget_user(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes((REPOSITORY / "params.yaml").read_bytes())
-    wandb.teardown()  # W&B reads the environment once a process
-    yield tmp_path
+    yield
     wandb.teardown()
 
 
@@ -50,6 +47,14 @@ def record(name: str, job_type: str = "train", group: str = "new", fails: bool =
             raise KeyboardInterrupt
         tracker.summarize(FOUND)
     return Path(run.dir).parent
+
+
+def leave_killed(year: int) -> Path:
+    """Leave the folder of a run as kill -9 does; return it."""
+    folder = Path(f"wandb/offline-run-{year}0101_000000-killed00")
+    folder.mkdir()
+    (folder / "run-killed00.wandb").write_bytes(b"")
+    return folder
 
 
 def rows(output: str) -> list[list[str]]:
@@ -67,9 +72,7 @@ def test_the_newest_group_of_this_folder_is_the_reports_table(capsys):
     failed = record("compile", fails=True)
     summary = tracking.start_run("summary", "report", [], {}, "new")
     tracking.log_summary(summary, {}, {})
-    killed = Path("wandb/offline-run-21000101_000000-killed00")
-    killed.mkdir()
-    (killed / "run-killed00.wandb").write_bytes(b"")  # as kill -9 leaves it
+    killed = leave_killed(2100)
     capsys.readouterr()
     command.main()
     output = capsys.readouterr()
@@ -85,12 +88,10 @@ def test_the_newest_group_of_this_folder_is_the_reports_table(capsys):
     ]
 
 
-def test_a_killed_run_keeps_wandb_from_sending_others_unless_each_is_sent_alone(place):
+def test_a_killed_run_keeps_wandb_from_sending_others_unless_each_is_sent_alone():
     """Why the README sends them one by one."""
     record("fp32")
-    killed = Path("wandb/offline-run-20000101_000000-killed00")
-    killed.mkdir()
-    (killed / "run-killed00.wandb").write_bytes(b"")
+    leave_killed(2000)
     one_by_one = "for run in wandb/offline-run-*; do wandb sync $run; done"
     assert one_by_one in (REPOSITORY / "README.md").read_text()
     for command_line, count in (("wandb sync wandb/offline-run-*", 0), (one_by_one, 1)):
@@ -121,9 +122,7 @@ def test_a_group_is_chosen_and_damaged_files_are_named(capsys):
 
 def test_what_went_to_a_server_lies_in_this_folder_too(monkeypatch, capsys):
     with serve() as (url, _):
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        wandb.teardown()
+        log_in(monkeypatch, url)
         folder = record("bf16")
         wandb.teardown()
     assert folder.name.startswith("run-")
@@ -161,9 +160,7 @@ def test_the_servers_runs_make_the_same_table(monkeypatch, capsys):
     new = [node("bf16", day=11), node("fp32", day=10), node("compile", day=12, state="crashed")]
     summary = node("summary", "report", "new", 13)
     with serve(runs=[*old, *new, summary]) as (url, sent):
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        wandb.teardown()
+        log_in(monkeypatch, url)
         command.main("--online")
         output = capsys.readouterr()
         assert output.out.startswith("gpt2-ladder, group new\n")
@@ -186,9 +183,7 @@ def test_a_server_is_not_asked_without_a_key_and_named_where_it_refuses(monkeypa
     with pytest.raises(UserError, match="W&B has no key here: run `wandb login`"):
         command.main("--online")
     with serve("401", starts=False) as (url, _):
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        wandb.teardown()
+        log_in(monkeypatch, url)
         with pytest.raises(UserError, match="W&B, project gpt2-ladder: "):
             command.main("--online")
         wandb.teardown()

@@ -3,15 +3,15 @@
 import contextlib
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import processes
 import pytest
 import wandb
-from conftest import REPOSITORY
+from wandb_server import forget_user
 
 from gpt2_ladder import charts, tracking
 from gpt2_ladder.config import UserError
@@ -23,11 +23,8 @@ STEPS = [Step(0, 10.9, 500.0, 256.0, 1.5, 4), Step(1, 0.1 + 0.2, 400.0, 320.0, 1
 
 @pytest.fixture(autouse=True)
 def no_settings_of_the_user(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "DVC_"))]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    forget_user(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    wandb.teardown()  # W&B reads the environment once a process
 
 
 def start(**changes: object) -> wandb.Run:
@@ -133,17 +130,10 @@ def test_without_git_the_group_says_so(tmp_path, monkeypatch):
     assert tracking.run_group("44136fa") == "uncommitted-44136fa"
 
 
-def test_without_a_key_the_run_is_offline_and_named_to_compare(tmp_path):
-    run = start()
-    with Tracker(tmp_path / "steps.csv", run) as tracker:
-        for step in STEPS:
-            tracker.log(step)
-        tracker.summarize({"loss_last": 0.3})
-    assert run.offline
-    assert (run.project, run.group, run.job_type, run.name) == ("gpt2-ladder", "group", "train", "bf16")
-    assert run.config["precision"] == "bf16"
+def test_without_a_key_nobody_is_asked(tmp_path, capsys):
+    start().finish()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    assert list(folder.glob("*.wandb"))
+    assert capsys.readouterr().out == f"W&B: {folder}\n"  # and no word of a failure
 
 
 def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
@@ -174,23 +164,6 @@ def test_the_group_is_the_users_or_the_experiments_or_the_commit_and_environment
     assert tracking.run_group("44136fa") == "mine"
 
 
-def test_a_failed_training_closes_the_file_and_fails_the_run(tmp_path):
-    class Run:
-        exit_code: int | None = None
-
-        def log(self, *_: object, **__: object) -> None: ...
-
-        def finish(self, exit_code: int) -> None:
-            self.exit_code = exit_code
-
-    run, path = Run(), Path(tmp_path / "steps.csv")
-    tracker = Tracker(path, run)
-    tracker.log(STEPS[0])
-    tracker.__exit__(RuntimeError, RuntimeError(), None)
-    assert run.exit_code == 1
-    assert len(path.read_text().splitlines()) == 2
-
-
 DIES = """
 from dataclasses import replace
 from pathlib import Path
@@ -210,13 +183,10 @@ with Tracker(Path("steps.csv"), start()) as tracker:
 
 
 def test_a_wandb_that_dies_in_the_middle_costs_no_row_and_no_training(tmp_path):
-    variables = {**os.environ, "PYTHONPATH": ":".join(str(REPOSITORY / name) for name in ("src", ".", "tests"))}
-    command = [sys.executable, "-c", DIES]
-    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    output = processes.run(DIES, tmp_path)
     rows = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(200))
-    assert result.stdout.count("W&B failed") == 1
+    assert output.count("W&B failed") == 1
 
 
 @pytest.mark.parametrize("what", ["log", "finish"])

@@ -3,11 +3,12 @@
 import csv
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import wandb
-from wandb_server import KEY, serve
+from wandb_server import KEY, forget_user, log_in, serve
 
 from gpt2_ladder import tracking
 from gpt2_ladder.config import Params
@@ -19,16 +20,11 @@ STEPS = 200
 @pytest.fixture
 def user(monkeypatch, tmp_path):
     """A function that makes of this process one of a user of the W&B server at an address."""
-
-    def use(url: str) -> None:
-        own = {"API_KEY": KEY, "BASE_URL": url, "DIR": str(tmp_path), "MODE": "online", "ERROR_REPORTING": "false"}
-        for name, value in own.items():
-            monkeypatch.setenv(f"WANDB_{name}", value)
-        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        wandb.teardown()  # W&B reads the environment once a process
-
+    forget_user(monkeypatch, tmp_path)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 1)
-    return use
+    return partial(log_in, monkeypatch)
 
 
 @pytest.mark.parametrize("fault", ["", "500", "reset", "hang", "{}"])

@@ -2,13 +2,32 @@
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import faulty_server
+import pytest
+import wandb
 
 KEY = "5ec2e7" * 7
+
+
+def forget_user(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Take the user's settings of W&B and DVC from this process; his key would lie in `folder`."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "DVC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
+    wandb.teardown()  # W&B reads the environment once a process
+
+
+def log_in(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Make of this process one of a user of the W&B server at `url`."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    wandb.teardown()
 
 
 @contextmanager
