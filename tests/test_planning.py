@@ -16,6 +16,11 @@ LOGITS = 16 * 1024 * 50257 * 4 / GIB
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
 
 
+def gpt2_step(batch_size: int = 16, autocast: bool = True, **changes: object) -> planning.Step:
+    """A step of GPT-2 at T=1024 on a GPU."""
+    return planning.trace_step(GPTConfig(**{**GPT2, **changes}), autocast, batch_size, 1024, cuda=True)
+
+
 def test_what_is_alive_is_counted_once_and_forgotten():
     with planning.LiveStorage() as seen:
         a = torch.zeros(1000)
@@ -75,15 +80,12 @@ def test_the_predicted_peak_is_what_torch_allocates(sizes, shape, autocast, atte
 )
 def test_gpt2_on_a_gpu_needs_what_torchs_own_tracker_predicts(attention, autocast, batch_size, gib):
     """The figures are of torch.distributed's MemTracker, on fake tensors too; its float32 step kept the logits."""
-    step = planning.trace_step(GPTConfig(**GPT2, attention=attention), autocast, batch_size, 1024, cuda=True)
+    step = gpt2_step(batch_size, autocast, attention=attention)
     assert step.peak_bytes / GIB == pytest.approx(gib, abs=0.06)
 
 
 def test_a_chunked_loss_holds_a_quarter_of_the_logits_at_the_peak():
-    plain, chunked = (
-        planning.trace_step(GPTConfig(**GPT2, attention="flash", chunked_loss=chunked), True, 16, 1024, cuda=True)
-        for chunked in (False, True)
-    )
+    plain, chunked = (gpt2_step(attention="flash", chunked_loss=chunked) for chunked in (False, True))
     logits = 16 * 1024 * 50257  # bfloat16 and float32 ones, and the gradients of both: 12 bytes of each at once
     spared = (plain.peak_bytes - chunked.peak_bytes) / logits
     assert 3 / 4 * 8 < spared < 12, spared  # three of four pieces of two at least, and no more than there is
@@ -91,14 +93,7 @@ def test_a_chunked_loss_holds_a_quarter_of_the_logits_at_the_peak():
 
 def test_a_checkpointed_block_holds_its_input_and_nothing_else():
     peaks = [
-        planning.trace_step(
-            GPTConfig(**{**GPT2, "n_layer": layers}, attention="flash", activation_checkpointing=True),
-            True,
-            16,
-            1024,
-            True,
-        ).peak_bytes
-        for layers in (4, 6)
+        gpt2_step(n_layer=layers, attention="flash", activation_checkpointing=True).peak_bytes for layers in (4, 6)
     ]
     parameters, residual = 12 * 768**2 + 13 * 768, 16 * 1024 * 768
     # the peak is at the logits, before any gradient: weights and AdamW's two moments, the input, all in float32, and
@@ -108,10 +103,7 @@ def test_a_checkpointed_block_holds_its_input_and_nothing_else():
 
 def test_a_checkpointed_softmax_is_as_wide_in_backward_as_in_forward():
     """On CUDA autocast takes it in float32, and a checkpoint refuses to compute anything else than it did before."""
-    plain, checkpointed = (
-        planning.trace_step(GPTConfig(**GPT2, activation_checkpointing=again), True, 4, 1024, True)
-        for again in (False, True)
-    )
+    plain, checkpointed = (gpt2_step(4, activation_checkpointing=again) for again in (False, True))
     assert checkpointed.peak_bytes < plain.peak_bytes / 2
     products = [sum(one.flops for one in step.network) for step in (plain, checkpointed)]
     tokens = 4 * 1024
@@ -122,9 +114,7 @@ def test_a_checkpointed_softmax_is_as_wide_in_backward_as_in_forward():
 def test_the_largest_batch_fits_and_one_more_row_does_not():
     config, free = GPTConfig(**GPT2), 24 * GIB
     largest = planning.largest_batch(config, False, 1024, True, free)
-    usable = 0.9 * free - GIB
-    assert planning.trace_step(config, False, largest, 1024, True).peak_bytes <= usable
-    assert planning.trace_step(config, False, largest + 1, 1024, True).peak_bytes > usable
+    assert gpt2_step(largest, False).peak_bytes <= 0.9 * free - GIB < gpt2_step(largest + 1, False).peak_bytes
     assert planning.largest_batch(config, False, 1024, True, 2 * GIB) == 0
 
 
@@ -139,7 +129,7 @@ def test_the_largest_batch_fits_and_one_more_row_does_not():
 )
 def test_the_roofline_of_gpt2_is_that_of_an_independent_count(attention, precision, ms):
     """At B=16, T=1024 on A100-80 and H100, as an earlier count, independent of this code, gave it."""
-    step = planning.trace_step(GPTConfig(**GPT2, attention=attention), precision == "bf16", 16, 1024, cuda=True)
+    step = gpt2_step(autocast=precision == "bf16", attention=attention)
     for gpu, expected in zip(("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"), ms, strict=True):
         found = planning.least_ms(step, gpu, precision, compiled=False)
         assert found == pytest.approx(expected, rel=0.05)
@@ -151,6 +141,6 @@ def test_the_roofline_of_gpt2_is_that_of_an_independent_count(attention, precisi
 def test_the_traced_products_are_those_of_the_formula():
     """854.4 MFLOP a token at T=1024 with both triangles of attention, half of it where a flash kernel skips one."""
     for attention, expected in (("eager", 854.4), ("flash", 807.3)):
-        step = planning.trace_step(GPTConfig(**GPT2, attention=attention), True, 4, 1024, cuda=True)
+        step = gpt2_step(4, attention=attention)
         assert sum(one.flops for one in step.network) / (4 * 1024) / 1e6 == pytest.approx(expected, rel=1e-3)
     assert sum(one.flops for one in step.optimizer) == 0
