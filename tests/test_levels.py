@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import REPOSITORY
-from test_report import LEVELS, PARAMS, SKIPPED, TRAINED, facts, gains
+from test_report import LEVELS, PARAMS, SKIPPED, TRAINED, facts, gains, profiled
 
 from gpt2_ladder import levels
 from pipeline import levels as stage
@@ -54,11 +54,8 @@ def test_a_level_that_was_skipped_says_why():
 
 
 def test_the_profile_names_the_operators_that_came_and_went():
-    def step(**self_ms: float) -> list[dict]:
-        return [{"name": name, "calls": 3, "self_ms": ms} for name, ms in self_ms.items()]
-
-    operators = {"fp32": step(mm=9), "tf32": step(mm=8, add=2), "bf16": step(mm=5, cast=5)}
-    found = pages(operators=operators)
+    steps = {"fp32": {"mm": 9}, "tf32": {"mm": 8, "add": 2}, "bf16": {"mm": 5, "cast": 5}}
+    found = pages(operators={level: profiled(self_ms) for level, self_ms in steps.items()})
     assert "- New: `cast`.\n- Gone: `add`." in found["bf16.md"]
     # tf32's gain may be noise, and so may be that its products were faster: they were called as often
     assert "| `mm` " in found["bf16.md"]
