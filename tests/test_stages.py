@@ -332,24 +332,38 @@ def test_a_plan_names_what_fits_and_refuses_what_is_no_memory(capsys, monkeypatc
         plan.main("--memory", "much")
 
 
-def test_levels_with_other_micro_batches_are_measured_with_the_least(tmp_path, monkeypatch):
+@pytest.fixture
+def two_trained(tmp_path, monkeypatch):
+    """A folder in which 8 devices have trained fp32, with two rows at a time, and bf16, with one."""
     monkeypatch.chdir(tmp_path)
     params = config.load(REPOSITORY / "params.yaml")
+    monkeypatch.setattr(config, "load", lambda: params)
     found = machine()
     write_json(ENVIRONMENT, found.model_dump())
+    same = {"environment": found.fingerprint, "devices": 8, "float32_matmul_precision": "ieee"}
     for name, level in params.levels.items():
         if level.group == "speed":
-            metrics = {
-                "status": "trained" if name in ("fp32", "bf16") else "skipped",
-                "float32_matmul_precision": "ieee",
-            }
-            metrics |= {"environment": found.fingerprint, "devices": 1, "micro_batch": 2 if name == "fp32" else 1}
-            write_json(Path(f"results/levels/{name}/metrics.json"), metrics)
-            Path(f"results/levels/{name}/steps.csv").write_text("step,loss\n0,10.9\n1,9.9\n")
-    monkeypatch.setattr(config, "load", lambda: params)
+            micro_batch = {"fp32": 2, "bf16": 1}.get(name)
+            status = "trained" if micro_batch else "skipped"
+            write_json(metrics_of(name), {**same, "status": status, "micro_batch": micro_batch})
+            metrics_of(name).with_name("steps.csv").write_text("step,loss\n0,10.9\n1,9.9\n")
+
+
+def metrics_of(level: str) -> Path:
+    return Path(f"results/levels/{level}/metrics.json")
+
+
+def test_levels_with_other_micro_batches_are_measured_with_the_least(two_trained):
     parity.main()
     assert json.loads(Path("results/parity.json").read_text())["micro_batch"] == 1
-    path = Path("results/levels/bf16/metrics.json")
-    write_json(path, json.loads(path.read_text()) | {"devices": 8})
-    with pytest.raises(UserError, match="trained on different numbers of devices: fp32 on 1, bf16 on 8"):
-        parity.main()
+
+
+def test_losses_of_different_numbers_of_devices_or_machines_are_not_compared(two_trained):
+    there = machine(threads=4).fingerprint
+    for change, message in (
+        ({"devices": 1}, "trained on different numbers of devices: fp32 on 8, bf16 on 1; `dvc repro`"),
+        ({"environment": there}, f"the results of bf16 are from environment {there}"),
+    ):
+        write_json(metrics_of("bf16"), json.loads(metrics_of("fp32").read_text()) | change)
+        with pytest.raises(UserError, match=message):
+            parity.main()
