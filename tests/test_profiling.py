@@ -13,17 +13,16 @@ ONLY_CPU = [ProfilerActivity.CPU]
 
 def test_the_costliest_operator_comes_first_and_the_trace_is_kept(tmp_path):
     large, small = torch.randn(512, 512), torch.randn(8)
-    found = profiling.profile_step(
-        lambda: (large @ large, small + 1, small + 2), ONLY_CPU, tmp_path / "a" / "step.json.gz"
-    )
+    trace = tmp_path / "a" / "step.json.gz"
+    found = profiling.profile_step(lambda: (large @ large, small + 1, small + 2), ONLY_CPU, trace)
     assert found[0].name == "aten::mm"
     assert found[0].calls == 1
     assert found[0].self_ms > 0.1  # 0.27 GFLOP: a tenth of a millisecond would be 2.7 TFLOP/s
     by_name = {operator.name: operator for operator in found}
     assert by_name["aten::add"].calls == 2
     assert [operator.self_ms for operator in found] == sorted((o.self_ms for o in found), reverse=True)
-    trace = json.loads(gzip.decompress((tmp_path / "a" / "step.json.gz").read_bytes()))
-    assert "aten::mm" in {event.get("name") for event in trace["traceEvents"]}
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert "aten::mm" in {event.get("name") for event in events}
 
 
 def test_inductors_kernels_go_by_one_name(tmp_path):
@@ -32,8 +31,7 @@ def test_inductors_kernels_go_by_one_name(tmp_path):
 
     compiled, x = torch.compile(step), torch.randn(64, 64)
     compiled(x)
-    names = {
-        operator.name for operator in profiling.profile_step(lambda: compiled(x), ONLY_CPU, tmp_path / "step.json.gz")
-    }
+    found = profiling.profile_step(lambda: compiled(x), ONLY_CPU, tmp_path / "step.json.gz")
+    names = {operator.name for operator in found}
     assert profiling.FUSED in names
     assert not {"aten::sin", "aten::mul"} & names

@@ -1,7 +1,7 @@
 """The race's bookkeeping: who steps when, on which batch, and what the table says. Speed itself is not tested."""
 
+import processes
 import torch
-from conftest import REPOSITORY
 
 from benchmarks import race
 from benchmarks.race import Cell
@@ -13,7 +13,7 @@ def counts(cell: Cell):
 
 
 def test_contestants_step_on_the_same_batches_in_processes_of_their_own(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}:{REPOSITORY / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", processes.IMPORTABLE)
     cell = Cell(2, 8, "fp32", compile=False)
     contestants = [("ours", "test_race:counts", True), ("other", "test_race:counts", False)]
     found = race.race(cell, contestants, rounds=3, warm_up=1)
@@ -29,6 +29,5 @@ def test_the_table_gives_ratios_with_intervals_and_the_share_of_the_peak():
     times = {"ours": [1970.0] * 4, "transformers": [2955.0] * 4}
     table = race.table([{"cell": cell, "step_ms": times, "peak_tflops": [0.4] * 4}]).splitlines()
     assert table[0] == "| B x T | precision | compiled | ours ms | over transformers | of the peak |"
-    assert (
-        table[2] == "| 2 x 256 | bf16 | yes | 1,970 | 1.50 [1.50, 1.50] | 50% |"
-    )  # 394 GFLOP in 1.97 s of 0.4 TFLOP/s
+    # 394 GFLOP in 1.97 s of 0.4 TFLOP/s
+    assert table[2] == "| 2 x 256 | bf16 | yes | 1,970 | 1.50 [1.50, 1.50] | 50% |"

@@ -120,9 +120,8 @@ def test_another_network_gets_a_card_that_says_what_is_not_known(project, capsys
     hub.save_gpt(GPT(tiny(vocab_size=PADDED)), Path("found here"))
     share.main("to/my net", "found here", "--trim")
     card = ModelCard.load(Path("to/my net/README.md"))
-    assert card.data.to_dict() == {
-        **{"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
-    }
+    facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    assert card.data.to_dict() == facts
     assert "is not known to whoever wrote this card" in card.text
     assert "a local file; nothing beside it says where it comes from" in card.text
     assert "the rows that padded its vocabulary in training were cut off" in card.text
@@ -157,6 +156,5 @@ def test_generation_settings_are_those_that_transformers_reads(write):
     settings = AutoModelForCausalLM.from_pretrained(folder).generation_config
     assert settings.suppress_tokens == list(range(REAL, PADDED))
     assert settings.pad_token_id == settings.eos_token_id == REAL - 1
-    assert "suppress_tokens" not in json.loads(
-        (write(GPT(tiny(vocab_size=REAL)), "", "b") / "generation_config.json").read_text()
-    )
+    plain = write(GPT(tiny(vocab_size=REAL)), name="plain") / "generation_config.json"
+    assert "suppress_tokens" not in json.loads(plain.read_text())
