@@ -89,19 +89,21 @@ def test_a_folder_that_cannot_be_finished_is_not_there(write, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("there", ["a file", "a link", "a file in it"])
-def test_nothing_is_overwritten(write, tmp_path, there):
-    target = tmp_path / "shared"
-    if there == "a file":
-        target.write_text("mine")
-    elif there == "a link":
-        target.symlink_to(tmp_path / "elsewhere")
-    else:
-        target.mkdir()
-        (target / "mine").touch()
-    with pytest.raises(UserError, match="is not a folder" if there != "a file in it" else "nothing is overwritten"):
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (lambda target: target.touch(), "is not a folder"),
+        (lambda target: target.symlink_to("elsewhere"), "is not a folder"),
+        (lambda target: target.mkdir() or (target / "mine").touch(), "nothing is overwritten"),
+    ],
+    ids=["a file", "a link", "a file in it"],
+)
+def test_nothing_is_overwritten(write, tmp_path, put, message):
+    put(tmp_path / "shared")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match=message):
         write(GPT(tiny(vocab_size=REAL)))
-    assert {path.name for path in tmp_path.rglob("*")} <= {"shared", "mine"}
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_an_empty_folder_is_filled_and_readable_by_all_who_may(write, tmp_path):
