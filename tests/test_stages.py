@@ -72,32 +72,35 @@ def test_processors_of_one_name_that_multiply_otherwise_are_two_machines(monkeyp
     assert (found.device_name, found.bf16) == (f"X 1{ending}", bf16)
 
 
-def command(folder: Path, name: str, prints: str) -> None:
-    """Put a program called `name` into `folder`."""
-    (folder / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
-    (folder / name).chmod(0o755)
-
-
-def test_an_nvidia_gpu_is_found_by_nvidia_smi(tmp_path, monkeypatch):
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A function that puts a program called `name`, which `prints` something, first on PATH; no GPU is hidden."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def put(name: str, prints: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
+        (tmp_path / name).chmod(0o755)
+
+    return put
+
+
+def test_an_nvidia_gpu_is_found_by_nvidia_smi(install, monkeypatch):
     monkeypatch.setattr(environment, "version", lambda _: "2.13.0")  # not the CPU's wheel
     for capability, bf16 in (("9.0", True), ("7.5", False)):
-        command(tmp_path, "nvidia-smi", f"NVIDIA X, {capability}")
+        install("nvidia-smi", f"NVIDIA X, {capability}")
         found = environment.describe()
         assert (found.device, found.device_name, found.bf16) == ("cuda", "NVIDIA X", bf16)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment.describe().device == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    command(tmp_path, "nvidia-smi", "No devices were found")
+    install("nvidia-smi", "No devices were found")
     assert environment.describe().device == "cpu"
 
 
-def test_an_apple_gpu_is_found_and_is_not_compiled_for(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    command(tmp_path, "nvidia-smi", "No devices were found")
-    command(tmp_path, "sysctl", "Apple M3")
+def test_an_apple_gpu_is_found_and_is_not_compiled_for(install, monkeypatch):
+    install("nvidia-smi", "No devices were found")
+    install("sysctl", "Apple M3")
     monkeypatch.setattr(environment.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(environment.platform, "machine", lambda: "arm64")
     found = environment.describe()
@@ -116,9 +119,8 @@ def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monk
     written = json.loads((tmp_path / "flash" / "metrics.json").read_text())
     assert (written["status"], written["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {written[name] for name in metrics.MEASURED} == {None}
-    assert (
-        tmp_path / "flash" / "steps.csv"
-    ).read_text() == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+    rows = (tmp_path / "flash" / "steps.csv").read_text()
+    assert rows == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
 
 
 def test_an_unknown_level_is_named(monkeypatch):
