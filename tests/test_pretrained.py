@@ -28,6 +28,13 @@ def fetch(folder, source: str = "auto", local: str | None = None, model: str = "
     pretrained.fetch(folder, Pretrained(source=source, folder=local), model, SIZE, seed)
 
 
+def test_a_hub_out_of_reach_gives_a_stand_in_that_says_so(tmp_path, monkeypatch, capsys):
+    point_hub_at(monkeypatch, "http://127.0.0.1:9/")
+    fetch(tmp_path)
+    assert pretrained.is_stand_in(tmp_path)
+    assert "NOT verified" in capsys.readouterr().out
+
+
 def test_the_stand_in_has_the_layout_of_the_hubs_file(tmp_path):
     fetch(tmp_path, source="stand-in")
     tensors = load_file(tmp_path / hub.WEIGHTS)
