@@ -22,13 +22,21 @@ from gpt2_ladder import config, hub, metrics, runs
 LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
 
 
+@pytest.fixture(scope="module")
+def clone(clone: Path) -> Path:
+    """The copy, in which make finds its environment: what it needs is on PATH already."""
+    (clone / ".venv").mkdir()
+    (clone / ".venv/installed").touch()
+    return clone
+
+
 def test_every_stage_runs(first_run):
     others = {"environment", "download", "tokenize", "verify", "overfit", "probe"}
     others |= {"parity", "benchmark", "trial", "report"}
     assert stages_that_ran(first_run) == others | {f"train@{level}" for level in LEVELS}
 
 
-def test_what_can_run_here_is_trained_and_the_speed_levels_agree(first_run, clone):
+def test_what_can_run_here_is_trained_and_the_speed_levels_agree(clone):
     found = {level: read_metrics(clone, f"levels/{level}") for level in LEVELS}
     for level_metrics in found.values():
         assert set(level_metrics) == {"status", "reason", "note", "environment", "devices", *metrics.MEASURED}
@@ -46,17 +54,14 @@ def test_what_can_run_here_is_trained_and_the_speed_levels_agree(first_run, clon
     assert float(rows[-1].split(",")[1]) == found["init"]["loss_last"]
 
 
-def test_the_trial_starts_out_as_the_fp32_level(first_run, clone):
+def test_the_trial_starts_out_as_the_fp32_level(clone):
     trial, fp32 = read_metrics(clone, "trial"), read_metrics(clone, "levels/fp32")
-    assert (trial["loss_first"], trial["loss_last"], trial["val_loss"]) == (
-        fp32["loss_first"],
-        fp32["loss_last"],
-        fp32["val_loss"],
-    )
+    for name in ("loss_first", "loss_last", "val_loss"):
+        assert trial[name] == fp32[name]
     assert (clone / "models/trial/model.safetensors").exists()
 
 
-def test_bits_per_byte_are_of_the_tokens_that_validation_predicts(first_run, clone, encoding):
+def test_bits_per_byte_are_of_the_tokens_that_validation_predicts(clone, encoding):
     predicted = np.fromfile(clone / "data/val.bin", dtype="<u2")[1 : 512 + 1].tolist()
     for name in ("trial", "levels/padded"):
         found = read_metrics(clone, name)
@@ -64,7 +69,7 @@ def test_bits_per_byte_are_of_the_tokens_that_validation_predicts(first_run, clo
         assert found["bits_per_byte"] == pytest.approx(bits / len(encoding.decode_bytes(predicted)))
 
 
-def test_the_shards_are_those_of_nanogpt(first_run, clone):
+def test_the_shards_are_those_of_nanogpt(clone):
     tokens = [json.loads((clone / f"data/{name}.json").read_text())["tokens"] for name in ("train", "val")]
     assert tokens == [301_966, 36_059]
 
@@ -76,7 +81,7 @@ def test_the_stand_in_is_called_one_everywhere(first_run, clone):
     assert "NOT verified" in first_run
 
 
-def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(first_run, clone):
+def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(clone):
     benchmark, gains = (json.loads((clone / f"results/{name}.json").read_text()) for name in ("benchmark", "gains"))
     parity = json.loads((clone / "results/parity.json").read_text())
     assert list(gains["levels"]) == benchmark["levels"] == list(parity["levels"])
@@ -88,7 +93,7 @@ def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(first_run, c
         assert gain in (clone / page).read_text()
 
 
-def test_every_training_has_a_run_of_its_own_and_all_are_one_group(first_run, clone):
+def test_every_training_has_a_run_of_its_own_and_all_are_one_group(clone):
     trained = [level for level in LEVELS if read_metrics(clone, f"levels/{level}")["status"] == "trained"]
     found = list(runs.local(clone / "wandb", None))
     kinds = {"overfit": "overfit", "trial": "trial", "summary": "report", **dict.fromkeys(trained, "train")}
@@ -103,7 +108,7 @@ def test_every_training_has_a_run_of_its_own_and_all_are_one_group(first_run, cl
         assert f" {metrics_found['val_loss']:.4f} | " in row
 
 
-def test_wandb_sync_sends_every_run_once_and_sent_again_it_is_the_same_run(first_run, clone):
+def test_wandb_sync_sends_every_run_once_and_sent_again_it_is_the_same_run(clone):
     found = list(runs.local(clone / "wandb", None))
     expected = {(Path(run.where).name.split("-")[-1], run.name, run.group, run.job_type) for run in found}
     assert len({run_id for run_id, *_ in expected}) == len(found) == wandb_runs(clone)
@@ -131,9 +136,7 @@ def test_no_file_of_a_climb_holds_a_key_that_was_around_it(first_run, clone):
     assert SECRET not in first_run
 
 
-def test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers(first_run, clone, tmp_path, encoding):
-    (clone / ".venv").mkdir(exist_ok=True)
-    (clone / ".venv/installed").touch()  # what make needs is on PATH already
+def test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers(clone, tmp_path, encoding):
     assert f"hf upload OWNER/net {tmp_path}/net ." in call(clone, "make", "share", f"FOLDER={tmp_path}/net")
     card, found = (tmp_path / "net/README.md").read_text(), read_metrics(clone, "trial")
     environment = json.loads((clone / "results/environment.json").read_text())
@@ -168,26 +171,22 @@ def test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers(fir
     (clone / "src/note.txt").unlink()
 
 
-def test_nothing_untracked_is_left_behind(first_run, clone):
+def test_nothing_untracked_is_left_behind(clone):
     assert call(clone, "git", "status", "--porcelain") == ""
 
 
-def test_a_second_run_runs_nothing_but_the_environment(first_run, clone):
+def test_a_second_run_runs_nothing_but_the_environment(clone):
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
 
 
-def test_a_longer_benchmark_stays_until_something_changes(first_run, clone):
-    (clone / ".venv").mkdir(exist_ok=True)
-    (clone / ".venv/installed").touch()  # what make needs is on PATH already
+def test_a_longer_benchmark_stays_until_something_changes(clone):
     call(clone, "make", "benchmark", "ROUNDS=7")
     assert json.loads((clone / "results/gains.json").read_text())["rounds"] == 7
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
     get_back(clone)
 
 
-def test_plots_are_a_page_that_loads_nothing(first_run, clone):
-    (clone / ".venv").mkdir(exist_ok=True)
-    (clone / ".venv/installed").touch()
+def test_plots_are_a_page_that_loads_nothing(clone):
     call(clone, "make", "plots")
     page = (clone / "dvc_plots/index.html").read_text()
     assert 'src="http' not in page
@@ -212,31 +211,26 @@ def test_plots_are_a_page_that_loads_nothing(first_run, clone):
         ("python -m pipeline.compare benchmarks/runs/xeon-amx.json", "here: .*\nthere: .*"),
     ],
 )
-def test_what_a_reader_looks_at_is_there(first_run, clone, command, shown):
-    (clone / ".venv").mkdir(exist_ok=True)
-    (clone / ".venv/installed").touch()
+def test_what_a_reader_looks_at_is_there(clone, command, shown):
     assert re.search(shown, call(clone, "env", "PYTHONPATH=src", *shlex.split(command)))
     assert call(clone, "git", "status", "--porcelain") == ""  # the pages and the schema were current
 
 
-def test_one_level_is_trained_again_and_the_table_follows(first_run, clone):
+def test_one_level_is_trained_again_and_the_table_follows(clone):
     assert stages_that_ran(call(clone, "dvc", "repro", "-f", "-s", "train@bf16")) == {"train@bf16"}
-    assert stages_that_ran(call(clone, "dvc", "repro")) == {
-        "environment",
-        "parity",
-        "report",
-    }  # its losses are the same
+    # its losses are the same
+    assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment", "parity", "report"}
     get_back(clone)
 
 
-def test_asking_the_hub_again_where_there_is_none_trains_nothing(first_run, clone):
+def test_asking_the_hub_again_where_there_is_none_trains_nothing(clone):
     output = call(clone, "env", "HF_ENDPOINT=http://127.0.0.1:9", "dvc", "repro", "-f", "download")
     assert stages_that_ran(output) == {"download"}
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment", "verify"}  # the stand-in has another reason
     get_back(clone)
 
 
-def test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back(first_run, clone):
+def test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back(clone):
     call(clone, "dvc", "commit", "trial")  # as after a training that torchrun started by hand
     set_param(clone, "levels.init.init", "pytorch")
     call(clone, "dvc", "repro")
@@ -250,7 +244,7 @@ def test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back(
     get_back(clone)
 
 
-def test_ones_own_keys_stay_out_of_git(first_run, clone):
+def test_ones_own_keys_stay_out_of_git(clone):
     call(clone, "dvc", "remote", "add", "--default", "store", "s3://bucket/path")
     call(clone, "dvc", "remote", "modify", "--local", "store", "profile", "NAME")
     assert "NAME" not in (clone / ".dvc/config").read_text()
@@ -259,14 +253,12 @@ def test_ones_own_keys_stay_out_of_git(first_run, clone):
     call(clone, "git", "restore", ".dvc/config")
 
 
-def test_experiments_are_removed_and_their_networks_with_them(first_run, clone):
+def test_experiments_are_removed_and_their_networks_with_them(clone):
     def cached() -> int:
         return len(list((clone / ".dvc/cache/files").rglob("*")))
 
     before = cached()
     call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
-    (clone / ".venv").mkdir(exist_ok=True)
-    (clone / ".venv/installed").touch()
     assert re.search(r"\| precision .*\| bf16 ", call(clone, "make", "show"), re.DOTALL)
     get_back(clone)
     assert cached() > before
@@ -276,27 +268,25 @@ def test_experiments_are_removed_and_their_networks_with_them(first_run, clone):
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
 
 
-def test_a_level_that_computes_something_else_stops_before_the_benchmark(first_run, clone):
+def test_a_level_that_computes_something_else_stops_before_the_benchmark(clone):
     set_param(clone, "levels.bf16.init", "pytorch")
     output = call(clone, "dvc", "repro", exit_code=255)
     assert stages_that_ran(output) == {"environment", "probe", "train@bf16", "parity"}
     get_back(clone)
 
 
-def test_a_new_level_is_one_row(first_run, clone):
+def test_a_new_level_is_one_row(clone):
     last = config.load(clone / "params.yaml").levels[LEVELS[-1]]
     set_param(clone, "levels.mine", last.model_dump() | {"compile": not last.compile})
-    assert stages_that_ran(call(clone, "dvc", "repro")) == {
-        *("environment", "probe", "train@mine", "parity", "benchmark", "report")
-    }
+    ran = stages_that_ran(call(clone, "dvc", "repro"))
+    assert ran == {"environment", "probe", "train@mine", "parity", "benchmark", "report"}
     assert "| mine " in (clone / "results/report/ladder.md").read_text()
     shutil.rmtree(clone / "results/levels/mine")  # untracked, so git restore leaves it
     get_back(clone)
 
 
-def test_an_edited_row_runs_that_level_alone(first_run, clone):
+def test_an_edited_row_runs_that_level_alone(clone):
     set_param(clone, "levels.init.init", "pytorch")
-    assert stages_that_ran(call(clone, "dvc", "repro")) == {
-        *("environment", "probe", "train@init", "parity", "report")  # no quality row concerns the benchmark
-    }
+    ran = stages_that_ran(call(clone, "dvc", "repro"))
+    assert ran == {"environment", "probe", "train@init", "parity", "report"}  # no quality row concerns the benchmark
     get_back(clone)
