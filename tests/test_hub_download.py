@@ -81,34 +81,3 @@ def test_a_flipped_byte_is_caught_and_nothing_is_kept(tmp_path, published, name,
     assert f"{name}: sha256 is" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize(("fault", "at"), [("403", hub.WEIGHTS), ("cut", fake_hub.WEIGHTS_THEMSELVES)])
-def test_a_hub_that_answers_but_does_not_deliver_is_named_and_gives_no_stand_in(tmp_path, published, fault, at):
-    folder = tmp_path / "gpt2"
-    with fake_hub.serve(published, pretrained.REVISIONS["gpt2"], itertools.repeat(fault), at) as (endpoint, _):
-        result = fetch(folder, published, endpoint, "auto")
-    assert result.returncode == 1, result.stderr
-    last_line = result.stderr.strip().splitlines()[-1]
-    assert f"{hub.WEIGHTS}: the hub answered, but the file did not come:" in last_line
-    assert fault in last_line or fault == "cut"
-    assert "Traceback" not in result.stderr
-    assert list(folder.iterdir()) == []
-
-
-def test_a_hub_without_the_pinned_revision_is_an_error(tmp_path, published):
-    with fake_hub.serve(published, "0" * 40) as (endpoint, _):
-        result = fetch(tmp_path / "gpt2", published, endpoint, "auto")
-    assert result.returncode == 1
-    assert "the server answered 404" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_hub_that_is_down_gives_a_stand_in_under_auto_and_an_error_under_openai(tmp_path, published):
-    nobody = "http://127.0.0.1:9"
-    assert fetch(tmp_path / "auto", published, nobody, "auto").returncode == 0
-    assert pretrained.is_stand_in(tmp_path / "auto")
-    result = fetch(tmp_path / "openai", published, nobody, "openai")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: pretrained.source: openai, but the hub cannot be reached")
-    assert list((tmp_path / "openai").iterdir()) == []

@@ -19,8 +19,6 @@ CONTENT = {hub.CONFIG: b"{}\n", hub.WEIGHTS: bytes(range(256)) * 9}
 SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
 PLANTED = "planted-password"
 HASHES = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
-
-
 OURS = ["reset", "reset halfway", "short", "500", "502", "503"]  # tried again by us, the rest by huggingface_hub
 
 
@@ -133,9 +131,7 @@ def test_a_mirror_is_named_without_the_password_in_its_address(fetch, folder):
     assert provenance["source"].startswith("http://***@127.0.0.1")
 
 
-THEIR_HEAD = fake_hub.WEIGHTS_THEMSELVES.replace(
-    "GET", "HEAD"
-)  # huggingface_hub believes the last one, if it is told more
+THEIR_HEAD = "HEAD /lfs/"  # huggingface_hub believes the last one, if it is told more
 REDIRECT = f"HEAD /openai-community/gpt2/resolve/{pretrained.REVISIONS['gpt2']}/{hub.WEIGHTS}"
 HOSTILE = {
     (fake_hub.WEIGHTS_THEMSELVES, "Content-Disposition"): ["attachment; filename=../../evil", "filename=OUTSIDE/evil"],
@@ -148,6 +144,11 @@ HOSTILE = {
     (THEIR_HEAD, "X-Xet-Hash"): ["../../evil", "0" * 64],
     (REDIRECT, "Location"): ["file:///etc/passwd", "http://[", "http://127.0.0.1:99999/", "//", "../../../evil", ""],
 }
+
+
+def test_a_refusal_that_huggingface_hub_takes_for_a_lost_connection_is_named_by_its_status(fetch):
+    with pytest.raises(UserError, match=r"model\.safetensors: the hub answered, but the file did not come: .* 403 "):
+        fetch(faults=["403"], at=REDIRECT)
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
