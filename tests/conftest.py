@@ -1,11 +1,12 @@
 """What several tests need: tiny configs, servers of our own on 127.0.0.1, GPT-2's encoding from the package index."""
 
-import http.server
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import climbing
@@ -150,35 +151,22 @@ def serve() -> Iterator[Callable[..., str]]:
     The server answers everything alike, but goes wrong with the first of `faults` at the first request, and so on. What
     hangs does so until the test ends or sets `serve.resume`.
     """
-    servers = []
 
     def start(body: bytes = b"", faults: Iterable[str] = (), **answer: object) -> str:
         turns = iter(faults)
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                start.requests.append(url)
-                faulty_server.answer(self, body, next(turns, ""), resume=start.resume, **answer)
+        def reply(handler: BaseHTTPRequestHandler) -> None:
+            start.requests.append(url)
+            faulty_server.answer(handler, body, next(turns, ""), resume=start.resume, **answer)
 
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        url = f"http://127.0.0.1:{server.server_port}/file"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
+        url = f"{servers.enter_context(faulty_server.running(reply))}/file"
         return url
 
     start.requests = []
     start.resume = threading.Event()
-    yield start
-    start.resume.set()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield start
+        start.resume.set()
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """A Hugging Face hub of our own: one repository, served the way the real one serves `openai-community/gpt2`."""
 
 import hashlib
-import http.server
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import faulty_server
@@ -28,37 +28,27 @@ def serve(
     requests: list[str] = []
     turns, resume = iter(faults), threading.Event()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            request = f"{self.command} {self.path}"
-            requests.append(request)
-            name = self.path.rsplit("/", 1)[-1]
-            if f"/resolve/{revision}/" not in self.path and not self.path.startswith("/lfs/"):
-                self.send_error(404)
-                return
-            body, status = (folder / name).read_bytes(), 200
-            sha256 = hashlib.sha256(body).hexdigest()
-            sent = {"X-Repo-Commit": revision, "ETag": f'"{sha256}"'}
-            if name.endswith(".safetensors") and not self.path.startswith("/lfs/"):
-                sent |= {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{sha256}"'}
-                sent |= {"Location": f"http://127.0.0.1:{server.server_port}/lfs/{name}"}
-                body, status = b"", 302
-            fault = ""
-            if at in request:
-                fault, sent = next(turns, ""), sent | dict(headers or {})
-            faulty_server.answer(self, body, fault, status, sent, resume)
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        request = f"{handler.command} {handler.path}"
+        requests.append(request)
+        name = handler.path.rsplit("/", 1)[-1]
+        if f"/resolve/{revision}/" not in handler.path and not handler.path.startswith("/lfs/"):
+            handler.send_error(404)
+            return
+        body, status = (folder / name).read_bytes(), 200
+        sha256 = hashlib.sha256(body).hexdigest()
+        sent = {"X-Repo-Commit": revision, "ETag": f'"{sha256}"'}
+        if name.endswith(".safetensors") and not handler.path.startswith("/lfs/"):
+            sent |= {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{sha256}"'}
+            sent |= {"Location": f"{endpoint}/lfs/{name}"}
+            body, status = b"", 302
+        fault = ""
+        if at in request:
+            fault, sent = next(turns, ""), sent | dict(headers or {})
+        faulty_server.answer(handler, body, fault, status, sent, resume)
 
-        def do_GET(self) -> None:
-            self.do_HEAD()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        resume.set()
-        server.shutdown()
-        server.server_close()
+    with faulty_server.running(reply) as endpoint:
+        try:
+            yield endpoint, requests
+        finally:
+            resume.set()

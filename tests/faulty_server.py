@@ -5,9 +5,32 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 PASSING = ["reset", "reset halfway", "hang", "hang halfway", "cut", "long", "short", "flip", "429", "500", "502", "503"]
+
+
+@contextmanager
+def running(reply: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """Let `reply` answer every GET and HEAD on a port of 127.0.0.1 meanwhile; yield the address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            reply(self)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def answer(
