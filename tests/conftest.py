@@ -20,7 +20,7 @@ from filelock import FileLock
 from gpt2_ladder import artifacts, config, data
 from gpt2_ladder.config import Environment, GPTConfig, Params
 from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, write_json
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, write_json
 from pipeline import environment as environment_stage
 from pipeline.download import PINNED
 
@@ -122,6 +122,13 @@ def encoding(bpe_files: tuple[Path, Path]) -> tiktoken.Encoding:
     return data.open_encoding(*bpe_files)
 
 
+def link_encoding(bpe_files: tuple[Path, Path]) -> None:
+    """Put GPT-2's encoding where the stages look for it, in the working directory."""
+    VOCAB_BPE.parent.mkdir(parents=True, exist_ok=True)
+    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
+        name.symlink_to(path)
+
+
 @pytest.fixture
 def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Path, Path]) -> Params:
     """A folder with all that a training of the tiny model needs, its text random; 12 steps, a checkpoint every 2."""
@@ -133,8 +140,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Pat
     for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
         shard.parent.mkdir(exist_ok=True)
         data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
-    ENCODER_JSON.parent.mkdir()
-    ENCODER_JSON.symlink_to(bpe_files[1])
+    link_encoding(bpe_files)
     document = config.load(REPOSITORY / "params.yaml").model_dump()
     document |= {"model": "tiny", "checkpoint_every": 2}
     document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, link_encoding
 from huggingface_hub import constants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -39,10 +39,7 @@ def made(**changes) -> Data:
 def checkout(tmp_path, monkeypatch, bpe_files):
     """A folder with GPT-2's encoding, in which corpora.write leaves its shards."""
     monkeypatch.chdir(tmp_path)
-    VOCAB_BPE.parent.mkdir(parents=True)
-    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
-        name.symlink_to(path)
-    return tmp_path
+    link_encoding(bpe_files)
 
 
 def write(settings, processes=1):

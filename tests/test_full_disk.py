@@ -8,10 +8,10 @@ from pathlib import Path
 
 import altair as alt
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, link_encoding
 
 from gpt2_ladder import charts
-from pipeline import CORPUS, ENCODER_JSON, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run, tokenize_corpus, write_json
+from pipeline import CORPUS, TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
 
 KIB = 1024
 FULL = r"^error: the disk is full \(0\.0 GiB free here\): .*; make room and run `dvc repro` again$"
@@ -45,9 +45,7 @@ def fill(folder: Path) -> None:
 
 def test_tokenizing_stops_and_the_shards_of_before_stay(small_disk, bpe_files):
     shutil.copy(REPOSITORY / "params.yaml", small_disk)
-    ENCODER_JSON.parent.mkdir(parents=True)
-    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
-        name.symlink_to(path)
+    link_encoding(bpe_files)
     CORPUS.write_text("a good text, " * 100)
     run(tokenize_corpus.main)
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=120 * KIB)  # 2 bytes a token of 1.7 letters

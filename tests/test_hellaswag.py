@@ -8,13 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import REPOSITORY, environment, tiny
+from conftest import REPOSITORY, environment, link_encoding, tiny
 from transformers import GPT2LMHeadModel
 
 from gpt2_ladder import config, hellaswag, hub, pretrained
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from pipeline import ENCODER_JSON, ENVIRONMENT, VOCAB_BPE, write_json
+from pipeline import ENVIRONMENT, write_json
 from pipeline import hellaswag as command
 
 CPU = torch.device("cpu")
@@ -115,14 +115,11 @@ def checkout(tmp_path, monkeypatch, bpe_files, serve):
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     write_json(ENVIRONMENT, environment().model_dump())
-    ENCODER_JSON.parent.mkdir(parents=True)
-    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
-        name.symlink_to(path)
+    link_encoding(bpe_files)
     size = config.load().models["tiny"].model_copy(update={"n_layer": 1, "n_embd": 16, "n_positions": 64})
     pretrained.fetch(Path("data/gpt2"), config.Pretrained(source="stand-in", folder=None), "tiny", size, seed=3)
     monkeypatch.setattr(command, "SHA256", hashlib.sha256(BODY).hexdigest())
     monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY)),))
-    return tmp_path
 
 
 def test_the_command_counts_what_transformers_finds_right(checkout, serve, encoding, capsys):
@@ -153,10 +150,7 @@ def test_weights_of_ones_own_are_not_called_openais_or_a_stand_in(checkout):
     hub.save_gpt(GPT(tiny(vocab_size=50257)), Path("data/gpt2"))  # what lies beside them speaks of others now
     found = command.provenance(Path("data/gpt2") / hub.WEIGHTS)
     assert found["sha256"] != written["sha256"]
-    assert (found["source"], found["note"]) == (
-        "a local file; nothing beside it says where it comes from",
-        None,
-    )
+    assert (found["source"], found["note"]) == ("a local file; nothing beside it says where it comes from", None)
 
 
 def test_other_questions_than_the_pinned_ones_are_refused(checkout, serve, monkeypatch, waits):
