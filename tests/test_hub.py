@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ def hub_tensors() -> dict[str, torch.Tensor]:
     tensors = {name.removeprefix("transformer."): t.clone() for name, t in transformers_gpt2().state_dict().items()}
     del tensors["lm_head.weight"]
     return tensors | {f"h.{layer}.attn.bias": torch.ones(32, 32).tril().view(1, 1, 32, 32) for layer in range(2)}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A folder with a checkpoint of a tiny network."""
+    hub.save_gpt(GPT(tiny()), tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
@@ -127,13 +135,12 @@ def test_half_precision_weights_become_float32():
         ({"layer_norm_epsilon": [0] * 10**5}, r"layer_norm_epsilon is \[0, 0"),
     ],
 )
-def test_a_config_that_asks_for_another_network_is_refused(tmp_path, monkeypatch, change, message):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    described = json.loads((tmp_path / hub.CONFIG).read_text()) | change
-    (tmp_path / hub.CONFIG).write_text(json.dumps({key: value for key, value in described.items() if value}))
+def test_a_config_that_asks_for_another_network_is_refused(saved, monkeypatch, change, message):
+    described = json.loads((saved / hub.CONFIG).read_text()) | change
+    (saved / hub.CONFIG).write_text(json.dumps({key: value for key, value in described.items() if value}))
     monkeypatch.setattr(hub, "GPT", lambda _: pytest.fail("memory was taken for the network"))
     with pytest.raises(UserError, match=message) as caught:
-        hub.load_gpt(tmp_path)
+        hub.load_gpt(saved)
     assert len(str(caught.value)) < 1000
 
 
@@ -146,14 +153,6 @@ def test_masks_that_no_memory_holds_are_refused(tmp_path, monkeypatch):
         hub.load_gpt(tmp_path, "eager")
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'{"n_layer": ' + b"9" * 5000 + b"}"])
-def test_a_config_that_is_no_json_object_is_refused(tmp_path, raw):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    (tmp_path / hub.CONFIG).write_bytes(raw)
-    with pytest.raises(UserError, match=r"config\.json: expected a JSON object"):
-        hub.load_gpt(tmp_path)
-
-
 class Trap:
     """A pickle of this runs code when it is read."""
 
@@ -161,22 +160,13 @@ class Trap:
         return (pytest.fail, ("the pickle was read",))
 
 
-def test_a_pickle_is_refused_unread(tmp_path):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    (tmp_path / hub.WEIGHTS).write_bytes(pickle.dumps(Trap()))
+def test_a_pickle_is_refused_unread(saved):
+    (saved / hub.WEIGHTS).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        hub.load_gpt(tmp_path)
-    (tmp_path / hub.WEIGHTS).rename(tmp_path / "pytorch_model.bin")
+        hub.load_gpt(saved)
+    (saved / hub.WEIGHTS).rename(saved / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin: pickled weights can run code"):
-        hub.load_gpt(tmp_path)
-
-
-def test_a_file_cut_short_is_refused(tmp_path):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    raw = (tmp_path / hub.WEIGHTS).read_bytes()
-    (tmp_path / hub.WEIGHTS).write_bytes(raw[:-100])
-    with pytest.raises(UserError, match="not a readable checkpoint"):
-        hub.load_gpt(tmp_path)
+        hub.load_gpt(saved)
 
 
 @pytest.mark.parametrize(
@@ -196,31 +186,28 @@ def test_a_file_cut_short_is_refused(tmp_path):
         lambda header, size: header.clear(),
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path, lie):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    raw = (tmp_path / hub.WEIGHTS).read_bytes()
+def test_a_header_that_lies_is_refused(saved, lie):
+    raw = (saved / hub.WEIGHTS).read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     lie(header, len(body))
     lying = json.dumps(header).encode()
-    (tmp_path / hub.WEIGHTS).write_bytes(len(lying).to_bytes(8, "little") + lying + body)
+    (saved / hub.WEIGHTS).write_bytes(len(lying).to_bytes(8, "little") + lying + body)
     with pytest.raises(UserError, match="not a readable checkpoint") as caught:
-        hub.load_gpt(tmp_path)
+        hub.load_gpt(saved)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**40, 2**64 - 1])
-def test_a_header_of_another_length_is_refused(tmp_path, length):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    with (tmp_path / hub.WEIGHTS).open("r+b") as file:
+def test_a_header_of_another_length_is_refused(saved, length):
+    with (saved / hub.WEIGHTS).open("r+b") as file:
         file.write(length.to_bytes(8, "little"))
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        hub.load_gpt(tmp_path)
+        hub.load_gpt(saved)
 
 
-def test_saving_keeps_the_hubs_names_and_layout(tmp_path):
-    hub.save_gpt(GPT(tiny()), tmp_path)
-    saved = load_file(tmp_path / hub.WEIGHTS)
+def test_saving_keeps_the_hubs_names_and_layout(saved):
+    tensors = load_file(saved / hub.WEIGHTS)
     expected = {name: t for name, t in hub_tensors().items() if not name.endswith(".attn.bias")}
-    assert {name: t.shape for name, t in saved.items()} == {name: t.shape for name, t in expected.items()}
-    save_file(saved, tmp_path / "again.safetensors")  # contiguous, unshared: safetensors takes them as they are
+    assert {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in expected.items()}
+    save_file(tensors, saved / "again.safetensors")  # contiguous, unshared: safetensors takes them as they are
