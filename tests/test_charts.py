@@ -7,19 +7,14 @@ import pytest
 
 from gpt2_ladder import charts
 
+FIELDS = ("level", "start", "end", "low", "high", "verdict", "label")
 STEPS = [
-    {"level": "fp32", "start": 0, "end": 100.0, "low": 100.0, "high": 100.0, "verdict": "baseline", "label": ""},
-    {"level": "tf32", "start": 100.0, "end": 101.0, "low": 97.0, "high": 104.0}
-    | {"verdict": "no measurable gain", "label": "1.01 x"},
-    {
-        "level": "bf16",
-        "start": 101.0,
-        "end": 190.0,
-        "low": 180.0,
-        "high": 200.0,
-        "verdict": "faster",
-        "label": "1.88 x",
-    },
+    dict(zip(FIELDS, row, strict=True))
+    for row in (
+        ("fp32", 0, 100.0, 100.0, 100.0, "baseline", ""),
+        ("tf32", 100.0, 101.0, 97.0, 104.0, "no measurable gain", "1.01 x"),
+        ("bf16", 101.0, 190.0, 180.0, 200.0, "faster", "1.88 x"),
+    )
 ]
 LOSSES = [{"level": level, "step": step, "loss": 9.0 - step} for level in ("fp32", "bf16") for step in range(3)]
 CHARTS = {
@@ -30,9 +25,8 @@ CHARTS = {
 
 
 def words(svg: str) -> list[str]:
-    return [
-        element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text") and element.text
-    ]
+    elements = ElementTree.fromstring(svg).iter()
+    return [element.text for element in elements if element.tag.endswith("text") and element.text]
 
 
 @pytest.mark.parametrize("name", CHARTS)

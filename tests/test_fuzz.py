@@ -237,10 +237,8 @@ def test_the_valid_input_is_accepted(reader):
 @pytest.mark.parametrize(
     ("seed", "message"),
     [
-        (
-            "9" * 5000,
-            "params.yaml:8: '99999999999999999999'... is longer than any value",
-        ),  # Python prints no such number
+        # Python prints no such number
+        ("9" * 5000, "params.yaml:8: '99999999999999999999'... is longer than any value"),
         ("0x" + "f" * 5000, "params.yaml:8: '0xffffffffffffffffff'... is longer than any value"),
         ("[" * 1500, "params.yaml:8: more than 8 maps and lists in each other"),  # Python's stack was too small
         ("!!int x", "params.yaml:8: '<<', '!' and '%YAML' are not read"),
