@@ -65,13 +65,6 @@ def test_a_lent_network_computes_what_an_owned_one_does():
     assert torch.equal(lent(BATCHES[0][0])[0], owned(BATCHES[0][0])[0])
 
 
-def test_what_one_arm_learns_the_other_knows():
-    first, second = arms(2)
-    before = second.model(BATCHES[0][0])[0]
-    first.step(BATCHES[0], CPU)
-    assert not torch.equal(second.model(BATCHES[0][0])[0], before)
-
-
 def test_every_arm_takes_one_step_a_round_in_an_order_drawn_anew():
     found = measure(arms(), rounds=12)
     assert len(found) == 12
