@@ -164,9 +164,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_mend(params, monkeypatch, dama
         tensors.unlink()
     else:
         state.write_text("{" if damage == "no json" else json.dumps({"sha256": 5}))
-    with pytest.raises(
-        UserError, match=rf"{state.stem}.*; remove {state.parent} to train from the start|expected a JSON"
-    ):
+    with pytest.raises(UserError, match=rf"{state.stem}.*; remove {state.parent} to train from the start"):
         run(params)
 
 
