@@ -6,8 +6,10 @@ must find. A recorder switches torch.compile off, so compiled levels are recorde
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -80,40 +82,22 @@ def test_a_step_computes_what_its_level_says(level):
     audit(LEVELS[level])
 
 
-@contextmanager
-def eager_attention_under_flash() -> Iterator[None]:
-    def attention(q, k, v, is_causal):
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        return F.softmax((q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf), dim=-1) @ v
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.F, "scaled_dot_product_attention", attention)
-        yield
-
-
-@contextmanager
-def wrapped_forward(part: type, wrap: Callable) -> Iterator[None]:
-    """Replace the forward of a part of the network by `wrap` of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part, "forward", wrap(part.forward))
-        yield
+def eager_attention(q, k, v, is_causal):
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return F.softmax((q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf), dim=-1) @ v
 
 
 def with_item(forward: Callable) -> Callable:
     def looks_at_a_value(self, x):
-        out = forward(self, x)
-        out.sum().item()
-        return out
+        x.sum().item()
+        return forward(self, x)
 
     return looks_at_a_value
 
 
-@contextmanager
-def item_beside_the_network() -> Iterator[None]:
-    split = training.split
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "split", lambda batch, rows: (batch[0].max().item(), *split(batch, rows))[1:])
-        yield
+def item_beside_the_network(batch, rows, split=training.split):
+    batch[0].max().item()
+    return split(batch, rows)
 
 
 def in_float32(forward: Callable) -> Callable:
@@ -124,25 +108,34 @@ def in_float32(forward: Callable) -> Callable:
     return leaves_autocast
 
 
-@contextmanager
-def autocast_left_off() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "set_precision", lambda *_: nullcontext())
-        yield
+def with_a_break(forward: Callable) -> Callable:
+    def breaks(self, x):
+        torch._dynamo.graph_break()
+        return forward(self, x)
+
+    return breaks
+
+
+def wrapped_forward(wrap: Callable) -> AbstractContextManager:
+    """Replace the forward of every MLP by `wrap` of it."""
+    return mock.patch.object(model.MLP, "forward", wrap(model.MLP.forward))
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(eager_attention_under_flash, id="eager attention under flash"),
-        pytest.param(lambda: wrapped_forward(model.MLP, with_item), id=".item() in the step"),
-        pytest.param(item_beside_the_network, id=".item() beside the network"),
-        pytest.param(lambda: wrapped_forward(model.MLP, in_float32), id="float32 products under bf16"),
-        pytest.param(autocast_left_off, id="autocast left off"),
+        pytest.param(
+            mock.patch.object(model.F, "scaled_dot_product_attention", eager_attention),
+            id="eager attention under flash",
+        ),
+        pytest.param(wrapped_forward(with_item), id=".item() in the step"),
+        pytest.param(mock.patch.object(training, "split", item_beside_the_network), id=".item() beside the network"),
+        pytest.param(wrapped_forward(in_float32), id="float32 products under bf16"),
+        pytest.param(mock.patch.object(runtime, "set_precision", return_value=nullcontext()), id="autocast left off"),
     ],
 )
 def test_the_audit_finds_a_planted_fault(fault):
-    with fault(), pytest.raises(AssertionError):
+    with fault, pytest.raises(AssertionError):
         audit(LEVELS["flash"])
 
 
@@ -154,9 +147,7 @@ def graphs(switches: Switches) -> int:
         found.append(graph)
         return graph.forward
 
-    with pytest.MonkeyPatch.context() as patch:
-        compile_in_place = network.compile
-        patch.setattr(network, "compile", lambda **settings: compile_in_place(backend=backend, **settings))
+    with mock.patch.object(network, "compile", partial(network.compile, backend=backend)):
         runtime.compile_model(network)
     with runtime.set_precision(switches.precision, CPU):
         network(random_ids(B, T), random_ids(B, T, seed=1))
@@ -170,14 +161,7 @@ def test_a_compiled_level_is_one_graph(level):
 
 
 def test_a_graph_break_is_found():
-    def breaks(forward: Callable) -> Callable:
-        def with_a_break(self, x):
-            torch._dynamo.graph_break()
-            return forward(self, x)
-
-        return with_a_break
-
-    with wrapped_forward(model.MLP, breaks), pytest.raises(Exception, match="graph_break"):
+    with wrapped_forward(with_a_break), pytest.raises(Exception, match="graph_break"):
         graphs(LEVELS["compile"])
 
 
