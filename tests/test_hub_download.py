@@ -9,10 +9,9 @@ from pathlib import Path
 
 import fake_hub
 import pytest
-import torch
 from conftest import REPOSITORY, random_ids
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import save_file
+from test_hub import hub_tensors, transformers_gpt2
 
 from gpt2_ladder import artifacts, hub, pretrained, verification
 
@@ -33,12 +32,8 @@ run(lambda: pretrained.fetch(Path(sys.argv[1]), Pretrained(source=sys.argv[3], f
 def published(tmp_path_factory) -> Path:
     """A tiny GPT-2 with the quirks of the hub's file: no prefix, masks among the weights, no head."""
     folder = tmp_path_factory.mktemp("published")
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=97, bos_token_id=96, eos_token_id=96)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / hub.WEIGHTS).items()}
-    masks = {f"h.{layer}.attn.bias": torch.ones(32, 32).tril().view(1, 1, 32, 32).clone() for layer in range(2)}
-    save_file(tensors | masks, folder / hub.WEIGHTS, metadata={"format": "pt"})
+    transformers_gpt2().config.save_pretrained(folder)
+    save_file(hub_tensors(), folder / hub.WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
