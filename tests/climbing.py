@@ -49,7 +49,7 @@ def wandb_runs(clone: Path) -> int:
 
 
 def stages_that_ran(output: str) -> set[str]:
-    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")}
+    return {line.split("'")[1].split(":")[-1] for line in output.splitlines() if line.startswith("Running stage '")}
 
 
 def set_param(folder: Path, key: str, value: object) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
-from gpt2_ladder import config
+from gpt2_ladder import params_yaml
 from pipeline import environment
 
 PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
@@ -58,7 +58,7 @@ HELD = {
     ],
     "test_pipeline.test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back": [
         "dvc commit trial",
-        "git add params.yaml dvc.lock results docs/levels",
+        "git add params.yaml dvc.lock pipeline/dvc.lock results docs/levels",
         'git commit -m "My machine"',
     ],
     "climbing.get_back": ["dvc checkout", "git restore params.yaml dvc.lock results docs/levels"],
@@ -185,7 +185,7 @@ def test_every_change_that_a_page_makes_is_one_that_params_yaml_takes(values, tm
     for sweep in get_hydra_sweeps({str(path): values.split()}):
         shutil.copy(REPOSITORY / "params.yaml", path)
         apply_overrides(path, sweep[str(path)])  # as DVC does
-        config.load(path)
+        params_yaml.load(path)
 
 
 def test_every_relative_link_and_picture_is_there():
