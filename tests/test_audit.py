@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, random_ids, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ladder import config, model, runtime, training
+from gpt2_ladder import model, params_yaml, runtime, training
 from gpt2_ladder.config import AdamW, Switches
 from gpt2_ladder.model import GPT
 
 CPU = torch.device("cpu")
-LEVELS = config.load(REPOSITORY / "params.yaml").levels
+LEVELS = params_yaml.load(REPOSITORY / "params.yaml").levels
 B, T, N_LAYER = 2, 24, 2  # T differs from every other size, so that a (T, T) shape is attention's
 MATMULS = ("aten.mm", "aten.addmm", "aten.bmm")
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -46,17 +46,23 @@ class Recorder(TorchDispatchMode):
         return [name for name, _, _ in self.calls]
 
 
-def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype, torch.dtype]]:
+def build(switches: Switches) -> GPT:
+    """A small network with all of `switches` that concern it."""
+    names = {"attention", "tie_weights", "init", "vocab_size", "chunked_loss"}
+    return GPT(tiny(n_layer=N_LAYER, **switches.model_dump(include=names)))
+
+
+def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype | None, torch.dtype]]:
     """The operators of a step at `switches` up to the optimizer, the network, and the types of its logits and loss."""
-    network = GPT(tiny(attention=switches.attention, tie_weights=switches.tie_weights, init=switches.init))
-    outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    network = build(switches)
+    outputs: list[tuple[torch.Tensor | None, torch.Tensor]] = []
     network.register_forward_hook(lambda _, __, output: outputs.append(output))
     batch = random_ids(B, T), random_ids(B, T, seed=1)
     autocast = runtime.set_precision(switches.precision, CPU)
     with Recorder() as recorder:
         training.accumulate(network, batch, autocast, CPU, micro_batch=B)
     ((logits, loss),) = outputs
-    return recorder, network, (logits.dtype, loss.dtype)
+    return recorder, network, (None if logits is None else logits.dtype, loss.dtype)
 
 
 def audit(switches: Switches) -> None:
@@ -64,15 +70,19 @@ def audit(switches: Switches) -> None:
     recorder, network, (logits, loss) = record(switches)
     matmuls = [(name, ins) for name, ins, _ in recorder.calls if name in MATMULS]
     per_layer = 4 if switches.attention == "flash" else 6  # four linear layers; eager has two products of its own
-    forward = N_LAYER * per_layer + 1  # and the head: 73 and 49 for twelve layers
-    assert len(matmuls) == 3 * forward  # backward: one for each factor
+    head = 4 * model.CHUNKS if switches.chunked_loss else 3  # a piece's logits are computed once more in backward
+    assert len(matmuls) == 3 * N_LAYER * per_layer + head  # forward one, backward one for each factor
     assert {kind for _, ins in matmuls for kind in ins} == {TYPES[switches.precision]}
     flash = [name for name in recorder.names() if "scaled_dot_product_flash_attention" in name]
     assert len(flash) == (2 * N_LAYER if switches.attention == "flash" else 0)  # forward and backward
     squares = [shape for _, _, shapes in recorder.calls for shape in shapes if tuple(shape[-2:]) == (T, T)]
     assert bool(squares) == (switches.attention == "eager")
+    whole_logits = [
+        shape for _, _, shapes in recorder.calls for shape in shapes if shape == (B * T, switches.vocab_size)
+    ]
+    assert bool(whole_logits) != switches.chunked_loss
     assert "aten._local_scalar_dense" not in recorder.names()  # .item(): on a GPU it waits for everything before it
-    assert (logits, loss) == (TYPES[switches.precision], torch.float32)
+    assert (logits, loss) == (None if switches.chunked_loss else TYPES[switches.precision], torch.float32)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
 
@@ -141,7 +151,7 @@ def test_the_audit_finds_a_planted_fault(fault):
 
 def graphs(switches: Switches) -> int:
     """How many graphs Dynamo cuts the network into, compiled as runtime.compile_model does it."""
-    network, found = GPT(tiny(attention=switches.attention)), []
+    network, found = build(switches), []
 
     def backend(graph, _):
         found.append(graph)

@@ -13,13 +13,13 @@ import wandb
 from conftest import REPOSITORY
 from wandb_server import KEY, forget_user, log_in, serve
 
-from gpt2_ladder import config, report, tracking
+from gpt2_ladder import params_yaml, tables, tracking
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.tracking import Tracker
 from pipeline import runs as command
 
-LEVELS = config.load(REPOSITORY / "params.yaml").levels
+LEVELS = params_yaml.load(REPOSITORY / "params.yaml").levels
 FOUND = {
     **{"status": "trained", "note": None, "parameters": 124439808, "loss_first": 10.95, "loss_last": 8.1896},
     **{"val_loss": 8.0076, "bits_per_byte": 3.7303, "tokens_per_second": 279.4},
@@ -60,7 +60,7 @@ def leave_killed(year: int) -> Path:
 def rows(output: str) -> list[list[str]]:
     """The cells of the Markdown table in `output`, without titles and rule."""
     table = [line.strip("| ").split("|") for line in output.splitlines() if line.startswith("|")]
-    assert [title.strip() for title in table[0][2:]] == [title for title, _ in report.TRAINING_COLUMNS.values()]
+    assert [title.strip() for title in table[0][2:]] == [title for title, _ in tables.TRAINING_COLUMNS.values()]
     return [[cell.strip() for cell in row] for row in table[2:]]
 
 
@@ -103,7 +103,7 @@ def test_a_killed_run_keeps_wandb_from_sending_others_unless_each_is_sent_alone(
 
 
 def test_a_group_is_chosen_and_damaged_files_are_named(capsys):
-    overfit = record("overfit", "overfit", group="old")
+    record("overfit", "overfit", group="old")
     record("trial", "trial", group="old")
     damaged = record("bf16", group="old") / "damaged.wandb"
     (file,) = damaged.parent.glob("run-*.wandb")
@@ -112,10 +112,9 @@ def test_a_group_is_chosen_and_damaged_files_are_named(capsys):
     capsys.readouterr()
     command.main("--group", "old")
     output = capsys.readouterr()
-    assert rows(output.out) == [["overfit", report.MISSING, *CELLS], ["trial", "nothing against fp32", *CELLS]]
+    assert rows(output.out) == [["overfit", tables.MISSING, *CELLS], ["trial", "nothing against fp32", *CELLS]]
     assert output.err.startswith(f"{damaged.parent}: left out, not readable (Error: ")
     assert len(output.err.splitlines()) == 1
-    assert overfit.exists()
     with pytest.raises(UserError, match="wandb: no finished training of the group other is there"):
         command.main("--group", "other")
 
@@ -134,7 +133,7 @@ def test_what_went_to_a_server_lies_in_this_folder_too(monkeypatch, capsys):
 def test_a_run_of_another_version_has_no_word_on_its_switches(capsys):
     record("bf16", precision="fp8")
     command.main()
-    assert rows(capsys.readouterr().out) == [["bf16", report.MISSING, *CELLS]]
+    assert rows(capsys.readouterr().out) == [["bf16", tables.MISSING, *CELLS]]
 
 
 def test_an_empty_folder_is_named(tmp_path, monkeypatch):
