@@ -8,7 +8,7 @@ import random
 import sys
 from itertools import product
 
-from gpt2_ladder import benchmark, config, data, devices, gains
+from gpt2_ladder import benchmark, data, devices, gains, params_yaml
 from gpt2_ladder.benchmark import Arm
 from pipeline import TRAIN_SHARD, read_environment
 
@@ -18,7 +18,7 @@ LEVELS = ("fp32", "bf16", "flash")  # flash without compilation, so that the set
 def main(rounds: int) -> None:
     """Print a table, the gain of leaving the setting off over having it on."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks once, at the first product on a GPU
-    params, environment = config.load(), read_environment()
+    params, environment = params_yaml.load(), read_environment()
     shape = params.shape("speed")
     device = devices.open_device(environment.device, environment.threads, params.seed, False)
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)

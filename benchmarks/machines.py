@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import pages
-from gpt2_ladder import config, report
+from gpt2_ladder import params_yaml, tables
 from gpt2_ladder.gains import Measurement
 from pipeline import BENCHMARK
 
@@ -21,7 +21,7 @@ EARLIER = {  # whose environments did not yet tell processors of one name apart
 
 def main() -> None:
     """Write the table."""
-    levels = {name: level for name, level in config.load().levels.items() if level.group == "speed"}
+    levels = {name: level for name, level in params_yaml.load().levels.items() if level.group == "speed"}
     baseline = next(iter(levels))
     found = {name: Measurement.model_validate_json(path.read_text()) for name, path in EARLIER.items()}
     here = Measurement.model_validate_json(BENCHMARK.read_text())
@@ -30,11 +30,11 @@ def main() -> None:
 
     def cell(machine: str, level: str, over: str) -> str:
         one = found[machine]
-        return report.gain_cell(one.compare(level, over, noises[machine]) if level in one.levels else None)
+        return tables.gain_cell(one.compare(level, over, noises[machine]) if level in one.levels else None)
 
     rows = [["level", "switch that changes", *found]]
     for before, level in pairwise(levels):
-        change = report.switch_that_changes(levels[level], levels[before])
+        change = tables.switch_that_changes(levels[level], levels[before])
         rows.append([f"[`{level}`](docs/levels/{level}.md)", change, *(cell(name, level, before) for name in found)])
     rows.append(
         [f"the last over `{baseline}`", "all", *(cell(name, m.levels[-1], baseline) for name, m in found.items())]
@@ -51,7 +51,7 @@ def main() -> None:
         ["a bare product, TFLOP/s in fp32, bf16", "", *("{:.2f}, {:.2f}".format(*both) for both in peaks.values())]
     )
     many = ", ".join(str(len(one.rounds)) for one in found.values())
-    text = f"{report.markdown_table(rows)}\n\nTwo cores each, 2 x 256 tokens a step, {many} rounds."
+    text = f"{tables.markdown_table(rows)}\n\nTwo cores each, 2 x 256 tokens a step, {many} rounds."
     print(text)
     pages.put(README, "machines", text)
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks import pages
-from gpt2_ladder import config, data, progress, tracking
+from gpt2_ladder import config, data, params_yaml, progress, tracking
 from gpt2_ladder.metrics import Step
 from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, environment
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=10, help="of what starts a process")
     repeats = parser.parse_args().repeats
-    check = [sys.executable, "-c", "from gpt2_ladder import config; config.load()"]
+    check = [sys.executable, "-c", "from gpt2_ladder import params_yaml; params_yaml.load()"]
     again = ["dvc", "repro"]
     command_seconds(again, stages=99)  # after which nothing is left to do but to look at the environment
 
@@ -102,7 +102,7 @@ def main() -> None:
 
     measured = [
         ("recording a step: CSV, W&B offline, progress", "1 ms", "ms", recording_ms()),
-        ("the next batch", "a step", "ms", loading_ms(config.load().shape("speed"))),
+        ("the next batch", "a step", "ms", loading_ms(params_yaml.load().shape("speed"))),
         ("a training's command to its first step, GPT-2 124M", "4 s", "s", repeat(start_seconds)),
         ("checking params.yaml, Python's start included", "0.5 s", "s", repeat(lambda: command_seconds(check))),
         ("`dvc repro` with nothing to do", "2 s", "s", repeat(lambda: command_seconds(again, stages=1))),

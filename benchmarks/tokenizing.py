@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks import pages
-from gpt2_ladder import config, corpora, data
+from gpt2_ladder import corpora, data, params_yaml, tokenizer
 from gpt2_ladder.config import Data
 from gpt2_ladder.gains import gain
 from pipeline import CORPUS, ENCODER_JSON, VOCAB_BPE, environment
@@ -44,7 +44,7 @@ def generate(folder: Path, megabytes: int) -> dict[str, Path]:
 
 def bare(megabytes: int) -> None:
     """Have tiktoken encode so much text, from memory, to nowhere."""
-    encoding, text = data.open_encoding(VOCAB_BPE, ENCODER_JSON), CORPUS.read_text()[:MB]
+    encoding, text = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON), CORPUS.read_text()[:MB]
     for _ in range(megabytes):
         encoding.encode_ordinary(text)
 
@@ -67,7 +67,7 @@ class Memory(threading.Thread):
 def shards(source: str, path: Path, shard_tokens: int) -> tuple[float, float, int]:
     """Make shards of the corpus at `path`; return the seconds, the most memory in MiB and the tokens."""
     changes = {"source": source, "path": str(path), "shard_tokens": shard_tokens}
-    settings = Data.model_validate(config.load().data.model_dump() | changes)
+    settings = Data.model_validate(params_yaml.load().data.model_dump() | changes)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         val, train, further = (Path(folder) / name for name in ("val.bin", "train.bin", "shards"))
         memory = Memory()

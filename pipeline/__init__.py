@@ -70,6 +70,16 @@ def read_environment() -> Environment:
     return Environment.model_validate_json(ENVIRONMENT.read_text())
 
 
+def read_json(path: Path) -> Any:
+    """Return what another stage wrote to `path`."""
+    return json.loads(path.read_text())
+
+
+def read_metrics(level: str) -> Any:
+    """Return what the training of `level` wrote down."""
+    return read_json(RESULTS / "levels" / level / "metrics.json")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path`; NaN and infinity, which are not JSON, raise ValueError."""
     files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -3,8 +3,6 @@
 `--rounds 30` measures for longer than params.yaml asks.
 """
 
-import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -18,20 +16,32 @@ from typing import Any
 
 import torch
 
-from gpt2_ladder import benchmark, config, cost, data, devices, metrics, profiling, runtime, training
+from gpt2_ladder import benchmark, cost, data, devices, metrics, params_yaml, profiling, runtime, training
 from gpt2_ladder.benchmark import Arm, Elsewhere
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Switches, UserError
 from gpt2_ladder.gains import ESTIMATOR, Measurement
 from gpt2_ladder.profiling import Operator
-from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, read_environment, run, write_json
+from pipeline import (
+    BENCHMARK,
+    GAINS,
+    PARITY,
+    PROFILE,
+    TRACES,
+    TRAIN_SHARD,
+    Parser,
+    read_environment,
+    read_json,
+    run,
+    write_json,
+)
 
 PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", False: "the GPU's dense peak"}
 
 
 def main(*arguments: str) -> None:
-    params, environment = config.load(), read_environment()
+    params, environment = params_yaml.load(), read_environment()
     settings, shape = params.benchmark[params.machine], params.shape("speed")
-    parser = argparse.ArgumentParser(prog="python -m pipeline.benchmark", description=__doc__)
+    parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, help="so many rounds, however long they last")
     longer = parser.parse_args(arguments).rounds
     if longer is not None and longer < MINIMUM_ROUNDS:
@@ -70,7 +80,7 @@ def main(*arguments: str) -> None:
 
 def read_contestants() -> tuple[dict[str, Switches], int]:
     """Return the switches of every level that passed parity, and of the control, by name; and their micro-batch."""
-    parity = json.loads(PARITY.read_text())
+    parity = read_json(PARITY)
     levels = {
         name: Switches.model_validate({key: found["switches"][key] for key in Switches.model_fields})
         for name, found in parity["levels"].items()
@@ -96,7 +106,7 @@ def seat(
 @cache
 def open_alone(name: str) -> Arm:
     """Return the arm of level `name`, whose switches set the whole of this process; one process, one set of them."""
-    params, environment = config.load(), read_environment()
+    params, environment = params_yaml.load(), read_environment()
     contestants, micro_batch = read_contestants()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     devices.keep_freed_memory(device)

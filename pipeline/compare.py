@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gpt2_ladder import report
+from gpt2_ladder import tables
 from gpt2_ladder.config import UserError
 from gpt2_ladder.gains import Measurement
 from pipeline import BENCHMARK, run
@@ -27,7 +27,7 @@ def main(*arguments: str) -> None:
     elif len(arguments) == 1:
         here, there = read(BENCHMARK), read(Path(arguments[0]))
         print(f"here:  {describe(here)}\nthere: {describe(there)}\n")
-        print(report.markdown_table(report.side_by_side(here, there), words=1))
+        print(tables.markdown_table(tables.side_by_side(here, there), words=1))
     else:
         raise UserError(f"{len(arguments)} arguments: give two levels, or the benchmark.json of another machine")
 

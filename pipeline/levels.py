@@ -1,11 +1,11 @@
 """Write docs/levels, as the report stage does: a page for each level, code from src/ and numbers from results/."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import config, files, levels
-from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, run
+from gpt2_ladder import files, levels, params_yaml
+from gpt2_ladder.config import Params
+from pipeline import GAINS, PARITY, PROFILE, read_environment, read_json, read_metrics, run
 
 FOLDER = Path("docs/levels")
 
@@ -17,20 +17,20 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Return every page by its file name, as params.yaml, results/ and src/ give it now."""
-    params = config.load()
-    return levels.pages(
-        levels=params.levels,
-        shapes={"quality": params.quality, "speed": params.shape("speed")},
-        results={name: _read(RESULTS / "levels" / name / "metrics.json") for name in params.levels},
-        gains=_read(GAINS),
-        parity=_read(PARITY),
-        operators=_read(PROFILE),
-        environment=read_environment(),
-    )
+    return levels.pages(**gather(params_yaml.load()))
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+def gather(params: Params) -> dict[str, Any]:
+    """Return what the levels showed, as `levels.pages` and `report.facts` take it."""
+    return {
+        "levels": params.levels,
+        "shapes": {"quality": params.quality, "speed": params.shape("speed")},
+        "results": {name: read_metrics(name) for name in params.levels},
+        "gains": read_json(GAINS),
+        "parity": read_json(PARITY),
+        "operators": read_json(PROFILE),
+        "environment": read_environment(),
+    }
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@ The benchmark measures the levels that pass, and reads from results/parity.json 
 """
 
 import csv
-import json
 from typing import Any
 
-from gpt2_ladder import config, parity
+from gpt2_ladder import params_yaml, parity
 from gpt2_ladder.config import Level, UserError
-from pipeline import PARITY, RESULTS, read_environment, run, write_json
+from pipeline import PARITY, RESULTS, read_environment, read_metrics, run, write_json
 
 MATMUL_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}  # what runtime.py must have recorded
 
 
 def main() -> None:
-    params = config.load()
-    results = {name: _metrics(name) for name, level in params.levels.items() if level.group == "speed"}
+    params = params_yaml.load()
+    results = {name: read_metrics(name) for name, level in params.levels.items() if level.group == "speed"}
     trained = [name for name, found in results.items() if found["status"] == "trained"]
     if not trained:
         raise UserError("parity: no speed level was trained; results/levels/*/metrics.json say why")
@@ -53,10 +52,6 @@ def check_matmul_precision(name: str, level: Level, recorded: str) -> None:
             f"parity: level '{name}' was trained with {recorded} matrix products where precision {level.precision} "
             f"means {MATMUL_PRECISION[level.precision]}; mend runtime.set_precision"
         )
-
-
-def _metrics(name: str) -> Any:
-    return json.loads((RESULTS / "levels" / name / "metrics.json").read_text())
 
 
 def _losses(name: str) -> list[float]:

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gpt2_ladder import config, cost, devices, planning
+from gpt2_ladder import cost, devices, params_yaml, planning
 from gpt2_ladder.config import UserError
 from pipeline import Parser, read_environment, run
 
@@ -20,7 +20,7 @@ docs/GPU.md says how far off both are."""
 
 
 def main(*arguments: str) -> None:
-    params = config.load()
+    params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.plan", description=__doc__)
     parser.add_argument("--memory", type=str, help="of a GPU that is not here, as in 24GiB")
     memory = parser.parse_args(arguments).memory

@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from gpt2_ladder import benchmark, config, devices, planning, runtime, training
+from gpt2_ladder import benchmark, devices, params_yaml, planning, runtime, training
 from gpt2_ladder.config import GPTConfig, Params, Switches, UserError
 from pipeline import PROBE, read_environment, run, write_json
 
 
 def main() -> None:
-    params, environment = config.load(), read_environment()
+    params, environment = params_yaml.load(), read_environment()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     levels = {
         name: level

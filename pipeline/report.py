@@ -5,34 +5,26 @@ And into docs/levels, which holds a page for every level.
 
 import csv
 import io
-import json
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 
-from gpt2_ladder import charts, config, files, report, tracking
-from pipeline import GAINS, PARITY, PROFILE, RESULTS, levels, read_environment, run
+from gpt2_ladder import charts, files, params_yaml, report, tracking
+from pipeline import RESULTS, levels, read_json, run
 
 FOLDER = RESULTS / "report"
 
 
 def main() -> None:
-    params, environment = config.load(), read_environment()
-    results = {name: _read(RESULTS / "levels" / name / "metrics.json") for name in params.levels}
-    gains, parity = _read(GAINS), _read(PARITY)
+    params = params_yaml.load()
+    gathered = levels.gather(params)
+    results, gains, parity, environment = (gathered[name] for name in ("results", "gains", "parity", "environment"))
     facts = report.facts(
+        **gathered,
         model=params.model,
-        levels=params.levels,
-        results=results,
-        gains=gains,
-        parity=parity,
-        operators=_read(PROFILE),
-        trial=_read(RESULTS / "trial" / "metrics.json"),
-        verify=_read(RESULTS / "verify.json"),
-        overfit=_read(RESULTS / "overfit.json"),
-        environment=environment,
-        shapes={"quality": params.quality, "speed": params.shape("speed")},
+        trial=read_json(RESULTS / "trial" / "metrics.json"),
+        verify=read_json(RESULTS / "verify.json"),
+        overfit=read_json(RESULTS / "overfit.json"),
     )
     trained = {name: found for name, found in results.items() if found["status"] == "trained"}
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
@@ -74,10 +66,6 @@ def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
     for group, rows in losses.items():
         writer.writerows([group, *row.values()] for row in rows)
     files.write(FOLDER / "losses.csv", table.getvalue())
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

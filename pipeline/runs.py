@@ -6,7 +6,7 @@ Runs that did not finish are named and left out.
 import sys
 from pathlib import Path
 
-from gpt2_ladder import config, report, runs, tracking
+from gpt2_ladder import params_yaml, runs, tables, tracking
 from gpt2_ladder.config import UserError
 from pipeline import Parser, run
 
@@ -18,7 +18,7 @@ def main(*arguments: str) -> None:
         "--online", nargs="?", const=tracking.project(), metavar="PROJECT", help="ask the W&B server; OWNER/NAME"
     )
     asked = parser.parse_args(arguments)
-    levels = config.load().levels
+    levels = params_yaml.load().levels
     if asked.online and not tracking.has_key():
         raise UserError("W&B has no key here: run `wandb login`, or leave out --online for the runs of this folder")
     where = str(asked.online or tracking.folder() / "wandb")
@@ -30,7 +30,7 @@ def main(*arguments: str) -> None:
         of = f" of the group {asked.group}" if asked.group else ""
         raise UserError(f"{where}: no finished training{of} is there")
     print(f"{where}, group {trained[0].group}\n")
-    print(report.markdown_table(runs.table(trained, levels)))
+    print(tables.markdown_table(runs.table(trained, levels)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_ladder import artifacts, config, data, devices, files, hub, sampling
+from gpt2_ladder import artifacts, devices, files, hub, params_yaml, sampling, tokenizer
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
 from gpt2_ladder.model import GPT
 from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, read_environment, run
@@ -24,11 +24,11 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys
 
 
 def main(*arguments: str) -> None:
-    params = config.load()
+    params = params_yaml.load()
     asked = parse(arguments, params.seed)
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, asked.seed, params.deterministic)
-    encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     model = open_network(asked, params).to(device).eval()
     prompt = encoding.encode_ordinary(asked.prompt)
     idx = torch.tensor([prompt or [encoding.eot_token]], device=device)  # (1, T); GPT-2's texts follow <|endoftext|>
@@ -100,9 +100,7 @@ def open_network(asked: argparse.Namespace, params: Params) -> GPT:
             f"{TRIAL}: no network is there: `dvc repro trial` trains it, or results/trial/metrics.json says why it was "
             "skipped; or name a folder, --hub ID or --random"
         )
-    model = hub.load_gpt(folder, "flash")
-    if model.config.vocab_size < GPT2_VOCAB_SIZE:
-        raise UserError(f"{folder}: vocab_size {model.config.vocab_size} is below GPT-2's {GPT2_VOCAB_SIZE}")
+    model = hub.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)
     provenance = artifacts.provenance_path(folder / hub.WEIGHTS)
     if provenance.exists():
         written = files.read_json(provenance)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import config, data, files, hub, sharing
+from gpt2_ladder import artifacts, data, files, hub, params_yaml, sharing
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from pipeline import (
     CORPUS,
@@ -26,7 +26,6 @@ from pipeline import (
     run,
     trainer,
 )
-from pipeline.hellaswag import provenance
 
 # what a commit must hold to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
@@ -42,10 +41,8 @@ def main(*arguments: str) -> None:
     asked = parser.parse_args(arguments)
     sharing.check_target(asked.folder)
     facts = read_run() if asked.model.resolve() == TRIAL.resolve() else None
-    model = hub.load_gpt(asked.model, "flash")  # flash: it builds no masks
+    model = hub.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE)  # flash: it builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
-    if padding < 0:
-        raise UserError(f"{asked.model}: vocab_size {model.config.vocab_size} is below GPT-2's {GPT2_VOCAB_SIZE}")
     if asked.trim:
         model = sharing.trimmed(model)
     card = sharing.card(
@@ -56,7 +53,7 @@ def main(*arguments: str) -> None:
             "padding": 0 if asked.trim else padding,
             "trimmed": asked.trim and padding > 0,
             "run": facts,
-            "source": provenance(asked.model / hub.WEIGHTS),
+            "source": artifacts.read_provenance(asked.model / hub.WEIGHTS),
         }
     )
     sharing.write_folder(asked.folder, model, card, ENCODER_JSON, VOCAB_BPE)
@@ -83,9 +80,9 @@ def read_run() -> dict[str, Any]:
             f"{TRIAL}: the network and what a card would say of it are not of one run, since these have changed: "
             f"{', '.join(changed)}; run `dvc repro trial`, or get back to the committed state"
         )
-    params, environment, result = config.load(), read_environment(), files.read_json(written)
+    params, environment, result = params_yaml.load(), read_environment(), files.read_json(written)
     shape, recipe = params.shape("speed"), params.recipe
-    manifest = data.read_manifest(SHARDS)
+    manifest, shakespeare = data.read_manifest(SHARDS), params.data.source == "tiny-shakespeare"
     root, read = Path(params.data.path).parent, manifest["made_of"]["inputs"]
     # not where they lie on this machine
     inputs = {name.removeprefix(f"{root}/"): found for name, found in read.items()}
@@ -97,7 +94,7 @@ def read_run() -> dict[str, Any]:
         "tokens": shape.steps * (recipe.tokens_per_step or shape.batch_size * shape.block_size),
         "settings": {key: value for key, value in settings.items() if key not in ("environment", "level")},
         "environment": environment,
-        "corpus": provenance(CORPUS) if params.data.source == "tiny-shakespeare" and CORPUS.exists() else None,
+        "corpus": artifacts.read_provenance(CORPUS) if shakespeare and CORPUS.exists() else None,
         "source": params.data.source,
         "read": inputs
         if len(inputs) <= MOST_NAMED

@@ -4,18 +4,20 @@ Not called tokenize.py: run as a script, that name would shadow the standard lib
 """
 
 import shutil
+from itertools import chain
 
 import tiktoken
 import torch
 
-from gpt2_ladder import artifacts, config, corpora, data
+from gpt2_ladder import corpora, data, files, params_yaml, tokenizer
 from gpt2_ladder.config import Data, UserError
 from pipeline import CORPUS, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run
 
 
 def main() -> None:
-    params = config.load()
-    encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    params = params_yaml.load()
+    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    data.check_vocabulary(encoding.max_token_value)
     if params.data.source == "tiny-shakespeare":
         write_tiny_shakespeare(params.data, encoding)
     else:
@@ -24,17 +26,17 @@ def main() -> None:
 
 
 def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
-    text = data.read_text(CORPUS)
-    parts = dict(zip((TRAIN_SHARD, VAL_SHARD), data.split_text(text), strict=True))
-    for path, part in parts.items():
+    text = "".join(chain.from_iterable(corpora.text_pieces(CORPUS)))
+    cut = int(0.9 * len(text))
+    for path, part in ((TRAIN_SHARD, text[:cut]), (VAL_SHARD, text[cut:])):
         data.write_shard(path, encoding.encode_ordinary(part))
         shard = data.open_shard(path)
         if encoding.decode(shard.tolist()) != part:
             raise UserError(f"{path}: decoding the shard does not give the text back")
         print(f"{path}: {len(shard):,} tokens of {len(part.encode()):,} bytes, decoded back byte for byte")
     shutil.rmtree(SHARDS, ignore_errors=True)  # of a larger corpus
-    made_of = {"source": settings.source, "inputs": {str(CORPUS): artifacts.file_sha256(CORPUS)}}
-    corpora.write_manifest(SHARDS, made_of, [corpora.describe(path) for path in parts])
+    made_of = {"source": settings.source, "inputs": {str(CORPUS): files.sha256(CORPUS)}}
+    corpora.write_manifest(SHARDS, made_of, [corpora.describe(path) for path in (TRAIN_SHARD, VAL_SHARD)])
 
 
 if __name__ == "__main__":

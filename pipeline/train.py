@@ -1,6 +1,5 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -8,9 +7,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_ladder import config, data, devices, metrics, ranks, runtime, training
+from gpt2_ladder import data, devices, metrics, params_yaml, ranks, runtime, tokenizer, training
 from gpt2_ladder.checkpoints import Checkpoints
-from gpt2_ladder.config import Params, Recipe, Switches, UserError
+from gpt2_ladder.config import Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.model import GPT
 from pipeline import (
     ENCODER_JSON,
@@ -21,6 +20,7 @@ from pipeline import (
     VAL_SHARD,
     launch,
     read_environment,
+    read_json,
     run,
     trainer,
     write_json,
@@ -28,7 +28,7 @@ from pipeline import (
 
 
 def main(name: str) -> None:
-    params = config.load()
+    params = params_yaml.load()
     if name not in params.levels:
         raise UserError(f"level '{name}' is not in params.yaml; its levels are {', '.join(params.levels)}")
     level = params.levels[name]
@@ -60,29 +60,26 @@ def train(
     }
     folder.mkdir(parents=True, exist_ok=True)
     if result["reason"]:
-        print(f"{name}: skipped. {result['reason']}", flush=True)
-        (folder / "steps.csv").write_text(",".join(metrics.STEP_FIELDS) + "\n")
-        write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
+        skip(name, folder, result)
         return False
     if launch.on_ranks(count, environment.device):
         return True
     if result["note"]:
         print(f"{name}: {result['note']}", flush=True)
-    train_shards, val_shard = data.open_shards(TRAIN_SHARD, SHARDS), data.open_shard(VAL_SHARD)
+    shards = data.open_shards(TRAIN_SHARD, SHARDS)
     tokens = recipe.tokens_per_step or shape.batch_size * shape.block_size
     shuffled_by = params.seed if params.data.shuffle else None
-    batches = data.Batches(train_shards, shape.batch_size, shape.block_size, shuffled_by)
+    batches = data.Batches(shards, shape.batch_size, shape.block_size, shuffled_by)
     train_batches = data.joined(batches, tokens // (shape.batch_size * shape.block_size))
-    val_batches = list(data.first_batches(val_shard, shape.eval_tokens, shape.batch_size, shape.block_size))
-    val_bytes = data.count_bytes((y for _, y in val_batches), ENCODER_JSON)
-    micro_batch = shape.batch_size if group == "quality" else json.loads(PROBE.read_text())["micro_batch"]
+    val_batches, val_bytes = open_validation(shape)
+    micro_batch = shape.batch_size if group == "quality" else read_json(PROBE)["micro_batch"]
     device, model, optimizer = trainer.build(params, switches, environment, recipe.decay, count)
     kernel = trainer.attention_kernel(params, switches, micro_batch, shape.block_size, device)
     autocast = runtime.set_precision(switches.precision, device)
     described = trainer.describe(name, params, switches, shape, environment, recipe, count)
     saved = None
     if params.checkpoint_every:
-        settings = {**described, "micro_batch": micro_batch, "corpus": train_shards.sha256}
+        settings = {**described, "micro_batch": micro_batch, "corpus": shards.sha256}
         saved = Checkpoints(name, settings, model, optimizer, batches, params.checkpoint_every)
     before = saved.load() if saved else []
     if before:  # whose times and memory are those of more than one process
@@ -114,7 +111,7 @@ def train(
             "loss_last": steps[-1].loss,
             "val_loss": val_loss,
             "bits_per_byte": metrics.bits_per_byte(val_loss, shape.eval_tokens, val_bytes),
-            "epochs_seen": shape.steps * tokens / len(train_shards),
+            "epochs_seen": shape.steps * tokens / len(shards),
             "step_ms": step_ms,
             "tokens_per_second": metrics.tokens_per_second(tokens, step_ms),
             "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if switches.compile else None,
@@ -132,6 +129,20 @@ def train(
             saved.forget()
     ranks.leave()
     return True
+
+
+def skip(name: str, folder: Path, result: dict[str, Any]) -> None:
+    """Say why the level is not trained here, and write files of the usual form that hold no number."""
+    print(f"{name}: skipped. {result['reason']}", flush=True)
+    (folder / "steps.csv").write_text(",".join(metrics.STEP_FIELDS) + "\n")
+    write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
+
+
+def open_validation(shape: Shape) -> tuple[list[training.Batch], int]:
+    """Return the batches of the validation, int64 (B, T) twice each, and how many bytes of text their targets are."""
+    shard = data.open_shard(VAL_SHARD)
+    batches = list(data.first_batches(shard, shape.eval_tokens, shape.batch_size, shape.block_size))
+    return batches, tokenizer.count_bytes((y.numpy() for _, y in batches), ENCODER_JSON)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 import shutil
 
-from gpt2_ladder import config, hub
+from gpt2_ladder import hub, params_yaml
 from gpt2_ladder.model import GPT
 from pipeline import RESULTS, TRIAL, run
 from pipeline.train import train
 
 
 def main() -> None:
-    params = config.load()
+    params = params_yaml.load()
     shutil.rmtree(TRIAL, ignore_errors=True)
     trained = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe, keep)
     if not trained:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from gpt2_ladder import artifacts, config, data, devices, files, hub, pretrained, sampling, verification
+from gpt2_ladder import artifacts, data, devices, files, hub, params_yaml, pretrained, sampling, tokenizer, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
@@ -17,14 +17,13 @@ SAMPLES, TOP_K = 5, 50
 
 
 def main() -> None:
-    params = config.load()
+    params = params_yaml.load()
     (_, need), free = pretrained.needed(params.size), devices.free_memory(torch.device("cpu"))
     if free < need:
         told = f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
         raise UserError(f"verify: {params.model}, ours and transformers', take {told}; free some, or a smaller model")
     logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
-    encoding = data.open_encoding(VOCAB_BPE, ENCODER_JSON)
-    text = data.read_text(CORPUS)
+    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 
@@ -41,7 +40,7 @@ def main() -> None:
 
     model = hub.load_gpt(WEIGHTS, "flash")
     known = params.model == "gpt2" and not stand_in  # llm.c tells the loss of the smallest alone
-    known_loss = None if not known else verification.llmc_loss(model, text, encoding)
+    known_loss = None if not known else verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
     choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))
     rows = sampling.generate(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, choose).tolist()
     notice = pretrained.STAND_IN_NOTICE if stand_in else "OpenAI's weights were verified."

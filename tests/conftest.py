@@ -17,7 +17,7 @@ import tiktoken
 import torch
 from filelock import FileLock
 
-from gpt2_ladder import artifacts, config, data
+from gpt2_ladder import artifacts, data, params_yaml, tokenizer
 from gpt2_ladder.config import Environment, GPTConfig, Params
 from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
 from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, write_json
@@ -119,7 +119,7 @@ def bpe_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def encoding(bpe_files: tuple[Path, Path]) -> tiktoken.Encoding:
-    return data.open_encoding(*bpe_files)
+    return tokenizer.open_encoding(*bpe_files)
 
 
 def link_encoding(bpe_files: tuple[Path, Path]) -> None:
@@ -141,7 +141,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Pat
         shard.parent.mkdir(exist_ok=True)
         data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
     link_encoding(bpe_files)
-    document = config.load(REPOSITORY / "params.yaml").model_dump()
+    document = params_yaml.load(REPOSITORY / "params.yaml").model_dump()
     document |= {"model": "tiny", "checkpoint_every": 2}
     document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
     document["machines"]["cpu"] |= {"block_size": 16, "steps": 12, "eval_tokens": 32}

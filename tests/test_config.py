@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from gpt2_ladder import config
+from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import Switches, UserError
 
 PARAMS = REPOSITORY / "params.yaml"
@@ -22,11 +22,11 @@ def load_with(tmp_path: Path, *changes: tuple[str, str]) -> config.Params:
         assert old in text
         text = text.replace(old, new, 1)
     (tmp_path / "params.yaml").write_text(text)
-    return config.load(tmp_path / "params.yaml")
+    return params_yaml.load(tmp_path / "params.yaml")
 
 
 def test_the_ladder_has_the_seeds_levels_in_order_and_then_those_past_it():
-    levels = config.load(PARAMS).levels
+    levels = params_yaml.load(PARAMS).levels
     seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
     past = ["fused", "chunked", "allocator"]
     assert list(levels)[:12] == seed + past  # levels of one's own come after them
@@ -36,20 +36,20 @@ def test_the_ladder_has_the_seeds_levels_in_order_and_then_those_past_it():
 
 
 def test_a_level_differs_from_the_one_above_in_at_most_one_switch():
-    levels = config.load(PARAMS).levels
+    levels = params_yaml.load(PARAMS).levels
     for (above, a), (below, b) in itertools.pairwise(levels.items()):
         changed = [name for name in Switches.model_fields if getattr(a, name) != getattr(b, name)]
         assert len(changed) == (0 if below == "fp32" else 1), f"{above} -> {below}: {changed}"
 
 
 def test_the_trial_starts_from_the_fp32_level():
-    params = config.load(PARAMS)
+    params = params_yaml.load(PARAMS)
     assert params.switches.model_dump() == params.levels["fp32"].model_dump(exclude={"group"})
 
 
 def test_exponents_without_a_point_are_numbers():
-    assert config.load(PARAMS).models["gpt2"].learning_rate == 3e-4
-    assert config.load(PARAMS).optimizer.betas == (0.9, 0.999)
+    assert params_yaml.load(PARAMS).models["gpt2"].learning_rate == 3e-4
+    assert params_yaml.load(PARAMS).optimizer.betas == (0.9, 0.999)
 
 
 def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tmp_path):
@@ -116,13 +116,13 @@ def test_a_mistake_is_named_with_its_place_and_what_is_allowed(tmp_path, old, ne
 def test_a_file_that_is_no_map_is_refused(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"params\.yaml"):
-        config.load(tmp_path / "params.yaml")
+        params_yaml.load(tmp_path / "params.yaml")
 
 
 def test_activation_checkpointing_is_of_a_size_and_so_of_all_levels_or_none(tmp_path):
     params = load_with(tmp_path, ("model: gpt2 ", "model: gpt2-xl "))
     assert all(params.gpt(level).activation_checkpointing for level in params.levels.values())
-    assert not any(config.load(PARAMS).gpt(level).activation_checkpointing for level in params.levels.values())
+    assert not any(params_yaml.load(PARAMS).gpt(level).activation_checkpointing for level in params.levels.values())
 
 
 def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt2_ladder import config, corpora, data
+from gpt2_ladder import corpora, data, params_yaml
 from gpt2_ladder.config import Data, UserError
 from pipeline import CORPUS, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, tokenize_corpus
 
@@ -31,7 +31,7 @@ DOCUMENTS = ["First Citizen:\nSpeak.\n", "naïve café, 你好 🙂 ", "an <|end
 
 
 def made(**changes) -> Data:
-    settings = config.load(REPOSITORY / "params.yaml").data.model_dump()
+    settings = params_yaml.load(REPOSITORY / "params.yaml").data.model_dump()
     return Data(**{**settings, "val_tokens": 7, "shard_tokens": 50, **changes})
 
 
@@ -198,8 +198,8 @@ FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's 
 @pytest.mark.parametrize(
     ("source", "name", "content", "message"),
     [
-        ("text", "a.txt", "ok\nnaïve é".encode("latin-1"), r"a\.txt: byte 0xef at offset 5 is not UTF-8 .*iconv"),
-        ("text", "a.txt", b"n" * 2**20 + "你".encode()[:2], r"a\.txt: byte 0xe4 at offset 1048576 is not"),
+        ("text", "a.txt", "ok\nnaïve é".encode("latin-1"), r"a\.txt:2: byte 0xef at offset 5 is not UTF-8 .*iconv"),
+        ("text", "a.txt", b"n" * 2**20 + "你".encode()[:2], r"a\.txt:1: byte 0xe4 at offset 1048576 is not"),
         ("parquet", "a.parquet", b"PAR1 and nothing else PAR1", r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", WHOLE[: len(WHOLE) // 2], r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from gpt2_ladder import config, data, hellaswag, hub
+from gpt2_ladder import data, hellaswag, hub, params_yaml
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
@@ -161,7 +161,7 @@ def train_and_save(folder: Path) -> None:
 READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
     "params": (
         {"params.yaml": (REPOSITORY / "params.yaml").read_bytes()},
-        lambda folder: config.load(folder / "params.yaml"),
+        lambda folder: params_yaml.load(folder / "params.yaml"),
     ),
     "shard": (
         written(lambda folder: data.write_shard(folder / "train.bin", [1, 2, 3, 50256])),

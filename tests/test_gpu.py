@@ -17,7 +17,7 @@ import torch
 from conftest import REPOSITORY, random_ids
 from test_out_of_memory import Capped
 
-from gpt2_ladder import benchmark, config, cost, devices, parity, planning, profiling, runtime, training
+from gpt2_ladder import benchmark, cost, devices, params_yaml, parity, planning, profiling, runtime, training
 from gpt2_ladder.benchmark import Arm
 from gpt2_ladder.config import CONTROL, Params, Switches
 from gpt2_ladder.gains import ESTIMATOR, Measurement
@@ -39,7 +39,7 @@ class Machine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks once, at the first product
         self.rehearsal = rehearsal
         self.environment = environment.describe()
-        params = config.load(REPOSITORY / "params.yaml")
+        params = params_yaml.load(REPOSITORY / "params.yaml")
         small = params.machines["gpu"].model_copy(update={"batch_size": 4, "block_size": 64})
         shapes = {"gpu": small} if rehearsal else params.machines
         model = "tiny" if rehearsal else "gpt2"

@@ -11,7 +11,7 @@ import torch
 from conftest import REPOSITORY, environment, link_encoding, tiny
 from transformers import GPT2LMHeadModel
 
-from gpt2_ladder import config, hellaswag, hub, pretrained
+from gpt2_ladder import artifacts, config, hellaswag, hub, params_yaml, pretrained
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from pipeline import ENVIRONMENT, write_json
@@ -116,7 +116,7 @@ def checkout(tmp_path, monkeypatch, bpe_files, serve):
     monkeypatch.chdir(tmp_path)
     write_json(ENVIRONMENT, environment().model_dump())
     link_encoding(bpe_files)
-    size = config.load().models["tiny"].model_copy(update={"n_layer": 1, "n_embd": 16, "n_positions": 64})
+    size = params_yaml.load().models["tiny"].model_copy(update={"n_layer": 1, "n_embd": 16, "n_positions": 64})
     pretrained.fetch(Path("data/gpt2"), config.Pretrained(source="stand-in", folder=None), "tiny", size, seed=3)
     monkeypatch.setattr(command, "SHA256", hashlib.sha256(BODY).hexdigest())
     monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY)),))
@@ -145,10 +145,10 @@ def test_the_command_counts_what_transformers_finds_right(checkout, serve, encod
 
 
 def test_weights_of_ones_own_are_not_called_openais_or_a_stand_in(checkout):
-    written = command.provenance(Path("data/gpt2") / hub.WEIGHTS)
+    written = artifacts.read_provenance(Path("data/gpt2") / hub.WEIGHTS)
     assert written["source"] == pretrained.STAND_IN_SOURCE
     hub.save_gpt(GPT(tiny(vocab_size=50257)), Path("data/gpt2"))  # what lies beside them speaks of others now
-    found = command.provenance(Path("data/gpt2") / hub.WEIGHTS)
+    found = artifacts.read_provenance(Path("data/gpt2") / hub.WEIGHTS)
     assert found["sha256"] != written["sha256"]
     assert (found["source"], found["note"]) == ("a local file; nothing beside it says where it comes from", None)
 

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, random_ids
 from safetensors.torch import save_file
 from test_hub import hub_tensors, transformers_gpt2
 
-from gpt2_ladder import artifacts, hub, pretrained, verification
+from gpt2_ladder import artifacts, files, hub, pretrained, verification
 
 FETCH = """
 import json, sys
@@ -38,7 +38,7 @@ def published(tmp_path_factory) -> Path:
 
 
 def fetch(folder: Path, published: Path, endpoint: str, source: str) -> subprocess.CompletedProcess[str]:
-    pinned = {name: artifacts.file_sha256(published / name) for name in (hub.CONFIG, hub.WEIGHTS)}
+    pinned = {name: files.sha256(published / name) for name in (hub.CONFIG, hub.WEIGHTS)}
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
         "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}",

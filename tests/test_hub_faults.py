@@ -12,7 +12,7 @@ import faulty_server
 import pytest
 from huggingface_hub import constants
 
-from gpt2_ladder import artifacts, hub, pretrained
+from gpt2_ladder import artifacts, files, hub, pretrained
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 
 CONTENT = {hub.CONFIG: b"{}\n", hub.WEIGHTS: bytes(range(256)) * 9}
@@ -69,13 +69,16 @@ def fetch(tmp_path, folder, monkeypatch, capsys):
             finally:
                 fetch.gets = sum(request.startswith(fake_hub.WEIGHTS_THEMSELVES) for request in requests)
                 fetch.said = said.getvalue()
-                everything = [*map(str.encode, (error, fetch.said, capsys.readouterr().out)), *files(tmp_path).values()]
+                everything = [
+                    *map(str.encode, (error, fetch.said, capsys.readouterr().out)),
+                    *contents(tmp_path).values(),
+                ]
                 assert not [text for text in everything if PLANTED.encode() in text]
 
     return fetch
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -88,12 +91,12 @@ def test_weights_that_fail_once_come_at_the_second_try(fetch, folder, fault):
 
 @pytest.mark.parametrize("fault", [*faulty_server.PASSING, "401", "403", "404"])
 def test_weights_that_never_come_are_an_error_in_one_line_and_the_files_from_before_stay(fetch, folder, fault):
-    before = files(folder)
+    before = contents(folder)
     with pytest.raises(UserError, match=r"model\.safetensors: ") as error:
         fetch(faults=itertools.repeat(fault))
     assert "\n" not in str(error.value)
     assert "again" in str(error.value)
-    assert files(folder) == before
+    assert contents(folder) == before
     assert fetch.gets == (1 if fault in ("flip", "401", "403", "404") else 3 if fault in OURS else 6)
 
 
@@ -102,12 +105,12 @@ def test_the_first_download_of_a_larger_size_is_recorded_and_later_ones_have_to_
     record = artifacts.provenance_path(folder / hub.WEIGHTS)
     assert json.loads(record.read_text())["sha256"] == HASHES[hub.WEIGHTS]
     (folder / hub.WEIGHTS).unlink()
-    before = files(folder)
+    before = contents(folder)
     with pytest.raises(
         UserError, match=f"expected {HASHES[hub.WEIGHTS]}: .*, or delete {record}, which tells the first"
     ):
         fetch("gpt2-xl", faults=["flip"])
-    assert files(folder) == before
+    assert contents(folder) == before
     fetch("gpt2-xl")
     assert (folder / hub.WEIGHTS).read_bytes() == CONTENT[hub.WEIGHTS]
     fetch("gpt2-xl")
@@ -119,7 +122,7 @@ def test_the_record_of_one_size_says_nothing_of_another(fetch, folder):
     fetch("gpt2-medium", faults=["flip"])
     record = json.loads(artifacts.provenance_path(folder / hub.WEIGHTS).read_text())
     assert "/openai-community/gpt2-medium/resolve/" in record["source"]
-    assert record["sha256"] == artifacts.file_sha256(folder / hub.WEIGHTS) != HASHES[hub.WEIGHTS]
+    assert record["sha256"] == files.sha256(folder / hub.WEIGHTS) != HASHES[hub.WEIGHTS]
 
 
 def test_a_mirror_is_named_without_the_password_in_its_address(fetch, folder):
@@ -157,14 +160,14 @@ def test_no_word_of_a_hub_leads_out_of_the_folder(fetch, folder, tmp_path, at, h
     (tmp_path / "cached").write_bytes(b"cached")
     (folder / hub.WEIGHTS).unlink()
     (folder / hub.WEIGHTS).symlink_to(tmp_path / "cached")  # as DVC does
-    before = files(tmp_path)
+    before = contents(tmp_path)
     error = ""
     try:
         faults = ["429"] if header == "Retry-After" else []
         fetch(faults=faults, at=at, headers={header: value.replace("OUTSIDE", str(tmp_path))})
     except UserError as refused:
         error = str(refused)
-    after = files(tmp_path)
+    after = contents(tmp_path)
     if error:
         assert hub.WEIGHTS in error
         assert "\n" not in error

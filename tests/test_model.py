@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt2_ladder import config
+from gpt2_ladder import params_yaml
 from gpt2_ladder.model import GPT
 
 
@@ -24,7 +24,7 @@ from gpt2_ladder.model import GPT
     ],
 )
 def test_every_size_has_the_parameters_of_the_published_network(name, tie_weights, parameters):
-    size = config.load(REPOSITORY / "params.yaml").models[name].gpt()
+    size = params_yaml.load(REPOSITORY / "params.yaml").models[name].gpt()
     with torch.device("meta"):
         model = GPT(size.model_copy(update={"tie_weights": tie_weights}), seed=None)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -116,6 +116,12 @@ def test_padded_rows_shift_the_loss_by_less_than_1e_3():
     shift = (padded(ids, targets)[1] - plain(ids, targets)[1]).item()
     # 47 more outcomes that are as likely as the rest: ln(50304 / 50257) = 9.35e-4
     assert shift == pytest.approx(math.log(50304 / 50257), abs=5e-5)
+
+
+def test_no_weight_is_drawn_twice():
+    before = torch.get_rng_state()
+    GPT(tiny(init="pytorch"))  # from generators of its own; PyTorch's modules would draw theirs from the global one
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, random_ids, tiny
 
-from gpt2_ladder import config, devices, planning, runtime, training
+from gpt2_ladder import config, devices, params_yaml, planning, runtime, training
 from gpt2_ladder.config import AdamW, UserError
 from gpt2_ladder.model import GPT
 from pipeline import probe
@@ -138,7 +138,7 @@ def test_another_error_is_no_reason_to_halve(monkeypatch):
 
 
 def tiny_params(block_size: int = 64) -> config.Params:
-    params = config.load(REPOSITORY / "params.yaml")
+    params = params_yaml.load(REPOSITORY / "params.yaml")
     shape = params.machines["cpu"].model_copy(update={"batch_size": 8, "block_size": block_size})
     return params.model_copy(update={"model": "tiny", "machines": {"cpu": shape}})
 

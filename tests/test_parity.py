@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, tiny
 
-from gpt2_ladder import config, data, model, parity, runtime, training
+from gpt2_ladder import data, model, params_yaml, parity, runtime, training
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, AdamW, UserError
 from gpt2_ladder.model import GPT
 
 CPU = torch.device("cpu")
 SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-TOLERANCES = config.load(REPOSITORY / "params.yaml").parity
+TOLERANCES = params_yaml.load(REPOSITORY / "params.yaml").parity
 TOLERANCE, STEPS = TOLERANCES.bf16, TOLERANCES.steps
 # A text in which the next token follows from the one before, mostly: 20 % of the tokens are drawn at random.
 DICE = np.random.default_rng(0)

@@ -17,9 +17,9 @@ from conftest import REPOSITORY
 from transformers import AutoModelForCausalLM
 from wandb_server import KEY, serve
 
-from gpt2_ladder import config, hub, metrics, runs
+from gpt2_ladder import hub, metrics, params_yaml, runs
 
-LEVELS = list(config.load(REPOSITORY / "params.yaml").levels)
+LEVELS = list(params_yaml.load(REPOSITORY / "params.yaml").levels)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_a_level_that_computes_something_else_stops_before_the_benchmark(clone):
 
 
 def test_a_new_level_is_one_row(clone):
-    last = config.load(clone / "params.yaml").levels[LEVELS[-1]]
+    last = params_yaml.load(clone / "params.yaml").levels[LEVELS[-1]]
     set_param(clone, "levels.mine", last.model_dump() | {"compile": not last.compile})
     ran = stages_that_ran(call(clone, "dvc", "repro"))
     assert ran == {"environment", "probe", "train@mine", "parity", "benchmark", "report"}

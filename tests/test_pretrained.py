@@ -9,7 +9,7 @@ from conftest import random_ids
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from gpt2_ladder import artifacts, hub, pretrained
+from gpt2_ladder import files, hub, pretrained
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 
 SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
@@ -90,7 +90,7 @@ def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
         fetch(tmp_path / "out", local=str(local))
     with pytest.raises(UserError, match="No such file"):
         fetch(tmp_path / "out", local=str(tmp_path / "nowhere"))
-    pinned = {name: artifacts.file_sha256(local / name) for name in (hub.CONFIG, hub.WEIGHTS)}
+    pinned = {name: files.sha256(local / name) for name in (hub.CONFIG, hub.WEIGHTS)}
     monkeypatch.setattr(pretrained, "SHA256", {"gpt2": pinned})
     fetch(tmp_path / "out", local=str(local))
     assert not pretrained.is_stand_in(tmp_path / "out")

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, random_ids, tiny
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ladder import checkpoints, config, data, devices, ranks, runtime, training
+from gpt2_ladder import checkpoints, data, devices, params_yaml, ranks, runtime, training
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
@@ -50,7 +50,7 @@ def prepare(folder: Path, **changes: object) -> None:
         data.write_shard(folder / shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
     (folder / ENCODER_JSON).parent.mkdir()
     (folder / ENCODER_JSON).write_text(json.dumps({"<|endoftext|>": 50256, **{f"{i}": i for i in range(50256)}}))
-    document = config.load(REPOSITORY / "params.yaml").model_dump()
+    document = params_yaml.load(REPOSITORY / "params.yaml").model_dump()
     document |= {"model": "tiny", "checkpoint_every": 2, "devices": 2, **changes}
     document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
     shape = {"batch_size": 4, "block_size": 16, "steps": STEPS, "eval_tokens": 128}
@@ -251,4 +251,4 @@ def test_torchrun_and_params_must_agree_on_how_many_train(monkeypatch):
 def test_a_batch_that_cannot_be_split_is_named(tmp_path):
     prepare(tmp_path, devices=3)
     with pytest.raises(UserError, match=r"devices = 3: machines\.cpu\.batch_size \(4\) must be a multiple of it"):
-        config.load(tmp_path / "params.yaml")
+        params_yaml.load(tmp_path / "params.yaml")

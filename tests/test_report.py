@@ -6,10 +6,10 @@ from html import unescape
 import pytest
 from conftest import REPOSITORY, environment, measurement
 
-from gpt2_ladder import config, metrics, report
+from gpt2_ladder import metrics, params_yaml, report, tables
 from gpt2_ladder.config import UserError
 
-PARAMS = config.load(REPOSITORY / "params.yaml")
+PARAMS = params_yaml.load(REPOSITORY / "params.yaml")
 LEVELS = dict(list(PARAMS.levels.items())[:9])  # the seed's; levels of one's own come after them
 TRAINED = {
     "status": "trained",
@@ -99,7 +99,7 @@ def facts(
 
 
 def test_every_level_names_the_one_switch_that_changes():
-    rows = report.training_table(LEVELS, dict.fromkeys(LEVELS, TRAINED), TRAINED)
+    rows = tables.training_table(LEVELS, dict.fromkeys(LEVELS, TRAINED), TRAINED)
     assert [row[1] for row in rows[1:-1]] == [
         "start: PyTorch's defaults",
         "tie_weights: true",
@@ -115,14 +115,14 @@ def test_every_level_names_the_one_switch_that_changes():
 
 
 def test_the_speed_table_has_gains_with_intervals_and_marks_what_may_be_noise():
-    table = {row[0]: dict(zip(report.SPEED_TITLES, row, strict=True)) for row in facts()["speed"]}
-    assert table["fp32"]["over the level before"] == report.MISSING
+    table = {row[0]: dict(zip(tables.SPEED_TITLES, row, strict=True)) for row in facts()["speed"]}
+    assert table["fp32"]["over the level before"] == tables.MISSING
     assert table["tf32"]["over the level before"] == "no measurable gain [1.00, 1.00]"
     assert table["bf16"]["over the level before"] == "2.00 [1.99, 2.01]"
     assert table["compile"]["over the baseline"].startswith("2.5")
     assert [table[name]["TFLOP/s (of the peak)"] for name in ("fp32", "tf32")] == ["0.2 (50%)", "0.2"]
     assert table["bf16"]["loss apart by"] == "0.0012"
-    assert set(list(table["flash"].values())[2:]) == {report.MISSING}  # it was not measured
+    assert set(list(table["flash"].values())[2:]) == {tables.MISSING}  # it was not measured
 
 
 def test_a_gain_that_may_be_noise_says_how_many_rounds_would_tell():
@@ -174,7 +174,7 @@ def test_a_skipped_level_has_its_reason_and_no_numbers():
     results = {name: SKIPPED if name == "flash" else TRAINED for name in LEVELS}
     found = facts(results)
     row = next(row for row in found["training"] if row[0] == "flash")
-    assert set(row[2:]) == {report.MISSING}
+    assert set(row[2:]) == {tables.MISSING}
     assert "- `flash`: no compiler" in report.markdown(found)
     assert "<code>flash</code>: no compiler" in report.html(found, {"ladder": ""})
 
@@ -214,20 +214,20 @@ def test_the_page_says_plainly_that_a_stand_in_was_used():
 
 
 def test_tables_are_aligned():
-    lines = report.markdown_table(facts()["speed"]).splitlines()
+    lines = tables.markdown_table(facts()["speed"]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 2 + 6
 
 
 def test_two_machines_stand_side_by_side_and_no_number_mixes_them():
     here, there = RUN, measurement(fp32=[30.0] * 4, bf16=[10.0] * 4, padded=[9.0] * 4)
-    table = report.side_by_side(here, there)
+    table = tables.side_by_side(here, there)
     assert table[1:] == [
-        ["fp32", "300", report.MISSING, "30", report.MISSING],
-        ["tf32", "300", "no measurable gain [1.00, 1.00]", report.MISSING, report.MISSING],
+        ["fp32", "300", tables.MISSING, "30", tables.MISSING],
+        ["tf32", "300", "no measurable gain [1.00, 1.00]", tables.MISSING, tables.MISSING],
         ["bf16", "150", "2.00 [1.99, 2.01]", "10", "3.00 [3.00, 3.00]"],
-        ["compile", "120", "1.25 [1.24, 1.50]", report.MISSING, report.MISSING],
-        ["padded", report.MISSING, report.MISSING, "9", "1.11 [1.11, 1.11]"],
+        ["compile", "120", "1.25 [1.24, 1.50]", tables.MISSING, tables.MISSING],
+        ["padded", tables.MISSING, tables.MISSING, "9", "1.11 [1.11, 1.11]"],
     ]
 
 

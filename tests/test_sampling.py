@@ -8,14 +8,14 @@ from pathlib import Path
 import fake_hub
 import pytest
 import torch
-from conftest import REPOSITORY, environment, random_ids, tiny
+from conftest import REPOSITORY, environment, link_encoding, random_ids, tiny
 from huggingface_hub import constants
 from transformers import GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
-from gpt2_ladder import config, hub, pretrained, sampling
+from gpt2_ladder import hub, params_yaml, pretrained, sampling
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from pipeline import ENCODER_JSON, ENVIRONMENT, VOCAB_BPE, run, write_json
+from pipeline import ENVIRONMENT, run, write_json
 from pipeline import sample as command
 
 
@@ -109,9 +109,7 @@ def checkout(tmp_path, monkeypatch, bpe_files):
     (tmp_path / "params.yaml").write_text(text.replace("model: gpt2 ", "model: tiny "))
     monkeypatch.chdir(tmp_path)
     write_json(ENVIRONMENT, environment().model_dump())
-    ENCODER_JSON.parent.mkdir(parents=True)
-    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
-        name.symlink_to(path)
+    link_encoding(bpe_files)
     hub.save_gpt(GPT(tiny(vocab_size=50304)), command.TRIAL)
     return tmp_path
 
@@ -136,7 +134,7 @@ def test_samples_differ_repeat_with_their_seed_and_stay_when_more_are_asked_for(
 
 def test_without_a_prompt_a_text_begins_after_the_end_of_another_which_is_not_shown(checkout, encoding, capsys):
     command.main("--length", "5", "--temperature", "0", "--random")
-    model = GPT(config.load().size.gpt(), config.load().seed)
+    model = GPT(params_yaml.load().size.gpt(), params_yaml.load().seed)
     expected = sampling.generate(model, torch.tensor([[encoding.eot_token]]), 5)[0, 1:]
     assert capsys.readouterr().out == encoding.decode(expected.tolist()) + "\n"
 

@@ -17,7 +17,7 @@ import torch
 from conftest import REPOSITORY, measurement
 from conftest import environment as machine
 
-from gpt2_ladder import config, metrics
+from gpt2_ladder import config, metrics, params_yaml
 from gpt2_ladder.benchmark import Arm, Elsewhere
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
@@ -112,7 +112,7 @@ def test_an_apple_gpu_is_found_and_is_not_compiled_for(install, monkeypatch):
 
 def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    params = config.load(REPOSITORY / "params.yaml")
+    params = params_yaml.load(REPOSITORY / "params.yaml")
     found = environment.describe().model_copy(update={"compile_problem": "no C++ compiler"})
     write_json(ENVIRONMENT, found.model_dump())
     assert train(params, "flash", "train", params.levels["flash"], "speed", tmp_path / "flash") is False
@@ -225,7 +225,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_recorded():
 
 
 def test_tf32_left_on_is_found_where_no_loss_could_tell():
-    level = config.load(REPOSITORY / "params.yaml").levels["bf16"]
+    level = params_yaml.load(REPOSITORY / "params.yaml").levels["bf16"]
     parity.check_matmul_precision("bf16", level, "ieee")
     with pytest.raises(
         UserError, match="level 'bf16' was trained with tf32 matrix products where precision bf16 means"
@@ -234,7 +234,7 @@ def test_tf32_left_on_is_found_where_no_loss_could_tell():
 
 
 def params_with(**changes: object) -> config.Params:
-    return config.load(REPOSITORY / "params.yaml").model_copy(update=changes)
+    return params_yaml.load(REPOSITORY / "params.yaml").model_copy(update=changes)
 
 
 def test_the_baseline_has_a_second_arm_of_its_own():
@@ -324,7 +324,7 @@ def test_what_cannot_be_compared_is_named(tmp_path, monkeypatch):
 def test_a_plan_names_what_fits_and_refuses_what_is_no_memory(capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     params = params_with(model="tiny")
-    monkeypatch.setattr(config, "load", lambda: params)
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
     plan.main("--memory", "2GiB")
     table = capsys.readouterr().out
     assert "an NVIDIA GPU with 2GiB free" in table
@@ -338,8 +338,8 @@ def test_a_plan_names_what_fits_and_refuses_what_is_no_memory(capsys, monkeypatc
 def two_trained(tmp_path, monkeypatch):
     """A folder in which 8 devices have trained fp32, with two rows at a time, and bf16, with one."""
     monkeypatch.chdir(tmp_path)
-    params = config.load(REPOSITORY / "params.yaml")
-    monkeypatch.setattr(config, "load", lambda: params)
+    params = params_yaml.load(REPOSITORY / "params.yaml")
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
     found = machine()
     write_json(ENVIRONMENT, found.model_dump())
     same = {"environment": found.fingerprint, "devices": 8, "float32_matmul_precision": "ieee"}

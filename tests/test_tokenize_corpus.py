@@ -3,21 +3,19 @@
 import shutil
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, link_encoding
 
 from gpt2_ladder import data
 from gpt2_ladder.config import UserError
-from pipeline import CORPUS, ENCODER_JSON, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, tokenize_corpus
+from pipeline import CORPUS, TRAIN_SHARD, VAL_SHARD, tokenize_corpus
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, bpe_files):
     """A folder with all that the stage reads but the corpus."""
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    (tmp_path / ENCODER_JSON).parent.mkdir(parents=True)
-    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
-        (tmp_path / name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+    link_encoding(bpe_files)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, random_ids, tiny
+from conftest import REPOSITORY, link_encoding, random_ids, tiny
 
-from gpt2_ladder import artifacts, config, devices, hub, verification
+from gpt2_ladder import artifacts, devices, hub, params_yaml, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.verification import Comparison
-from pipeline import CORPUS, ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, tokenize_corpus, verify
+from pipeline import CORPUS, RESULTS, WEIGHTS, tokenize_corpus, verify
 
 
 @pytest.fixture
@@ -85,12 +85,10 @@ def checkout(tmp_path, monkeypatch, bpe_files):
         text = text.replace(old, "n_layer: 1\n    n_head: 1\n    n_embd: 8\n    n_positions: 256")
     (tmp_path / "params.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    ENCODER_JSON.parent.mkdir(parents=True)
-    for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
-        name.symlink_to(path)
+    link_encoding(bpe_files)
     CORPUS.write_text("First Citizen:\nSpeak.\n\nAll:\nResolved.\n\n" * 400)
     tokenize_corpus.main()
-    hub.save_gpt(GPT(config.load().size.gpt()), WEIGHTS)
+    hub.save_gpt(GPT(params_yaml.load().size.gpt()), WEIGHTS)
     artifacts.write_provenance(WEIGHTS / hub.WEIGHTS, "the hub", "?")
     return tmp_path
 

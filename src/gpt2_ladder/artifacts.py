@@ -89,7 +89,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
     Raises:
         UserError: no source gives the file.
     """
-    if path.exists() and file_sha256(path) == sha256:
+    if path.exists() and files.sha256(path) == sha256:
         print(f"{path}: already here")
         if not provenance_path(path).exists():
             write_provenance(path, "found in place", sha256)
@@ -131,15 +131,9 @@ def hidden(text: object) -> str:
     return re.sub(r"//[^/\s]*@", "//***@", str(text))
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_sha256(path: Path, expected: str, source: object, mend: str = "get it again") -> None:
     """Raise UserError unless the file that came from `source` to `path` has the SHA-256 `expected`."""
-    if (actual := file_sha256(path)) != expected:
+    if (actual := files.sha256(path)) != expected:
         raise UserError(f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short; {mend}")
 
 
@@ -155,6 +149,15 @@ def write_provenance(path: Path, source: str, sha256: str, note: str | None = No
     fetched_at = datetime.now(UTC).isoformat(timespec="seconds")
     provenance = {"source": source, "fetched_at": fetched_at, "sha256": sha256, "note": note}
     files.write(provenance_path(path), json.dumps(provenance, indent=2) + "\n")
+
+
+def read_provenance(found: Path) -> dict[str, str | None]:
+    """Return source, hash and note of the file `found`, from what lies beside it if that speaks of it."""
+    path, sha256 = provenance_path(found), files.sha256(found)
+    written = files.read_json(path) if path.exists() else {}
+    if written.get("sha256") != sha256:
+        written = {"source": "a local file; nothing beside it says where it comes from"}
+    return {"source": written.get("source"), "sha256": sha256, "note": written.get("note")}
 
 
 def provenance_path(path: Path) -> Path:

@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2_ladder import ranks
+from gpt2_ladder import files, ranks
 from gpt2_ladder.config import UserError, shown
 from gpt2_ladder.data import Batches
-from gpt2_ladder.files import read_json, replacing
 from gpt2_ladder.metrics import STEP_FIELDS, Step
 from gpt2_ladder.model import GPT
 
@@ -69,10 +68,10 @@ class Checkpoints:
         tensors["steps"] = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)  # (steps, fields)
         weights, state_file = (self.folder / f"{len(steps):08}.{suffix}" for suffix in ("safetensors", "json"))
         older = set(self.folder.glob("*"))
-        with replacing(weights, state_file) as (new_weights, new_state):
+        with files.replacing(weights, state_file) as (new_weights, new_state):
             save_file(tensors, new_weights)
             position = self.batches.position
-            state = {"sha256": _sha256(new_weights), "position": position, "settings": self.settings}
+            state = {"sha256": files.sha256(new_weights), "position": position, "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
         for path in older - {weights, state_file}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # a folder: a killed process was writing into it
@@ -97,8 +96,8 @@ class Checkpoints:
             return []
         path = state.with_suffix(".safetensors")
         try:
-            written = read_json(state)
-            if _sha256(path) != written.get("sha256"):
+            written = files.read_json(state)
+            if files.sha256(path) != written.get("sha256"):
                 raise ValueError("its sha256 is not the one that was written down")
             self.batches.position = written["position"]
             tensors = load_file(path)
@@ -121,11 +120,6 @@ class Checkpoints:
         for state in sorted(self.folder.glob("*.json")):
             state.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step(row: Sequence[float]) -> Step:

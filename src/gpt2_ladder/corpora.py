@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from gpt2_ladder import artifacts, data, files, hub_download
+from gpt2_ladder import artifacts, data, files, hub_download, tokenizer
 from gpt2_ladder.config import Data, UserError, shown
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
@@ -65,7 +65,7 @@ def text_pieces(path: Path) -> Iterator[Piece]:
     Raises:
         UserError: it is not UTF-8.
     """
-    decoder, text, start = codecs.getincrementaldecoder("utf-8")(), "", [""]
+    decoder, text, start, line = codecs.getincrementaldecoder("utf-8")(), "", [""], 1
     with path.open("rb") as file:
         while True:
             raw = file.read(PIECE)
@@ -73,12 +73,15 @@ def text_pieces(path: Path) -> Iterator[Piece]:
                 text += decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 offset = file.tell() - len(raw) - len(decoder.getstate()[0]) + error.start
+                line += error.object.count(b"\n", 0, error.start)
+                wrong = f"byte {error.object[error.start]:#04x} at offset {offset}"
                 raise UserError(
-                    f"{path}: byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason}); "
+                    f"{path}:{line}: {wrong} is not UTF-8 ({error.reason}); "
                     f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
                 ) from None
             if not raw:
                 break
+            line += raw.count(b"\n")
             if cut := LAST_CUT.match(text):
                 yield [*start, cut[0]]
                 text, start = text[cut.end() :], []
@@ -116,7 +119,7 @@ def parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
 @cache
 def _encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
     """Return GPT-2's encoding, opened once in each process."""
-    return data.open_encoding(vocab_bpe, encoder_json)
+    return tokenizer.open_encoding(vocab_bpe, encoder_json)
 
 
 def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
@@ -196,7 +199,7 @@ def _inputs(settings: Data) -> dict[str, str]:
     if settings.source == "fineweb-edu":
         return dict.fromkeys(FINEWEB_FILES, FINEWEB_COMMIT)
     paths = find_files(Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source])
-    return {str(path): artifacts.file_sha256(path) for path in paths}
+    return {str(path): files.sha256(path) for path in paths}
 
 
 def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Text <-> token shards, and shards -> batches.
+"""Token ids -> shards, and shards -> batches.
 
 A shard is nanoGPT's: raw little-endian uint16 token ids without a header, so shards can be shared with it. A sidecar
 `<shard>.json` holds what the shard must be; a shard from elsewhere may come without one.
@@ -6,16 +6,13 @@ A shard is nanoGPT's: raw little-endian uint16 token ids without a header, so sh
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tiktoken
 import torch
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from gpt2_ladder import files
@@ -23,69 +20,15 @@ from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 
 DTYPE = np.dtype("<u2")  # two bytes hold every id below 65,536
 MANIFEST = "manifest.json"
-END_OF_TEXT = "<|endoftext|>"
-VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
-def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    """Return GPT-2's byte pair encoding from OpenAI's two files, without asking the network.
-
-    Raises:
-        UserError: a file is another than OpenAI's, which would give other ids.
-    """
-    for path, sha256 in ((vocab_bpe, VOCAB_BPE_SHA256), (encoder_json, ENCODER_JSON_SHA256)):
-        if (actual := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-            raise UserError(f"{path}: sha256 is {actual}, GPT-2's is {sha256}; run `dvc repro -f download`")
-    # The hashes are passed because tiktoken caches files by their path: without them it could return old ones.
-    ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
-    encoding = tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,  # how text is cut before bytes are merged
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
-        explicit_n_vocab=GPT2_VOCAB_SIZE,
-    )
-    check_vocabulary(encoding)
-    return encoding
-
-
-def check_vocabulary(encoding: tiktoken.Encoding) -> None:
-    """Raise UserError where `encoding` has ids that a shard cannot hold."""
-    if (largest := encoding.max_token_value) > (room := np.iinfo(DTYPE).max):
+def check_vocabulary(largest: int) -> None:
+    """Raise UserError where an encoding's `largest` id is one that a shard cannot hold."""
+    if largest > (room := np.iinfo(DTYPE).max):
         raise UserError(
-            f"encoding {encoding.name}: its ids go up to {largest:,}, and two bytes hold {room:,}; use GPT-2's, "
-            "or make the shards' DTYPE uint32"
+            f"the encoding's ids go up to {largest:,}, and two bytes hold {room:,}; use GPT-2's, or make the shards' "
+            "DTYPE uint32"
         )
-
-
-def read_text(path: Path) -> str:
-    """Return the corpus at `path`, every byte of it: line ends, NULs and a byte order mark are text like any other.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8 ({error.reason}); "
-            f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
-        ) from None
-
-
-def split_text(text: str, train_fraction: float = 0.9) -> tuple[str, str]:
-    """Cut `text` in two, for training and validation, after `train_fraction` of its characters.
-
-    Raises:
-        UserError: there is no text, or a single character of it.
-    """
-    cut = int(len(text) * train_fraction)
-    if cut == 0 or not text.strip():
-        raise UserError("the corpus is empty; run `dvc repro -f download`")
-    return text[:cut], text[cut:]
 
 
 def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
@@ -142,18 +85,6 @@ def _describe(path: Path) -> tuple[dict[str, str | int], int]:
             tokens, largest = tokens + len(ids), max(largest, int(ids.max()))
     size: dict[str, str | int] = {"dtype": "uint16", "tokens": tokens, "vocab_size": GPT2_VOCAB_SIZE}
     return {**size, "sha256": digest.hexdigest()}, largest
-
-
-def count_bytes(ids: Iterable[Tensor], encoder_json: Path) -> int:
-    """Return how many bytes of text the tokens in `ids`, int64 of any shape, stand for: <|endoftext|> for none.
-
-    OpenAI's encoder.json, {token: id}, writes each byte of a token as one character.
-    """
-    encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
-    lengths = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
-    lengths[list(encoder.values())] = [len(token) for token in encoder]
-    lengths[encoder[END_OF_TEXT]] = 0
-    return sum(int(lengths[some.numpy()].sum()) for some in ids)
 
 
 class Shards:

@@ -1,5 +1,6 @@
 """Files that are whole, durable and right, or not there; and JSON that may come from elsewhere."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -40,6 +41,12 @@ def write(path: Path, content: str | bytes) -> None:
     """Write `content`, text as UTF-8, to `path`: whole, or not at all."""
     with replacing(path) as (temporary,):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

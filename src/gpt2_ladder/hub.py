@@ -32,11 +32,12 @@ _FIXED = {
 }
 
 
-def load_gpt(folder: Path, attention: str = "eager") -> GPT:
+def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
     """Return the network that lies in `folder` as config.json and model.safetensors, in float32 on the CPU.
 
     Raises:
-        UserError: a file is missing or damaged, the two do not fit, or a tensor is none that `from_hub` takes.
+        UserError: a file is missing or damaged, the two do not fit, a tensor is none that `from_hub` takes, or the
+            vocabulary is smaller than it must be.
     """
     if not (folder / WEIGHTS).exists():
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -57,6 +58,8 @@ def load_gpt(folder: Path, attention: str = "eager") -> GPT:
         if described.get(name, value) != value:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {value!r}")
     _check_size(folder, config, tensors)
+    if config.vocab_size < least_vocab_size:
+        raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}")
     with torch.device("meta"):  # no weights are drawn, or there twice: of the largest GPT-2 they take 6 GB
         model = GPT(config, seed=None)
     model.load_state_dict(from_hub(tensors, model), assign=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import report
+from gpt2_ladder import report, tables
 from gpt2_ladder.config import Environment, Level, Shape
 from gpt2_ladder.gains import NO_GAIN
 
@@ -77,25 +77,25 @@ def row_diff(level: Level, previous: Level | None) -> str:
     changed = [key for key in rows[-1] if len(rows) == 1 or rows[0][key] != rows[1][key]]
     signs = "-+"[-len(rows) :]
     return "\n".join(
-        f"{sign}{key}: {report.word(row[key])}" for key in changed for sign, row in zip(signs, rows, strict=True)
+        f"{sign}{key}: {tables.word(row[key])}" for key in changed for sign, row in zip(signs, rows, strict=True)
     )
 
 
 def pages(
     levels: Mapping[str, Level],
     shapes: Mapping[str, Shape],
-    results: Mapping[str, report.Metrics],
-    gains: report.Metrics,
-    parity: report.Metrics,
-    operators: Mapping[str, Sequence[report.Metrics]],
+    results: Mapping[str, tables.Metrics],
+    gains: tables.Metrics,
+    parity: tables.Metrics,
+    operators: Mapping[str, Sequence[tables.Metrics]],
     environment: Environment,
 ) -> dict[str, str]:
     """Return the index and a page for every level that has prose, by file name; a row of one's own has none."""
-    speed = report.speed_table(levels, results, gains, parity)
-    training = report.training_table(levels, results)
+    speed = tables.speed_table(levels, results, gains, parity)
+    training = tables.training_table(levels, results)
     written = [name for name in levels if f"levels/{name}.md" in report.templates.list_templates()]
     above = dict(zip(list(levels)[1:], levels, strict=False))
-    common = {"environment": environment, "rounds": gains["rounds"], "table": report.markdown_table, "code": excerpt}
+    common = {"environment": environment, "rounds": gains["rounds"], "table": tables.markdown_table, "code": excerpt}
     found: dict[str, str] = {}
     for name in written:
         level, table = levels[name], speed if levels[name].group == "speed" else training
@@ -120,7 +120,7 @@ def pages(
         [
             f"[`{row[0]}`]({row[0]}.md)" if row[0] in written else f"`{row[0]}`",
             row[1],
-            gained.get(row[0], report.MISSING),
+            gained.get(row[0], tables.MISSING),
             row[training[0].index("validation loss")],
         ]
         for row in training[1:]
@@ -133,7 +133,7 @@ def _render(template: str, **facts: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
 
 
-def _before(name: str, levels: Mapping[str, Level], gains: report.Metrics) -> str | None:
+def _before(name: str, levels: Mapping[str, Level], gains: tables.Metrics) -> str | None:
     """Return the level to compare with: the one that the benchmark did, or the one above in the same group."""
     measured = gains["levels"].get(name)
     if measured:
@@ -142,14 +142,14 @@ def _before(name: str, levels: Mapping[str, Level], gains: report.Metrics) -> st
     return peers[peers.index(name) - 1] if name != peers[0] else None
 
 
-def _turned(table: report.Table, names: Sequence[str]) -> report.Table:
+def _turned(table: tables.Table, names: Sequence[str]) -> tables.Table:
     """Return the rows of `names` as columns, without the switch that changes."""
     rows = [row for name in names for row in table[1:] if row[0] == name]
     return [[title, *(row[column] for row in rows)] for column, title in enumerate(table[0]) if column != 1]
 
 
 def _profile(
-    name: str, before: str | None, gains: report.Metrics, operators: Mapping[str, Sequence[report.Metrics]]
+    name: str, before: str | None, gains: tables.Metrics, operators: Mapping[str, Sequence[tables.Metrics]]
 ) -> dict[str, Any] | None:
     """Return what the profiled steps show: operators that only one level has, and those that changed most.
 
@@ -179,7 +179,7 @@ def _profile(
     }
 
 
-def _own_ms(operators: Sequence[report.Metrics], step_ms: float) -> dict[str, float]:
+def _own_ms(operators: Sequence[tables.Metrics], step_ms: float) -> dict[str, float]:
     """Return the milliseconds of each operator by its name, their sum made `step_ms`.
 
     torch's name for a graph is left out: it counts those compiled before it, so it is another one each time.

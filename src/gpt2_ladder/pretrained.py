@@ -135,7 +135,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
     """Bring the two files, both checked before either replaces what is there; keep them if they are there."""
     commit = f"{_repository(model)}@{REVISIONS[model]}"
     hashes = _known_hashes(folder, model, commit)
-    if all((folder / name).exists() and artifacts.file_sha256(folder / name) == hashes[name] for name in hashes):
+    if all((folder / name).exists() and files.sha256(folder / name) == hashes[name] for name in hashes):
         print(f"{folder}: OpenAI's weights are already here")
         for name, sha256 in SHA256.get(model, {}).items():
             if not artifacts.provenance_path(folder / name).exists():
@@ -160,7 +160,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
                 except OSError as error:
                     raise UserError(f"pretrained.folder: {error.filename}: {error.strerror}") from None
             if not sha256:
-                hashes[name] = artifacts.file_sha256(path)
+                hashes[name] = files.sha256(path)
                 print(f"{name}: its sha256 {hashes[name]} is recorded, and later downloads must have it", flush=True)
                 continue
             mend = "get it again"
@@ -198,5 +198,5 @@ def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
         config.save_pretrained(temporary)
         for name in (CONFIG, WEIGHTS):
             drawn = Path(temporary) / name
-            artifacts.place(drawn, folder / name, STAND_IN_SOURCE, artifacts.file_sha256(drawn), STAND_IN_NOTICE)
+            artifacts.place(drawn, folder / name, STAND_IN_SOURCE, files.sha256(drawn), STAND_IN_NOTICE)
     print(STAND_IN_NOTICE, flush=True)

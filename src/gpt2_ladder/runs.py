@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from wandb.util import get_core_path
 
 from gpt2_ladder.config import Level, Switches, UserError, shown
-from gpt2_ladder.report import MISSING, TRAINING_COLUMNS, Table, switch_that_changes, training_cells
+from gpt2_ladder.tables import MISSING, TRAINING_COLUMNS, Table, switch_that_changes, training_cells
 
 TRAININGS = ("overfit", "train", "trial")  # the job types of runs that have losses
 TIMEOUT_S = 30  # for an answer of the server

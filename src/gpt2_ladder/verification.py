@@ -11,8 +11,8 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_ladder import hub, sampling
 from gpt2_ladder.config import UserError
-from gpt2_ladder.data import END_OF_TEXT
 from gpt2_ladder.model import GPT
+from gpt2_ladder.tokenizer import END_OF_TEXT
 
 # Two right implementations differ by rounding, and rounding grows with the logits: 2e-6 at 3, 7e-4 at 105 were seen.
 RELATIVE_TOLERANCE = 2e-5
