@@ -6,6 +6,7 @@ The prose is in templates/levels; the code is cut out of the source files, the n
 import ast
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,29 +161,29 @@ def _profile(
     if not all(operators.get(one) for one in names):
         return None
     ms = {one: _own_ms(operators[one], gains["levels"][one]["step_ms"]) for one in names}
-    calls = {one: {operator["name"]: operator["calls"] for operator in operators[one]} for one in names}
-    earlier: Mapping[str, float] = ms[before] if before else {}
-    changes = {key: abs(ms[name].get(key, 0) - earlier.get(key, 0)) for key in {*earlier, *ms[name]}}
-    notable = {key: change for key, change in changes.items() if change > NOTABLE * sum(ms[name].values())}
+    calls = {one: Counter({operator["name"]: operator["calls"] for operator in operators[one]}) for one in names}
+    earlier = ms[before] if before else Counter[str]()
+    changes = {key: abs(ms[name][key] - earlier[key]) for key in {*earlier, *ms[name]}}
+    notable = [key for key in changes if changes[key] > NOTABLE * ms[name].total()]
     if before and gains["levels"][name]["over_previous"]["verdict"] == NO_GAIN:
-        notable = {key: notable[key] for key in notable if calls[before].get(key) != calls[name].get(key)}
-    largest = sorted(notable, key=lambda key: (-notable[key], key))
+        notable = [key for key in notable if calls[before][key] != calls[name][key]]
+    notable.sort(key=lambda key: (-changes[key], key))
     titles = ["operator", *(f"{what}, `{one}`" for what in ("calls", "ms") for one in names)]
     rows = [
-        [f"`{key}`", *(str(calls[one].get(key, 0)) for one in names), *(f"{ms[one].get(key, 0):,.0f}" for one in names)]
-        for key in largest[:LARGEST]
+        [f"`{key}`", *(str(calls[one][key]) for one in names), *(f"{ms[one][key]:,.0f}" for one in names)]
+        for key in notable[:LARGEST]
     ]
     return {
-        "gone": [key for key in largest if before and key not in ms[name]],
-        "new": [key for key in largest if before and key not in earlier],
+        "gone": [key for key in notable if before and key not in ms[name]],
+        "new": [key for key in notable if before and key not in earlier],
         "table": [titles, *rows] if rows else None,
     }
 
 
-def _own_ms(operators: Sequence[tables.Metrics], step_ms: float) -> dict[str, float]:
+def _own_ms(operators: Sequence[tables.Metrics], step_ms: float) -> Counter[str]:
     """Return the milliseconds of each operator by its name, their sum made `step_ms`.
 
     torch's name for a graph is left out: it counts those compiled before it, so it is another one each time.
     """
     ms = report.scaled(operators, step_ms)
-    return {name: own for name, own in ms.items() if not name.startswith("Torch-Compiled Region")}
+    return Counter({name: own for name, own in ms.items() if not name.startswith("Torch-Compiled Region")})
