@@ -71,7 +71,7 @@ def read_environment() -> Environment:
 
 
 def read_json(path: Path) -> Any:
-    """Return what another stage wrote to `path`."""
+    """Return what another stage wrote to `path`, of any size; files.read_json is for what may come from elsewhere."""
     return json.loads(path.read_text())
 
 

@@ -11,13 +11,13 @@ FOLDER = Path("docs/levels")
 
 
 def main() -> None:
-    for name, text in pages().items():
+    write(gather(params_yaml.load()))
+
+
+def write(gathered: dict[str, Any]) -> None:
+    """Write every page, of what `gather` returned."""
+    for name, text in levels.pages(**gathered).items():
         files.write(FOLDER / name, text)
-
-
-def pages() -> dict[str, str]:
-    """Return every page by its file name, as params.yaml, results/ and src/ give it now."""
-    return levels.pages(**gather(params_yaml.load()))
 
 
 def gather(params: Params) -> dict[str, Any]:

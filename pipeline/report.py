@@ -51,7 +51,7 @@ def main() -> None:
     svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
     files.write(FOLDER / "ladder.html", report.html(facts, svgs))
     write_losses(losses)
-    levels.main()
+    levels.write(gathered)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
     summary = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)

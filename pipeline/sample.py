@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_ladder import artifacts, devices, files, hub, params_yaml, sampling, tokenizer
+from gpt2_ladder import artifacts, devices, hub, params_yaml, sampling, tokenizer
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
 from gpt2_ladder.model import GPT
 from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, read_environment, run
@@ -101,10 +101,10 @@ def open_network(asked: argparse.Namespace, params: Params) -> GPT:
             "skipped; or name a folder, --hub ID or --random"
         )
     model = hub.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)
-    provenance = artifacts.provenance_path(folder / hub.WEIGHTS)
-    if provenance.exists():
-        written = files.read_json(provenance)
-        print(f"{folder}: {written.get('note') or written.get('source')}", file=sys.stderr)
+    weights = folder / hub.WEIGHTS
+    if artifacts.provenance_path(weights).exists():
+        origin = artifacts.read_provenance(weights)
+        print(f"{folder}: {origin['note'] or origin['source']}", file=sys.stderr)
     return model
 
 

@@ -49,6 +49,7 @@ def wandb_runs(clone: Path) -> int:
 
 
 def stages_that_ran(output: str) -> set[str]:
+    """The names of the stages, without the dvc.yaml that they are in."""
     return {line.split("'")[1].split(":")[-1] for line in output.splitlines() if line.startswith("Running stage '")}
 
 

@@ -19,7 +19,7 @@ def running(reply: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iter
         def do_GET(self) -> None:
             reply(self)
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET  # noqa: N815  http.server calls it so
 
         def log_message(self, *_: object) -> None:
             pass

@@ -199,7 +199,12 @@ FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's 
     ("source", "name", "content", "message"),
     [
         ("text", "a.txt", "ok\nnaïve é".encode("latin-1"), r"a\.txt:2: byte 0xef at offset 5 is not UTF-8 .*iconv"),
-        ("text", "a.txt", b"n" * 2**20 + "你".encode()[:2], r"a\.txt:1: byte 0xe4 at offset 1048576 is not"),
+        (
+            "text",
+            "a.txt",
+            b"n\n" + b"n" * (2**20 - 2) + "你".encode()[:2],
+            r"a\.txt:2: byte 0xe4 at offset 1048576 is not",
+        ),
         ("parquet", "a.parquet", b"PAR1 and nothing else PAR1", r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", WHOLE[: len(WHOLE) // 2], r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),

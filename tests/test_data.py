@@ -1,4 +1,4 @@
-"""Text to shards and back, and batches in order."""
+"""Tokens to shards, and batches in order."""
 
 import hashlib
 import json
@@ -8,37 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Tokenizer
 
-from gpt2_ladder import data, tokenizer
+from gpt2_ladder import data
 from gpt2_ladder.config import UserError
 
 
 def write_raw(path, ids, dtype="<u2"):
     np.array(ids, dtype=dtype).tofile(path)
     return path
-
-
-def test_the_encoding_is_transformers_gpt2(encoding, bpe_files):
-    vocab_bpe, encoder_json = bpe_files
-    theirs = GPT2Tokenizer(vocab=str(encoder_json), merges=str(vocab_bpe))
-    text = "First Citizen:\n\nWe'll   see 1595; naïve café, 你好 🙂\tend "
-    assert encoding.encode_ordinary(text) == theirs(text)["input_ids"]
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
-    assert encoding.n_vocab == 50257
-
-
-@pytest.mark.parametrize("damaged", [0, 1])
-@pytest.mark.parametrize("change", [lambda raw: raw[:-1], lambda raw: raw.replace(b"a", b"b", 1), lambda _: b""])
-def test_a_damaged_encoding_is_refused(bpe_files, tmp_path, damaged, change):
-    paths = [tmp_path / path.name for path in bpe_files]
-    for path, right in zip(paths, bpe_files, strict=True):
-        path.write_bytes(right.read_bytes())
-    tokenizer.open_encoding(*paths)
-    paths[damaged].write_bytes(change(bpe_files[damaged].read_bytes()))
-    with pytest.raises(UserError, match=rf"{paths[damaged].name}: sha256 is .* run `dvc repro -f download`"):
-        tokenizer.open_encoding(*paths)
 
 
 def test_a_shard_is_headerless_little_endian_uint16_with_a_sidecar(tmp_path):
@@ -95,13 +72,6 @@ def test_interrupted_between_its_two_files_a_shard_is_refused(tmp_path, monkeypa
     assert len(names) == 2
     with pytest.raises(UserError, match="its sidecar says"):
         data.open_shard(path)
-
-
-def test_the_bytes_of_tokens_are_those_of_the_text(encoding, bpe_files):
-    text = "First Citizen:\n\nnaïve café, 你好 🙂\tend "
-    ids = torch.tensor([*encoding.encode_ordinary(text), encoding.eot_token, *range(50256)])
-    expected = len(text.encode()) + len(encoding.decode_bytes(list(range(50256))))
-    assert tokenizer.count_bytes(ids.split(1000), bpe_files[1]) == expected  # <|endoftext|> stands for no text
 
 
 def test_batches_come_in_the_order_of_the_text_and_begin_again():

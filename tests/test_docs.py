@@ -32,6 +32,7 @@ HELD = {
         "dvc exp run --queue",
         "dvc queue start",
         "dvc queue start -j 2",
+        "dvc queue status",
     ],
     "test_team.test_an_experiment_of_one_is_the_others_without_a_training": [
         "dvc exp push origin NAME",

@@ -12,7 +12,7 @@ from conftest import REPOSITORY, environment, link_encoding, random_ids, tiny
 from huggingface_hub import constants
 from transformers import GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
-from gpt2_ladder import hub, params_yaml, pretrained, sampling
+from gpt2_ladder import artifacts, files, hub, params_yaml, pretrained, sampling
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from pipeline import ENVIRONMENT, run, write_json
@@ -121,6 +121,18 @@ def test_the_command_prints_the_prompt_and_what_the_network_makes_of_it(checkout
     expected = command.CONTROLS.sub(lambda control: repr(control[0])[1:-1], encoding.decode(found.tolist()))
     assert expected.startswith(r"Grüße \x1b[2J")  # a network may not clear the screen
     assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [("this one", "drawn here"), ("another", "a local file; nothing beside it says where it comes from")],
+)
+def test_a_word_on_where_weights_are_from_is_passed_on_if_it_speaks_of_these(checkout, capsys, of, said):
+    weights = command.TRIAL / hub.WEIGHTS
+    sha256 = files.sha256(weights) if of == "this one" else "0" * 64
+    artifacts.write_provenance(weights, "somewhere", sha256, "drawn here")
+    command.main("--length", "1")
+    assert capsys.readouterr().err == f"{command.TRIAL}: {said}\n"
 
 
 def test_samples_differ_repeat_with_their_seed_and_stay_when_more_are_asked_for(checkout, capsys):

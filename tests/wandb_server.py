@@ -63,7 +63,7 @@ def serve(fault: str = "", starts: bool = True, runs: Sequence[dict] = ()) -> It
             body = b"{}" if fault == "{}" and not first else json.dumps(answer).encode()
             faulty_server.answer(self, body, "" if first or fault == "{}" else fault, resume=resume)
 
-        do_PUT = do_GET = do_POST  # noqa: N815
+        do_PUT = do_GET = do_POST  # noqa: N815  http.server calls them so
 
         def log_message(self, *_: object) -> None:
             pass

@@ -80,7 +80,7 @@ def set_deterministic(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks once, at the first product on a GPU
     torch.use_deterministic_algorithms(wanted)
     # with it, torch also fills fresh memory with NaN to show who reads it too early: that costs, and changes no result
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stubs
 
 
 def synchronize(device: torch.device) -> None:

@@ -35,6 +35,11 @@ _FIXED = {
 def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
     """Return the network that lies in `folder` as config.json and model.safetensors, in float32 on the CPU.
 
+    Args:
+        folder: where the two lie.
+        attention: the implementation, "eager" or "flash".
+        least_vocab_size: how many ids it has to know, GPT-2's where text is to be made or read.
+
     Raises:
         UserError: a file is missing or damaged, the two do not fit, a tensor is none that `from_hub` takes, or the
             vocabulary is smaller than it must be.

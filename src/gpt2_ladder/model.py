@@ -105,7 +105,7 @@ class GPT(nn.Module):
 
     Args:
         config: the sizes and the switches that concern the network.
-        seed: what the weights are drawn from; None leaves memory unfilled to the caller, who brings his own.
+        seed: what the weights are drawn from; None leaves the memory unfilled, for a caller who brings his own.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
