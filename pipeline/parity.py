@@ -4,6 +4,7 @@ The benchmark measures the levels that pass, and reads from results/parity.json 
 """
 
 import csv
+from dataclasses import asdict
 from typing import Any
 
 from gpt2_ladder import params_yaml, parity
@@ -30,7 +31,7 @@ def main() -> None:
         tolerance = getattr(params.parity, level.precision)
         agreement = parity.compare(name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected)
         print(f"{name:8}  largest {agreement.largest:.6f} at step {agreement.largest_step}, allowed {tolerance}")
-        found[name] = {"switches": level.model_dump(), **agreement.as_json()}
+        found[name] = {"switches": level.model_dump(), **asdict(agreement)}
     write_json(
         PARITY,
         {

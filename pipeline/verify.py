@@ -1,6 +1,7 @@
 """Prove that our GPT computes what GPT-2 does, with the downloaded weights and with random ones, and let it talk."""
 
 import tempfile
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def main() -> None:
         RESULTS / "verify.json",
         {
             "weights": "stand-in" if stand_in else "openai",
-            **weights.as_json(),
-            "random": random.as_json(),
+            **asdict(weights),
+            "random": asdict(random),
             "note": notice if stand_in else None,
             "llmc_loss": known_loss,
             "llmc_loss_diff": None if known_loss is None else known_loss - verification.LLMC_LOSS,

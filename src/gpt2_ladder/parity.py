@@ -13,7 +13,7 @@ much that may be was measured with GPT-2 124M in float32 and bfloat16 (docs/LOG.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from gpt2_ladder.config import Environment, UserError
@@ -40,10 +40,6 @@ class Parity:
     mean: float
     tolerance: float
     expected: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the attributes as they go into parity.json."""
-        return asdict(self)
 
 
 def compare(

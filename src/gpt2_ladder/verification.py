@@ -1,8 +1,7 @@
 """Whether our GPT is the same function as transformers' GPT-2, and the weights those that everybody else has."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tiktoken
 import torch
@@ -38,10 +37,6 @@ class Comparison:
     def passed(self) -> bool:
         """Whether the two are the same function, up to rounding in float32."""
         return self.greedy_tokens_equal and self.max_abs_logit_diff <= RELATIVE_TOLERANCE * self.max_abs_logit
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the three values by name."""
-        return asdict(self)
 
 
 @torch.no_grad()
