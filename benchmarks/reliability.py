@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from benchmarks import pages
 from pipeline import environment
 
-# what was tried; what it may cost, which the tests compare; which tests (fmt: skip, so that a row is not five lines)
+# what was tried; what it may cost, which the tests compare; which tests
 ROWS = [
     ("SIGKILL at a random moment of a training", "the steps since its last checkpoint, taken again with the same bits",
      "tests/test_checkpoints.py -k fifty_random"),
@@ -46,7 +46,7 @@ ROWS = [
      "tests/test_ranks.py -k 'killed_rank or sigterm'"),
     ("params.yaml, shard, weights or checkpoint damaged at random", "the file: refused in clear lines",
      "tests/test_fuzz.py -k clear_lines"),
-]  # fmt: skip
+]  # fmt: skip  # so that a row is not five lines
 
 
 def count(selection: str, *options: str) -> int:

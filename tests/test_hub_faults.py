@@ -154,7 +154,7 @@ def test_a_refusal_that_huggingface_hub_takes_for_a_lost_connection_is_named_by_
         fetch(faults=["403"], at=REDIRECT)
 
 
-@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub believes the size it is told
 @pytest.mark.parametrize(("at", "header", "value"), [(*key, value) for key in HOSTILE for value in HOSTILE[key]])
 def test_no_word_of_a_hub_leads_out_of_the_folder(fetch, folder, tmp_path, at, header, value):
     (tmp_path / "cached").write_bytes(b"cached")

@@ -143,7 +143,7 @@ def test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers(clo
     corpus, train = (clone / f"data/{name}" for name in ("input.txt", "train.bin"))
     commit = call(clone, "git", "rev-parse", "HEAD").strip()
     for fact in (
-        *("**4 steps old**", "on 512 tokens", "in 1 shard with", "2 x 64 tokens; 128 tokens a step"),
+        *("**4 steps old**", "on 512 tokens", "shards: 1, the first with", "2 x 64 tokens; 128 tokens a step"),
         *(f"{found[name]:.4f}" for name in ("loss_first", "loss_last", "val_loss", "bits_per_byte")),
         *(f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in (corpus, train)),
         *(environment["torch"], environment["device_name"], f"git checkout {commit}", '| `precision` | "fp32" |'),
