@@ -40,6 +40,7 @@ PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", Fa
 
 def main(*arguments: str) -> None:
     params, environment = params_yaml.load(), read_environment()
+    devices.check_machine(params.machine, params.rehearsal, environment)
     settings, shape = params.benchmark[params.machine], params.shape("speed")
     parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, help="so many rounds, however long they last")

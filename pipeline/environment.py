@@ -31,8 +31,10 @@ extern "C" int threads() { return omp_get_max_threads(); }
 
 
 def main() -> None:
-    params_yaml.load()  # a mistake in params.yaml stops the pipeline here
+    params = params_yaml.load()  # a mistake in params.yaml stops the pipeline here
     found = describe()
+    if params.rehearsal:  # in the name, which every table shows
+        found = found.model_copy(update={"device_name": f"{found.device_name} (rehearsal of a GPU's shape)"})
     print(f"{found.device}: {found.device_name}, {found.threads} threads, torch {found.torch}")
     write_json(ENVIRONMENT, found.model_dump())
 

@@ -6,7 +6,7 @@ Every level's training depends on the result, so nothing trains on a broken netw
 import math
 from itertools import repeat
 
-from gpt2_ladder import data, params_yaml, runtime, training
+from gpt2_ladder import data, devices, params_yaml, runtime, training
 from gpt2_ladder.config import UserError
 from pipeline import RESULTS, TRAIN_SHARD, read_environment, run, trainer, write_json
 
@@ -16,6 +16,7 @@ FIRST_LOSS_TOLERANCE = 0.3  # PyTorch's default init is a little worse than unif
 
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
+    devices.check_machine(params.machine, params.rehearsal, environment)
     level, shape = params.levels[LEVEL], params.quality
     device, model, optimizer = trainer.build(params, level, environment)
     batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))

@@ -33,6 +33,8 @@ def main(*arguments: str) -> None:
         cuda, free = devices.has_cuda_habits(device), devices.free_memory(device)
         where = f"{environment.device_name}, {free / GIB:.1f} GiB free"
         gpus = (environment.device_name,) if environment.device_name in cost.KNOWN_PEAKS else SHOWN
+    if cuda and params.machine != "gpu":
+        print("machine: cpu in params.yaml: this plans the CPU's shape for a GPU; set machine: gpu to plan the GPU's")
     shape = params.shape("speed")
     B, T = shape.batch_size, shape.block_size
     flops = B * T * cost.flops_per_token(params.size, T)

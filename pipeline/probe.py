@@ -16,6 +16,7 @@ from pipeline import PROBE, read_environment, run, write_json
 
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
+    devices.check_machine(params.machine, params.rehearsal, environment)
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     levels = {
         name: level

@@ -51,6 +51,7 @@ def train(
     on all `devices`; a quality level, whose few tokens are the same everywhere, on one.
     """
     environment, shape, count = read_environment(), params.shape(group), params.devices if group == "speed" else 1
+    devices.check_machine(params.machine, params.rehearsal, environment)
     result: dict[str, Any] = {
         "status": "trained",
         "reason": devices.why_skipped(switches, environment, params.run_slow_levels),

@@ -4,6 +4,8 @@ import ast
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ladder import devices
 from gpt2_ladder.config import Switches, UserError
+from pipeline import ENVIRONMENT, read_environment, write_json
+from pipeline import environment as environment_stage
 
 CPU = torch.device("cpu")
 
@@ -43,6 +47,53 @@ def test_an_allocator_that_is_not_glibc_is_not_passed_over(monkeypatch):
     assert devices.why_skipped(caching, environment(device="cuda"), False) is None
     assert "caches a GPU's memory" in (devices.what_to_know(caching, environment(device="cuda")) or "")
     assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("machine", "rehearsal", "device", "message"),
+    [
+        ("cpu", False, "cpu", None),
+        ("gpu", False, "cuda", None),
+        ("gpu", True, "cpu", None),
+        ("cpu", False, "mps", None),
+        ("gpu", False, "mps", None),
+        ("cpu", False, "cuda", r"machine: cpu, but this machine has a GPU \(A processor\): set machine: gpu"),
+        ("cpu", True, "cuda", "machine: cpu, but this machine has a GPU"),
+        ("gpu", False, "cpu", "machine: gpu, but this machine has no GPU .*: set machine: cpu .* or rehearsal: true"),
+        ("cpu", True, "cpu", "set rehearsal: false"),
+        ("gpu", True, "cuda", "set rehearsal: false"),
+    ],
+)
+def test_a_machine_of_the_other_kind_is_refused_unless_it_is_a_rehearsal(machine, rehearsal, device, message):
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        devices.check_machine(machine, rehearsal, environment(device=device))
+
+
+@pytest.mark.parametrize(
+    "stage", ["overfit", "probe", "train untied", "train fp32", "trial", "benchmark"], ids=lambda stage: stage
+)
+def test_every_stage_that_trains_or_measures_compares_the_machine_before_any_work(tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("machine: cpu ", "machine: gpu "))
+    write_json(ENVIRONMENT, environment().model_dump())
+    name, *arguments = stage.split()
+    with pytest.raises(UserError, match="machine: gpu, but this machine has no GPU"):
+        import_module(f"pipeline.{name}").main(*arguments)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["environment.json", "params.yaml", "results"]
+
+
+def test_a_rehearsal_is_named_in_every_table_by_its_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "params.yaml").read_text()
+    rehearsed = text.replace("machine: cpu ", "machine: gpu ").replace("rehearsal: false", "rehearsal: true")
+    (tmp_path / "params.yaml").write_text(rehearsed)
+    environment_stage.main()
+    assert read_environment().device_name.endswith(" (rehearsal of a GPU's shape)")
+    tables = [*(REPOSITORY / "src/gpt2_ladder/templates").glob("l*.*"), REPOSITORY / "pipeline/compare.py"]
+    assert len(tables) == 5
+    for table in tables:
+        assert "device_name" in table.read_text()
 
 
 PAGES = """

@@ -61,9 +61,9 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("precision: fp32", "precison: fp32", "params.yaml:16: precison: unknown key; did you mean 'precision'?"),
+        ("precision: fp32", "precison: fp32", "params.yaml:17: precison: unknown key; did you mean 'precision'?"),
         ("precision: fp32", "precision: bf32", "precision = 'bf32': Input should be 'fp32', 'tf32' or 'bf16'"),
-        ("seed: 1337", "seed: '1337'", "params.yaml:8: seed = '1337': Input should be a valid integer"),
+        ("seed: 1337", "seed: '1337'", "params.yaml:9: seed = '1337': Input should be a valid integer"),
         ("learning_rate: 3e-4", "learning_rate: '3e-4'", "models.gpt2.learning_rate = '3e-4': Input should be a valid"),
         ("seed: 1337", "", "seed: this key is missing"),
         ("seed: 1337", "seed: 1337\nseed: 1", "not valid YAML: found duplicate key"),
@@ -77,16 +77,16 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("  fp32:\n    group", "  fp.32:\n    group", "levels.fp.32 = 'fp.32': String should match pattern"),
         ("  tf32:\n    group", "  control:\n    group", "levels.control = control: that is what the benchmark calls"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
-        ("  tied:\n", "  tied: &row\n", "params.yaml:156: YAML anchor or alias 'row': write the values out"),
+        ("  tied:\n", "  tied: &row\n", "params.yaml:157: YAML anchor or alias 'row': write the values out"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
-        ("n_head: 12", "n_head: 13", "params.yaml:107: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
+        ("n_head: 12", "n_head: 13", "params.yaml:108: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
-        ("block_size: 256", "block_size: 2048", "params.yaml:65: machines.cpu.block_size = 2048: is over"),
+        ("block_size: 256", "block_size: 2048", "params.yaml:66: machines.cpu.block_size = 2048: is over"),
         (
             "warmup_steps: 2\n",
             "warmup_steps: 10\n",
-            "params.yaml:67: machines.cpu.warmup_steps = 10: must be below steps (10)",
+            "params.yaml:68: machines.cpu.warmup_steps = 10: must be below steps (10)",
         ),
         (
             "tokens_per_step: ",
@@ -102,7 +102,7 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         (
             "eval_tokens: 32768",
             "eval_tokens: 32000",
-            "params.yaml:74: machines.gpu.eval_tokens = 32000: must be a multiple",
+            "params.yaml:75: machines.gpu.eval_tokens = 32000: must be a multiple",
         ),
     ],
 )
@@ -126,13 +126,13 @@ def test_activation_checkpointing_is_of_a_size_and_so_of_all_levels_or_none(tmp_
 
 
 def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
-    with pytest.raises(UserError, match=r"params\.yaml:37: pretrained\.source = openai: no weights for model: tiny"):
+    with pytest.raises(UserError, match=r"params\.yaml:38: pretrained\.source = openai: no weights for model: tiny"):
         load_with(tmp_path, ("model: gpt2 ", "model: tiny "), ("source: auto", "source: openai"))
 
 
 @pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
 def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other):
-    with pytest.raises(UserError, match=r"params\.yaml:38: pretrained\.folder = here: not read with these"):
+    with pytest.raises(UserError, match=r"params\.yaml:39: pretrained\.folder = here: not read with these"):
         load_with(tmp_path, ("folder:  ", "folder: here  "), other)
 
 

@@ -205,7 +205,7 @@ def test_plots_are_a_page_that_loads_nothing(clone):
         ("dvc params diff", ""),
         ("dvc exp show --only-changed", "main|master"),
         ("make plan", "allocator"),
-        ("make plan MEMORY=24GiB", "24"),
+        ("make plan MEMORY=24GiB", "this plans the CPU's shape for a GPU"),
         ("make docs", ""),
         ("make schema", ""),
         ('make sample PROMPT="Once upon a time"', "\nOnce upon a time"),

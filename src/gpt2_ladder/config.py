@@ -197,6 +197,7 @@ class Params(Switches):
 
     model: Model
     machine: Literal["cpu", "gpu"]
+    rehearsal: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     deterministic: bool
     checkpoint_every: PositiveInt | None

@@ -44,6 +44,26 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
     return torch.device(name)
 
 
+def check_machine(machine: str, rehearsal: bool, environment: Environment) -> None:
+    """Raise UserError unless the shapes of `machine` ("cpu" or "gpu") are for the device that this machine has.
+
+    `rehearsal` allows a GPU's shape on a CPU, and nothing else. An Apple GPU may train either shape.
+    """
+    if machine == "cpu" and environment.device == "cuda":
+        raise UserError(
+            f"machine: cpu, but this machine has a GPU ({environment.device_name}): set machine: gpu in params.yaml, "
+            "or hide the GPU with CUDA_VISIBLE_DEVICES=''"
+        )
+    on_cpu = machine == "gpu" and environment.device == "cpu"
+    if on_cpu and not rehearsal:
+        raise UserError(
+            f"machine: gpu, but this machine has no GPU ({environment.device_name}): set machine: cpu in params.yaml, "
+            "or rehearsal: true to train a GPU's shape on this CPU"
+        )
+    if rehearsal and not on_cpu:
+        raise UserError("rehearsal: true allows machine: gpu on a CPU only: set rehearsal: false in params.yaml")
+
+
 def check_count(name: str, count: int) -> None:
     """Raise UserError unless this machine can train on `count` of the device called `name`; a CPU is shared by all."""
     if name == "cpu":
