@@ -65,7 +65,8 @@ class Machine:
             model = GPT(self.params.gpt(switches), self.params.seed).to(self.device)
             if switches.compile:
                 runtime.compile_model(model)
-            optimizer = training.make_optimizer(model, self.params.size.learning_rate, self.params.optimizer)
+            settings = self.params.size.learning_rate, self.params.optimizer, switches.fused_adamw
+            optimizer = training.make_optimizer(model, *settings)
             autocast = runtime.set_precision(switches.precision, self.device)
             trained = training.train(model, optimizer, self.batches(steps), autocast, self.device, micro_batch)
             return [step.loss for step in trained]
