@@ -44,7 +44,7 @@ plots: .venv/installed
 test: .venv/installed
 	python -m pytest
 
-# What this machine's GPU shows, in 10 minutes, and gpu-report.md: please send it back
+# What this machine's GPU shows, in a few minutes, and gpu-report.md: please send it back
 test-gpu: .venv/installed
 	python -m pytest -m gpu -n 0 tests/test_gpu.py
 
