@@ -50,12 +50,12 @@ test-gpu: .venv/installed
 
 # Will it fit? Of this machine, or of a GPU that is not here: make plan MEMORY=24GiB
 plan: .venv/installed
-	@dvc repro --quiet pipeline/dvc.yaml:environment
+	@dvc repro --quiet pipeline/environment-stage/dvc.yaml:environment
 	@PYTHONPATH=src python -m pipeline.plan $(if $(MEMORY),--memory $(MEMORY))
 
 # 10,042 questions, over an hour on two cores: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
 hellaswag: .venv/installed
-	@dvc repro --quiet pipeline/dvc.yaml:environment download
+	@dvc repro --quiet pipeline/environment-stage/dvc.yaml:environment download
 	@PYTHONPATH=src python -m pipeline.hellaswag $(MODEL) $(if $(LIMIT),--limit $(LIMIT))
 
 # The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
@@ -64,7 +64,7 @@ share: .venv/installed
 
 # A text that begins with the prompt: make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
 sample: .venv/installed
-	@dvc repro --quiet pipeline/dvc.yaml:environment download
+	@dvc repro --quiet pipeline/environment-stage/dvc.yaml:environment download
 	@PYTHONPATH=src python -m pipeline.sample --prompt "$$PROMPT" $(OPTIONS)
 
 check: .venv/installed

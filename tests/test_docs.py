@@ -59,7 +59,7 @@ HELD = {
     ],
     "test_pipeline.test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back": [
         "dvc commit trial",
-        "git add params.yaml dvc.lock pipeline/dvc.lock results docs/levels",
+        "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results docs/levels",
         'git commit -m "My machine"',
     ],
     "climbing.get_back": ["dvc checkout", "git restore params.yaml dvc.lock results docs/levels"],

@@ -36,8 +36,8 @@ def test_a_fresh_clone_trains_without_the_store_and_does_not_with_it(team):
 def test_what_another_machine_has_trained_is_trained_again(team):
     bob = team / "bob"
     call(bob, "dvc", "pull")
-    call(bob, "env", "OMP_NUM_THREADS=7", "dvc", "repro", "pipeline/dvc.yaml:environment")
-    measured = {"pipeline/dvc.yaml:environment", "probe", "parity", "benchmark", "report"}
+    call(bob, "env", "OMP_NUM_THREADS=7", "dvc", "repro", "pipeline/environment-stage/dvc.yaml:environment")
+    measured = {"pipeline/environment-stage/dvc.yaml:environment", "probe", "parity", "benchmark", "report"}
     assert set(json.loads(call(bob, "dvc", "status", "--json"))) == TRAININGS | measured
     call(bob, "git", "restore", ".")
     assert stages_that_ran(call(bob, "dvc", "repro")) == {"environment"}
