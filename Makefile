@@ -10,6 +10,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# DVC needs a user name; in a container a user id may have none
+export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 
 .PHONY: repro announce benchmark show plots plan hellaswag sample share test test-gpu check docs schema pins
 
