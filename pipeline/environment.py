@@ -5,6 +5,7 @@ This stage runs at every `dvc repro`; what hangs on it re-runs only if the conte
 
 import os
 import platform
+import re
 import subprocess
 import sysconfig
 import tempfile
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import Environment
+from gpt2_ladder.config import Environment, UserError
 from pipeline import ENVIRONMENT, run, write_json
 
-CPUINFO = Path("/proc/cpuinfo")
+PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # what a CPU's products run on, the best first
 UNTRIED = "torch's compiler for Apple's GPUs is young, and nobody has tried it with this project"
@@ -56,7 +57,7 @@ def describe() -> Environment:
         device_name=device_name,
         bf16=bf16,
         compile_problem=problem,
-        threads=int(os.environ.get("OMP_NUM_THREADS", cores)),
+        threads=_threads(cores),
         python=platform.python_version(),
         torch=torch_version,
         platform=f"{platform.system()} {platform.machine()}",
@@ -109,19 +110,35 @@ def _cpu() -> tuple[str, set[str], int]:
 
     The name ends in the best of VECTORS: one model may have AMX or, in a virtual machine, be denied it.
     """
-    if not CPUINFO.exists():
-        return platform.processor() or platform.machine(), set(), os.cpu_count() or 1
-    usable, cores = os.sched_getaffinity(0), set()
-    field: dict[str, str] = {}
-    for processor in CPUINFO.read_text().strip().split("\n\n"):
-        field = {
-            key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor.split("\n"))
-        }
-        if int(field["processor"]) in usable:
-            cores.add((field.get("physical id"), field.get("core id", field["processor"])))
-    flags = (field.get("flags") or field.get("Features", "")).split()  # x86, Arm
-    name = ", ".join([field.get("model name", platform.machine()), *(one for one in VECTORS if one in flags)][:2])
-    return name, set(flags), len(cores)
+    line = r"^(model name|flags|Features)[ \t]*: *(\S.*)$"  # of any block: not every one is a processor's
+    fields = dict(re.findall(line, _read(PROC / "cpuinfo"), re.MULTILINE))
+    flags = (fields.get("flags") or fields.get("Features", "")).split()  # x86, Arm
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = {_read(SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in usable}
+    return ", ".join([name, *(one for one in VECTORS if one in flags)][:2]), set(flags), len(siblings)
+
+
+def _threads(cores: int) -> int:
+    """Return OMP_NUM_THREADS, of a list the first number; where it is empty `cores`, or fewer by a cgroup's quota."""
+    if value := os.environ.get("OMP_NUM_THREADS", "").strip():
+        if not (number := re.match(r"0*[1-9]\d*(?=\s*(,|$))", value)):
+            raise UserError(f"OMP_NUM_THREADS={value}: set it to a number of threads, 1 or more, or unset it")
+        return int(number[0])
+    for controllers, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):(.*)$", _read(PROC / "self/cgroup"), re.MULTILINE):
+        folder = SYS / f"fs/cgroup{'/cpu' if controllers else ''}{path}"  # of version 1 or 2
+        for group in (folder, *folder.parents):  # each one's limit holds; inside a container only the root may exist
+            limit = _read(group / "cpu.max") or _read(group / "cpu.cfs_quota_us") + _read(group / "cpu.cfs_period_us")
+            if quota := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", limit):  # "max" and -1 mean no limit
+                cores = min(cores, -(-int(quota[1]) // int(quota[2])))
+    return max(1, cores)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":
