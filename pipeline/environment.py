@@ -1,15 +1,17 @@
 """Write down what the numbers depend on besides the code: device, torch, threads, capabilities. Imports no torch.
 
-This stage runs at every `dvc repro`; what hangs on it re-runs only if the content of its file changes.
+This stage runs at every `dvc repro`; the stages that use its output run again only if its content has changed.
 """
 
+import ctypes
+import getpass
 import os
 import platform
 import re
 import subprocess
 import sysconfig
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Literal
 
@@ -21,14 +23,9 @@ PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # what a CPU's products run on, the best first
 UNTRIED = "torch's compiler for Apple's GPUs is young, and nobody has tried it with this project"
-# What Inductor will ask of the compiler: Python's headers, OpenMP and a shared library. To include Python.h instead of
+# What Inductor will ask of the compiler: Python's headers, OpenMP and a shared library. Including Python.h instead of
 # looking for it would take four times as long, at every `dvc repro`.
-PROBE = """#if !__has_include(<Python.h>)
-#error Python.h
-#endif
-#include <omp.h>
-extern "C" int threads() { return omp_get_max_threads(); }
-"""
+PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.h>\n"
 
 
 def main() -> None:
@@ -45,18 +42,19 @@ def describe() -> Environment:
     torch_version = version("torch")
     device_name, cpu_flags, cores = _cpu()
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    bf16, problem = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}), compile_problem()
+    bf16, problem = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}), None
+    links_torch = platform.system() != "Darwin"  # what Inductor compiles for a CPU
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if visible not in ("", "-1"):  # by which every GPU is hidden, Apple's too
         if not torch_version.endswith("+cpu") and (gpu := _nvidia_gpu(visible)):
-            device, device_name, bf16 = "cuda", gpu[0], gpu[1] >= AMPERE
+            device, device_name, bf16, links_torch = "cuda", gpu[0], gpu[1] >= AMPERE, False
         elif apple := _apple_gpu():
             device, device_name, bf16, problem = "mps", apple, True, UNTRIED  # Metal has bfloat16 since macOS 14
     return Environment(
         device=device,
         device_name=device_name,
         bf16=bf16,
-        compile_problem=problem,
+        compile_problem=problem or compile_problem(links_torch=links_torch),
         threads=_threads(cores),
         python=platform.python_version(),
         torch=torch_version,
@@ -64,24 +62,43 @@ def describe() -> Environment:
     )
 
 
-def compile_problem(compiler: str | None = None) -> str | None:
-    """Return why torch.compile cannot work here, found by compiling a few lines; None where it can."""
+def compile_problem(compiler: str | None = None, links_torch: bool = True) -> str | None:
+    """Return why torch.compile cannot work here, found by building a library as Inductor will; None where it can."""
     compiler = compiler or os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "probe.cpp").write_text(PROBE)
-        include = sysconfig.get_path("include")
-        command = [compiler, "-shared", "-fPIC", "-fopenmp", f"-I{include}", "probe.cpp", "-o", "probe.so"]
-        try:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        user = f"uid_{os.getuid()}"
+    # where Inductor keeps headers and libraries (its cache_dir_utils.py)
+    headers = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", headers)).absolute()
+    python, torch = sysconfig.get_config_var("LIBDIR"), distribution("torch").locate_file("torch/lib")
+    paths = {"CXX": compiler, "TMPDIR": headers, "TORCHINDUCTOR_CACHE_DIR": cache}
+    # one library of torch's, and only if needed: linking all takes 50 ms, loading them 0.5 s
+    link = [f"-L{python}", f"-L{torch}", "-Wl,--as-needed", "-ltorch"] if links_torch else []
+    for name, path in (paths | {"the Python environment": "".join(link)}).items():
+        if re.search(r"[\s'\"\\]", str(path)):
+            return f"torch does not quote the path of {name}: choose one without blanks, quotes and backslashes"
+    args = ["-shared", "-fPIC", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-o", "probe.so", "probe.cpp", *link]
+    try:
+        headers.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=headers), tempfile.TemporaryDirectory(dir=cache) as folder:
+            (Path(folder) / "probe.cpp").write_text(PROBE)
             # from inside the folder, so that its random name is in no message: a message that changes retrains all
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        except OSError:
-            return f"no C++ compiler: '{compiler}' is not there; install g++ (apt install g++)"
-    if result.returncode == 0:
-        return None
+            result = subprocess.run([compiler, *args], cwd=folder, capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                ctypes.CDLL(f"{folder}/probe.so")
+                return None
+    except OSError as error:
+        if error.filename == compiler:
+            return f"no C++ compiler: '{compiler}' does not exist; install g++ (apt install g++)"
+        reason = error.strerror or "no library in it can be loaded, as after mounting it with noexec"
+        return f"Inductor's folder cannot be used: {reason}; set TORCHINDUCTOR_CACHE_DIR (or TMPDIR) to another"
     if "Python.h" in result.stderr:
-        return "Python.h is not there; install Python's headers (apt install python3-dev)"
+        return "Python.h is missing; install Python's headers (apt install python3-dev)"
     reason = (result.stderr.strip().splitlines() or ["it gave no reason"])[0]
-    return f"'{compiler}' cannot build a shared library: {reason}"
+    return f"'{compiler}' cannot build a shared library: {re.sub(r'[^ ]*/cc[^ .]*', 'probe', reason)}"
 
 
 def _nvidia_gpu(index: str) -> tuple[str, float] | None:
