@@ -30,11 +30,28 @@ PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.
 
 def main() -> None:
     params = params_yaml.load()  # a mistake in params.yaml stops the pipeline here
+    warn_about_git()
     found = describe()
     if params.rehearsal:  # in the name, which every table shows
         found = found.model_copy(update={"device_name": f"{found.device_name} (rehearsal of a GPU's shape)"})
     print(f"{found.device}: {found.device_name}, {found.threads} threads, torch {found.torch}")
     write_json(ENVIRONMENT, found.model_dump())
+
+
+def warn_about_git() -> None:
+    """Print how to fix the states of a Git repository in which DVC loses experiments or commits, or stops."""
+    git = ["git", "-C", os.environ.get("DVC_ROOT", ".")]  # `dvc exp run --temp` runs this stage in a copy
+    try:
+        shallow, head = _ask([*git, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD"]).split()
+        names = {*_ask([*git, "config", "--list", "--name-only"]).split(), *os.environ}
+    except (OSError, subprocess.CalledProcessError, ValueError):  # no Git, repository or commit: DVC reports these
+        return
+    if shallow == "true":
+        print("warning: `dvc exp run --temp` or --queue saves nothing in a shallow clone; run `git fetch --unshallow`")
+    if head == "HEAD" and "DVC_EXP_NAME" not in os.environ:  # DVC detaches HEAD during every `dvc exp run`
+        print("warning: HEAD is detached, so new commits belong to no branch; run `git switch main`")
+    if not ({"user.name", "user.email"} <= names or {"GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"} <= names):
+        print("warning: Git has no identity; run `git config user.name NAME` and `git config user.email EMAIL`")
 
 
 def describe() -> Environment:
