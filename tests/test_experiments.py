@@ -18,6 +18,7 @@ LEVELS = list(params_yaml.load(REPOSITORY / "params.yaml").levels)
 
 def test_an_experiment_runs_the_trial_alone(first_run, clone):
     output = call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
+    assert "warning: " not in output
     assert stages_that_ran(output) == {"environment", "trial", "report"}
     assert "precision" in call(clone, "dvc", "params", "diff")
     assert call(clone, "git", "diff", "--numstat", "params.yaml").split() == ["1", "1", "params.yaml"]  # still readable
@@ -28,6 +29,7 @@ def test_an_experiment_runs_the_trial_alone(first_run, clone):
 def test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone(first_run, clone):
     before = wandb_runs(clone)
     output = call(clone, "dvc", "exp", "run", "--temp", "-S", "attention=flash")
+    assert "warning: " not in output
     assert stages_that_ran(output) == {"environment", "trial", "report"}
     assert call(clone, "git", "status", "--porcelain") == ""
     assert wandb_runs(clone) == before + 2  # trial and summary: the copy is thrown away, W&B's files are not

@@ -41,75 +41,6 @@ from pipeline import train as train_stage
 from pipeline.train import train
 
 
-def test_the_environment_is_found_without_the_commit():
-    found = environment.describe()
-    assert found.threads >= 1
-    assert found.torch.startswith("2.")
-    assert "commit" not in found.model_dump()
-
-
-def test_an_environment_variable_decides_about_threads(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert environment.describe().threads == 7
-
-
-@pytest.mark.parametrize(
-    ("flags", "ending", "bf16"),
-    [
-        ("flags : fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile", ", amx_bf16", True),
-        ("flags : fpu avx2 avx512f avx512_bf16", ", avx512_bf16", True),
-        ("flags : fpu avx2", ", avx2", False),
-        ("Features : fp asimd bf16", ", bf16", True),
-        ("flags : fpu", "", False),
-    ],
-)
-def test_processors_of_one_name_that_multiply_otherwise_are_two_machines(monkeypatch, tmp_path, flags, ending, bf16):
-    """A virtual machine may hide AMX: bf16 was 1.82 times as fast as fp32 with it, and slower without."""
-    processors = [f"processor : {number}\nmodel name : X 1\n{flags}\n" for number in range(2)]
-    (tmp_path / "cpuinfo").write_text("\n".join(processors))
-    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
-    found = environment.describe()
-    assert (found.device_name, found.bf16) == (f"X 1{ending}", bf16)
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """A function that puts a program called `name`, which `prints` something, first on PATH; no GPU is hidden."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-
-    def put(name: str, prints: str) -> None:
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
-        (tmp_path / name).chmod(0o755)
-
-    return put
-
-
-def test_an_nvidia_gpu_is_found_by_nvidia_smi(install, monkeypatch):
-    monkeypatch.setattr(environment, "version", lambda _: "2.13.0")  # not the CPU's wheel
-    for capability, bf16 in (("9.0", True), ("7.5", False)):
-        install("nvidia-smi", f"NVIDIA X, {capability}")
-        found = environment.describe()
-        assert (found.device, found.device_name, found.bf16) == ("cuda", "NVIDIA X", bf16)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert environment.describe().device == "cpu"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    install("nvidia-smi", "No devices were found")
-    assert environment.describe().device == "cpu"
-
-
-def test_an_apple_gpu_is_found_and_is_not_compiled_for(install, monkeypatch):
-    install("nvidia-smi", "No devices were found")
-    install("sysctl", "Apple M3")
-    monkeypatch.setattr(environment.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(environment.platform, "machine", lambda: "arm64")
-    found = environment.describe()
-    assert (found.device, found.device_name, found.bf16) == ("mps", "Apple M3", True)
-    assert "nobody has tried it" in (found.compile_problem or "")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert environment.describe().device == "cpu"
-
-
 def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = params_yaml.load(REPOSITORY / "params.yaml")
@@ -144,24 +75,6 @@ def test_an_old_python_is_named_before_anything_is_made(tmp_path):
     assert result.returncode != 0
     assert "error: Python 3.9.2: Python 3.11 or newer is needed" in result.stdout + result.stderr
     assert not (tmp_path / ".venv").exists()
-
-
-def test_a_missing_compiler_is_named():
-    assert "no C++ compiler: 'no-such-compiler'" in (environment.compile_problem("no-such-compiler") or "")
-
-
-def test_missing_python_headers_are_named(monkeypatch, tmp_path):
-    assert environment.compile_problem() is None
-    monkeypatch.setattr(environment.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert "Python.h is not there" in (environment.compile_problem() or "")
-
-
-def test_a_compiler_that_fails_gives_the_same_reason_each_time(monkeypatch):
-    monkeypatch.setattr(environment, "PROBE", "#include <no-such-header.h>\n")
-    first = environment.compile_problem()
-    assert "no-such-header.h" in (first or "")
-    assert environment.compile_problem() == first  # another text would retrain every level
-    assert environment.compile_problem("false") == "'false' cannot build a shared library: it gave no reason"
 
 
 @pytest.mark.parametrize(
