@@ -23,8 +23,7 @@ PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # what a CPU's products run on, the best first
 UNTRIED = "torch's compiler for Apple's GPUs is young, and nobody has tried it with this project"
-# What Inductor will ask of the compiler: Python's headers, OpenMP and a shared library. Including Python.h instead of
-# looking for it would take four times as long, at every `dvc repro`.
+# What Inductor needs of the compiler. Including Python.h instead of looking for it would take four times as long.
 PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.h>\n"
 
 

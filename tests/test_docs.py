@@ -115,7 +115,7 @@ HELD = {
         "grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo"
     ],
     "sets the shell that it is typed into": ["source .venv/bin/activate", "export USER=$(id -u)"],
-    "test_environment.py runs them as the warnings name them": [
+    "test_repository.py runs them as the warnings print them": [
         "git fetch --unshallow",
         "git switch main",
         "git config user.name NAME",

@@ -1,7 +1,6 @@
-"""The environment stage: what it finds on a machine, what it warns about, and that DVC runs it."""
+"""The environment stage: what it finds on a machine. What it warns about is in test_repository.py."""
 
 import os
-import re
 import runpy
 import shutil
 from getpass import getuser
@@ -19,8 +18,6 @@ X86 = "flags : fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile"
 BOARD = "processor : 0\nFeatures : fp asimd bf16\n\nprocessor : 1\nFeatures : fp asimd bf16\n\nRevision : c03112\n"
 MAINFRAME = "features : esan3 zarch\nprocessor 0: version = 00, machine = 8561\n\ncpu number : 0\n"
 INDUCTOR = Path(torch.__file__).parent / "_inductor"
-IDENTITY = ("GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
-NO_LINKS = "".join(f"int {name}() {{ return -1; }}" for name in ("link", "linkat", "symlink", "symlinkat"))
 
 
 @pytest.fixture
@@ -54,7 +51,7 @@ def test_an_environment_variable_decides_about_threads(machine, monkeypatch, val
 
 
 @pytest.mark.parametrize("value", ["auto", "2.0", "0", "-1", "00", ",2", "4;2", "1e1"])
-def test_what_is_no_number_of_threads_is_refused(monkeypatch, value):
+def test_an_invalid_number_of_threads_is_refused(monkeypatch, value):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     with pytest.raises(UserError, match=rf"^OMP_NUM_THREADS={value}: set it to a number of threads, 1 or more, or"):
         environment.describe()
@@ -75,7 +72,7 @@ def test_what_is_no_number_of_threads_is_refused(monkeypatch, value):
         (None, "arm", False),
     ],
 )
-def test_a_processor_is_named_with_what_it_multiplies_on(machine, monkeypatch, cpuinfo, name, bf16):
+def test_a_processors_name_ends_in_its_best_vector_unit(machine, monkeypatch, cpuinfo, name, bf16):
     """A virtual machine may hide AMX: bf16 was 1.82 times as fast as fp32 with it, and slower without."""
     monkeypatch.setattr(environment.platform, "processor", lambda: "arm")
     if cpuinfo is not None:
@@ -244,95 +241,8 @@ def test_the_compiler_is_tried_where_inductor_will_build(tmp_path, monkeypatch, 
     assert [str(path) for path in tmp_path.iterdir()] == [folder]
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch) -> Path:
-    """A Git repository with the environment stage alone, two commits on the branch main, and an identity for Git."""
-    folder = tmp_path / "repository"
-    for name in ("src", "pipeline", ".dvc/config", ".dvcignore", "params.yaml", "Makefile", "requirements.txt"):
-        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy(REPOSITORY / name, folder / name)
-    write(folder / "dvc.yaml", "stages: {}\n")
-    write(folder / ".gitignore", "__pycache__/\n.venv\n")
-    call(folder, "git", "init", "--quiet")
-    call(folder, "git", "checkout", "--quiet", "-b", "main")
-    call(folder, "git", "add", ".")
-    for message in ("one", "two"):
-        call(folder, "git", "commit", "--quiet", "--allow-empty", "--message", message)
-    for name in IDENTITY:
-        monkeypatch.setenv(name, "someone")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(folder))
-    return folder
-
-
-@pytest.mark.parametrize("state", ["shallow", "detached", "no identity", "half an identity"])
-def test_what_a_warning_about_git_says_is_the_fix(repository, monkeypatch, capsys, state):
-    environment.warn_about_git()
-    assert capsys.readouterr().out == ""
-    folder = repository
-    if state == "shallow":
-        folder = repository.with_name("shallow")
-        call(repository, "git", "clone", "--quiet", "--depth", "1", f"file://{repository}", str(folder))
-        monkeypatch.setenv("DVC_ROOT", str(folder))
-    elif state == "detached":
-        call(folder, "git", "checkout", "--quiet", "--detach")
-    else:
-        monkeypatch.delenv(IDENTITY[0])
-        call(folder, "git", "config", "user.email" if "half" in state else "user.other", "one")
-    environment.warn_about_git()
-    (warning,) = capsys.readouterr().out.splitlines()
-    assert warning.startswith("warning: ")
-    for command in re.findall(r"`(git [^`]+)`", warning):
-        call(folder, *command.split())
-    environment.warn_about_git()
-    assert capsys.readouterr().out == ""
-
-
-def test_nothing_is_said_of_git_where_dvc_is_right_or_says_it(repository, tmp_path, monkeypatch, capsys):
-    call(repository, "git", "checkout", "--quiet", "--detach")
-    monkeypatch.setenv("DVC_EXP_NAME", "every dvc exp run detaches HEAD")
-    environment.warn_about_git()
-    monkeypatch.delenv("DVC_EXP_NAME")
-    (tmp_path / "unborn").mkdir()
-    call(tmp_path / "unborn", "git", "init", "--quiet")
-    for name in ("unborn", "no-folder", "."):  # no commit, no folder, no repository
-        monkeypatch.setenv("DVC_ROOT", str(tmp_path / name))
-        environment.warn_about_git()
-    monkeypatch.setenv("DVC_ROOT", str(repository))
-    monkeypatch.setenv("PATH", str(tmp_path))  # no Git
-    environment.warn_about_git()
-    assert capsys.readouterr().out == ""
-
-
-def test_dvc_runs_the_stage_from_the_top_alone(repository):
-    assert "does not exist" in call(repository / "pipeline", "dvc", "repro", exit_code=255, stderr=True)
-    found = call(repository, "dvc", "exp", "run")
-    assert "Running stage 'pipeline/environment-stage/dvc.yaml:environment'" in found
-    assert "warning" not in found
-
-
-def test_an_experiment_in_a_copy_warns_of_its_repositorys_state(repository):
-    call(repository, "git", "clone", "--quiet", "--depth", "1", f"file://{repository}", "../shallow")
-    found = call(repository.with_name("shallow"), "dvc", "exp", "run", "--temp")
-    assert "run `git fetch --unshallow`" in found
-    assert "HEAD" not in found
-
-
-def test_dvc_links_its_cache_and_copies_where_links_are_not_possible(repository, tmp_path):
-    write(tmp_path / "no-links.c", NO_LINKS)
-    call(tmp_path, "gcc", "-shared", "-fPIC", "no-links.c", "-o", "no-links.so")
-    for name, links, preloaded in (("linked", 2, ()), ("copied", 1, ("env", f"LD_PRELOAD={tmp_path}/no-links.so"))):
-        write(repository / f"data/{name}", name)
-        assert "could not be linked" not in call(repository, *preloaded, "dvc", "add", f"data/{name}", stderr=True)
-        assert (repository / f"data/{name}").stat().st_nlink == links
-
-
 @pytest.mark.parametrize(("given", "exported"), [("ada", "ada"), ("", "12345"), (None, "12345")])
-def test_make_names_a_user_who_has_no_name(install, monkeypatch, given, exported):
+def test_make_sets_user_for_a_user_id_without_a_name(install, monkeypatch, given, exported):
     install("id", "")  # of a user id without a passwd entry
     Path(shutil.which("id") or "").write_text("#!/bin/sh\n[ $1 = -u ] && echo 12345")
     monkeypatch.delenv("USER", raising=False)
