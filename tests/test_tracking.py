@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +140,7 @@ def test_without_a_key_nobody_is_asked(tmp_path, capsys):
 
 def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    start().finish()
+    assert start() is None
     assert not list(tmp_path.glob("wandb/*run-*"))
 
 
@@ -219,13 +221,83 @@ def test_a_summary_that_wandb_refuses_is_one_line(capsys):
     assert capsys.readouterr().out == "W&B failed (BrokenPipeError: gone): the summary is in results/ alone\n"
 
 
-def test_a_wandb_that_cannot_even_start_offline_leaves_the_csv(tmp_path, monkeypatch, capsys):
-    init = wandb.init
+class Failing:
+    """W&B and all that it returns. Its uses are counted; `error` is raised at the one that `fails`, or from it on."""
 
-    def refuse(**settings: object) -> wandb.Run:
-        if settings["mode"] != "disabled":
-            raise OSError("read-only file system")
-        return init(**settings)
+    errors = wandb.errors
+
+    def __init__(self, error: BaseException, fails: int, later_too: bool) -> None:
+        self.error, self.fails, self.later_too, self.uses, self.failed = error, fails, later_too, 0, False
+
+    def use(self, *_: object, **__: object) -> "Failing":
+        self.uses += 1
+        if self.uses == self.fails or (self.later_too and self.uses > self.fails):
+            self.failed = True
+            raise self.error
+        return self
+
+    __call__ = __enter__ = use
+
+    def __exit__(self, *_: object) -> None:
+        self.use()
+
+    def __getattr__(self, _: str) -> "Failing":
+        return self.use()
+
+    def __fspath__(self) -> str:
+        return "run"
+
+
+@pytest.mark.parametrize("later_too", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("gone"), wandb.errors.CommError("gone"), SystemExit(3)], ids=repr)
+def test_whatever_any_use_of_wandb_raises_costs_no_row_and_no_training(tmp_path, monkeypatch, capsys, error, later_too):
+    for fails in itertools.count(1):
+        failing = Failing(error, fails, later_too)
+        monkeypatch.setattr(tracking, "wandb", failing)
+        monkeypatch.setattr(tracking, "read_netrc_auth", failing)
+        with Tracker(tmp_path / "steps.csv", start()) as tracker:
+            for step in STEPS:
+                tracker.log(step)
+            tracker.summarize({"loss_last": 0.3})
+        tracking.log_summary(start(), {"rounds": 8}, {"memory": tmp_path / "memory.png"})
+        assert len((tmp_path / "steps.csv").read_text().splitlines()) == 3
+        output = capsys.readouterr().out
+        if not failing.failed:
+            break
+        assert re.search(r"W&B (failed|cannot start|cannot be reached or refuses) \(\w+: (gone|3)\)", output)
+    assert fails > 30
+    assert "W&B failed" not in output
+
+
+def test_ctrl_c_in_wandb_stops_a_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "wandb", Failing(KeyboardInterrupt(), 1, later_too=True))
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    with pytest.raises(KeyboardInterrupt), Tracker(tmp_path / "steps.csv", tracking.wandb) as tracker:
+        tracker.log(STEPS[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("WANDB_PROJECT", "foo/bar", "UsageError: Invalid project name 'foo/bar'"),
+        ("WANDB_BASE_URL", "wandb.corp.example", "ValidationError: .*base_url.*'wandb.corp.example'"),
+        ("WANDB_TAGS", "a,", "ValidationError: .*Tag at index 1 is empty"),
+    ],
+)
+def test_settings_of_the_users_that_wandb_refuses_cannot_stop_a_training(
+    tmp_path, monkeypatch, capsys, name, value, reason
+):
+    monkeypatch.setenv(name, value)
+    with Tracker(tmp_path / "steps.csv", start()) as tracker:
+        tracker.log(STEPS[0])
+    assert re.fullmatch(rf"W&B cannot start \({reason}.*\): .* in steps\.csv alone\n", capsys.readouterr().out)
+    assert len((tmp_path / "steps.csv").read_text().splitlines()) == 2
+
+
+def test_a_wandb_that_cannot_even_start_offline_leaves_the_csv(tmp_path, monkeypatch, capsys):
+    def refuse(**_: object) -> wandb.Run:
+        raise OSError("read-only file system")
 
     monkeypatch.setattr(wandb, "init", refuse)
     with Tracker(tmp_path / "steps.csv", start()) as tracker:

@@ -20,12 +20,13 @@ PROJECT = "gpt2-ladder"
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 20  # W&B's own default holds a training back for 90 s where there is a key but no network
 FINISH_TIMEOUT_S = 60  # and its end for ever where the server is gone by then
+FAILURES = (Exception, SystemExit)  # W&B may raise anything, and its teardown exits; Ctrl-C still stops a training
 
 
 class Tracker:
     """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error.
 
-    Where W&B fails, one line says so and the training goes on without it.
+    Where W&B fails, print one line and train without it.
     """
 
     def __init__(self, steps_csv: Path, run: wandb.Run | None):
@@ -59,47 +60,58 @@ class Tracker:
             return
         try:
             do(self._run)
-        except Exception as error:  # of any type: what W&B raises where its process has died is not documented
+        except FAILURES as error:
             self._run = None
             print(f"W&B failed ({_named(error)}); {self._file.name} holds every step, also those to come", flush=True)
 
 
-def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run:
+def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
     """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
 
     WANDB_MODE, WANDB_PROJECT and WANDB_DIR win over what is written here.
 
+    Returns:
+        None where W&B is disabled, and where it cannot start, which one line reports with the reason.
+
     Raises:
         UserError: WANDB_MODE is none of W&B's words.
     """
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-    if mode not in MODES:
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in MODES:
         raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
+    if mode == "disabled":
+        return None
+    init = partial(_init, name, job_type, tags, config, group)
     try:
-        run = _start(partial(_init, name, job_type, tags, config, group), mode)
-    except wandb.errors.Error as error:
-        reason = " ".join(str(error).split())
-        print(
-            f"W&B cannot be reached or refuses ({reason}); this run is kept offline, `wandb sync` sends it later",
-            flush=True,
-        )
-        wandb.teardown()
-        run = _start(partial(_init, name, job_type, tags, config, group), "offline")
-    if not run.disabled:
+        mode = mode or ("online" if has_key() else "offline")
+        try:
+            run = init(mode)
+        except wandb.errors.Error as error:
+            if mode == "offline":
+                raise
+            wandb.teardown()
+            run = init("offline")
+            reason = f"W&B cannot be reached or refuses ({_named(error)})"
+            print(f"{reason}; this run is kept offline, `wandb sync` sends it later", flush=True)
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
+    except FAILURES as error:
+        print(f"W&B cannot start ({_named(error)}): this run is recorded in steps.csv alone", flush=True)
+        return None
     return run
 
 
-def log_summary(run: wandb.Run, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
-    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, and end it.
+def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
+    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, if there is one, and end it.
 
-    Where W&B fails, one line says so.
+    Where W&B fails, print one line.
     """
+    if run is None:
+        return
     try:
         with run:
             run.summary.update(dict(results))
             run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
-    except Exception as error:  # of any type, as in Tracker
+    except FAILURES as error:
         print(f"W&B failed ({_named(error)}): the summary is in results/ alone", flush=True)
 
 
@@ -129,19 +141,8 @@ def run_group(fingerprint: str) -> str:
     return f"{commit}-{fingerprint}"
 
 
-def _named(error: Exception) -> str:
+def _named(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _start(init: Callable[[str], wandb.Run], mode: str) -> wandb.Run:
-    """Start a run by `init`; without W&B where even an offline one cannot be started."""
-    try:
-        return init(mode)
-    except Exception as error:  # of any type, as in Tracker
-        if mode == "online" and isinstance(error, wandb.errors.Error):
-            raise
-        print(f"W&B cannot start ({_named(error)}): this run is recorded in steps.csv alone", flush=True)
-        return init("disabled")
 
 
 def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:
