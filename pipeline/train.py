@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_ladder import data, devices, metrics, params_yaml, ranks, runtime, tokenizer, training
+from gpt2_ladder import data, devices, files, metrics, params_yaml, ranks, runtime, tokenizer, training
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.model import GPT
@@ -59,7 +59,6 @@ def train(
         "environment": environment.fingerprint,
         "devices": count,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     if result["reason"]:
         skip(name, folder, result)
         return False
@@ -135,7 +134,7 @@ def train(
 def skip(name: str, folder: Path, result: dict[str, Any]) -> None:
     """Say why the level is not trained here, and write files of the usual form that hold no number."""
     print(f"{name}: skipped. {result['reason']}", flush=True)
-    (folder / "steps.csv").write_text(",".join(metrics.STEP_FIELDS) + "\n")
+    files.write(folder / "steps.csv", metrics.HEADER)
     write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
 
 

@@ -1,7 +1,6 @@
 """What the three training stages (overfit, train, trial) share: build, follow, record."""
 
 import math
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -76,7 +75,7 @@ def open_tracker(job_type: str, described: dict[str, Any], csv: Path) -> Tracker
     That of a rank other than the first writes nowhere.
     """
     if ranks.rank():
-        return Tracker(Path(os.devnull), None)
+        return Tracker(None, None)
     found = Environment.model_validate(described["environment"])
     tags = [described["model"], found.device, described["precision"], described["attention"]]
     run = tracking.start_run(described["level"], job_type, tags, described, tracking.run_group(found.fingerprint))

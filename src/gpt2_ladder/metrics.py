@@ -28,6 +28,7 @@ class Step:
 
 
 STEP_FIELDS = tuple(field.name for field in fields(Step))
+HEADER = ",".join(STEP_FIELDS) + "\n"  # of steps.csv
 
 # What metrics.json holds of a trained level, besides status, reason and note; all null where the level was skipped.
 MEASURED = (

@@ -13,8 +13,9 @@ from typing import Any, Self
 import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
+from gpt2_ladder import files
 from gpt2_ladder.config import UserError
-from gpt2_ladder.metrics import STEP_FIELDS, Step
+from gpt2_ladder.metrics import HEADER, Step
 
 PROJECT = "gpt2-ladder"
 MODES = ("online", "offline", "disabled")
@@ -26,14 +27,14 @@ FAILURES = (Exception, SystemExit)  # W&B may raise anything, and its teardown e
 class Tracker:
     """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error.
 
-    Where W&B fails, print one line and train without it.
+    None for either: record nothing there. Where W&B fails, print one line and train without it.
     """
 
-    def __init__(self, steps_csv: Path, run: wandb.Run | None):
-        steps_csv.parent.mkdir(parents=True, exist_ok=True)
-        self._file = steps_csv.open("w", newline="", encoding="utf-8")
+    def __init__(self, steps_csv: Path | None, run: wandb.Run | None):
+        if steps_csv:  # a new file: the old one may be a link into DVC's cache
+            files.write(steps_csv, HEADER)
+        self._file = (steps_csv or Path(os.devnull)).open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(STEP_FIELDS)
         self._run = run
 
     def log(self, step: Step) -> None:
