@@ -111,7 +111,7 @@ def train(
             "loss_last": steps[-1].loss,
             "val_loss": val_loss,
             "bits_per_byte": metrics.bits_per_byte(val_loss, shape.eval_tokens, val_bytes),
-            "epochs_seen": shape.steps * tokens / len(shards),
+            "epochs_seen": shape.steps * tokens / batches.tokens,
             "step_ms": step_ms,
             "tokens_per_second": metrics.tokens_per_second(tokens, step_ms),
             "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if switches.compile else None,

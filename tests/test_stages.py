@@ -17,7 +17,7 @@ import torch
 from conftest import REPOSITORY, measurement
 from conftest import environment as machine
 
-from gpt2_ladder import config, metrics, params_yaml
+from gpt2_ladder import config, data, metrics, params_yaml
 from gpt2_ladder.benchmark import Arm, Elsewhere
 from gpt2_ladder.config import UserError
 from gpt2_ladder.metrics import Step
@@ -26,6 +26,7 @@ from pipeline import (
     ENVIRONMENT,
     PROFILE,
     TRACES,
+    TRAIN_SHARD,
     compare,
     environment,
     overfit,
@@ -52,6 +53,20 @@ def test_a_level_that_cannot_run_here_says_why_and_trains_nothing(tmp_path, monk
     assert {written[name] for name in metrics.MEASURED} == {None}
     rows = (tmp_path / "flash" / "steps.csv").read_text()
     assert rows == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+
+
+@pytest.mark.parametrize(("tokens_per_step", "passes"), [(None, 10), (128, 20)])
+def test_epochs_seen_are_the_passes_that_the_loader_made(params, monkeypatch, tokens_per_step, passes):
+    data.write_shard(TRAIN_SHARD, list(range(125)))  # one batch of 4 x 16 tokens; an epoch leaves the rest out
+    document = params.model_dump() | {"checkpoint_every": None}
+    document["machines"]["cpu"] |= {"batch_size": 4, "block_size": 16, "steps": 10, "eval_tokens": 64}
+    document["recipe"]["tokens_per_step"] = tokens_per_step
+    changed = config.Params.model_validate(document)
+    loaders, make = [], data.Batches
+    monkeypatch.setattr(data, "Batches", lambda *arguments: loaders.append(make(*arguments)) or loaders[-1])
+    assert train(changed, "trial", "trial", changed.switches, "speed", Path("results"), changed.recipe)
+    assert json.loads(Path("results/metrics.json").read_text())["epochs_seen"] == passes
+    assert loaders[0].position == {"epoch": passes, "batch": 0}
 
 
 def test_an_unknown_level_is_named(monkeypatch):

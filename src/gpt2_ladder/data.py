@@ -148,6 +148,7 @@ class Batches:
     every epoch. The last ones that do not fill a batch are left out and the next epoch begins.
 
     Attributes:
+        tokens: that one epoch trains on.
         position: of the next batch, as JSON: {"epoch": 0, "batch": 0} at the start. Whoever sets it goes on from there.
 
     Raises:
@@ -162,6 +163,8 @@ class Batches:
                 f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * "
                 f"block_size {block_size} tokens and the one after: use a smaller shape or a longer text"
             )
+        self._count = self._rows // batch_size
+        self.tokens = self._count * batch_size * block_size
         self.position = {"epoch": 0, "batch": 0}
 
     @property
@@ -172,10 +175,8 @@ class Batches:
     @position.setter
     def position(self, position: Mapping[str, int]) -> None:
         epoch, batch = position.get("epoch"), position.get("batch")
-        if not (
-            isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 <= batch < self._rows // self._batch_size
-        ):
-            raise ValueError(f"{position!r:.80} is not a position in {self._rows // self._batch_size} batches")
+        if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 <= batch < self._count):
+            raise ValueError(f"{position!r:.80} is not a position in {self._count} batches")
         self._epoch, self._batch = epoch, batch
         self._order: Sequence[int] | np.ndarray = range(self._rows)
         if self._seed is not None:
@@ -190,7 +191,7 @@ class Batches:
         rows = [int(row) for row in self._order[self._batch * B : (self._batch + 1) * B]]
         ids = np.stack([self._shard[row * T : row * T + T + 1] for row in rows]).astype(np.int64)  # (B, T + 1)
         self._batch += 1
-        if self._batch == self._rows // B:
+        if self._batch == self._count:
             self.position = {"epoch": self._epoch + 1, "batch": 0}
         window = torch.from_numpy(ids)
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
