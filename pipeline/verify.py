@@ -11,7 +11,7 @@ from transformers.utils import logging
 from gpt2_ladder import artifacts, data, devices, files, hub, params_yaml, pretrained, sampling, tokenizer, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
+from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, check_corpus, run, write_json
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
 SAMPLES, TOP_K = 5, 50
@@ -28,6 +28,8 @@ def main() -> None:
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 
+    check_corpus()
+    artifacts.check_recorded(WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS)
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
     # in WEIGHTS, because /tmp may be smaller, or memory; what a stage that is killed leaves, the next download removes

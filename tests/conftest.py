@@ -17,10 +17,11 @@ import tiktoken
 import torch
 from filelock import FileLock
 
-from gpt2_ladder import artifacts, data, params_yaml, tokenizer
+import pipeline
+from gpt2_ladder import artifacts, data, files, params_yaml, tokenizer
 from gpt2_ladder.config import Environment, GPTConfig, Params
 from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, write_json
+from pipeline import CORPUS, ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, write_json
 from pipeline import environment as environment_stage
 from pipeline.download import PINNED
 
@@ -127,6 +128,13 @@ def link_encoding(bpe_files: tuple[Path, Path]) -> None:
     VOCAB_BPE.parent.mkdir(parents=True, exist_ok=True)
     for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
         name.symlink_to(path)
+
+
+def put_corpus(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
+    """Put `raw` where the stages look for tiny Shakespeare, in the working directory, and pin it."""
+    CORPUS.parent.mkdir(parents=True, exist_ok=True)
+    CORPUS.write_bytes(raw)
+    monkeypatch.setattr(pipeline, "CORPUS_SHA256", files.sha256(CORPUS))
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ import faulty_server
 import pytest
 from climbing import set_param
 from conftest import REPOSITORY
+from dvc.repo import Repo
 
 from gpt2_ladder import artifacts
 from gpt2_ladder.artifacts import SourceError, Unreachable, Url, WheelFile
 from gpt2_ladder.config import UserError
+from pipeline import download
 
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -159,6 +161,33 @@ def test_a_right_file_is_kept(serve, target):
     artifacts.provenance_path(target).unlink()
     artifacts.fetch(target, SHA256, [Url(NOBODY)])
     assert json.loads(artifacts.provenance_path(target).read_text())["source"] == "found in place"
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep.value will soon raise:DeprecationWarning")  # DVC reads it
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_damaged_copy_in_dvcs_cache_does_not_come_back(serve, tmp_path, monkeypatch, elsewhere, alone):
+    monkeypatch.chdir(tmp_path)
+    path = Path("data/input.txt")
+    with Repo.init(no_scm=True) as repo, repo.config.edit("local") as settings:
+        settings["cache"] = {"type": "hardlink"} | ({"dir": str(tmp_path / "shared")} if elsewhere else {})
+    for damage in (False, True):
+        if damage:
+            cached = Path(repo.cache.local.oid_to_path(hashlib.md5(BODY).hexdigest()))
+            assert cached.samefile(path)
+            path.chmod(0o644)  # root may write without that
+            with path.open("ab") as file:
+                file.write(b"EVIL LINE\n")
+            path.chmod(0o444)
+            if alone:  # a right file is in its place again
+                path.unlink()
+                path.write_bytes(BODY)
+        artifacts.fetch(path, SHA256, [Url(serve(body=BODY))])
+        download.forget_damaged([path, artifacts.provenance_path(path)])
+        with Repo() as repo:
+            repo.add(str(path))  # as DVC does after a stage
+    assert path.read_bytes() == cached.read_bytes() == BODY
+    assert cached.samefile(path)
 
 
 WHEEL = WheelFile("ladder-test-corpus==1.0", "corpus/input.txt")

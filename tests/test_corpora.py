@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, link_encoding
+from conftest import REPOSITORY, link_encoding, put_corpus
 from huggingface_hub import constants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -235,11 +235,11 @@ def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_stage_reads_what_the_settings_name(checkout, encoding):
+def test_the_stage_reads_what_the_settings_name(checkout, monkeypatch, encoding):
     text = (REPOSITORY / "params.yaml").read_text()
     text = text.replace("source: tiny-shakespeare", "source: text").replace("val_tokens: 1000000", "val_tokens: 7")
     Path("params.yaml").write_text(text.replace("shard_tokens: 100000000", "shard_tokens: 50"))
-    CORPUS.write_text("First Citizen:\nSpeak.\n" * 30)
+    put_corpus(monkeypatch, b"First Citizen:\nSpeak.\n" * 30)
     tokenize_corpus.main()
     assert tokens()[0] == encoding.encode_ordinary(CORPUS.read_text())
     Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import altair as alt
 import pytest
-from conftest import REPOSITORY, link_encoding
+from conftest import REPOSITORY, link_encoding, put_corpus
 
 from gpt2_ladder import charts
-from pipeline import CORPUS, TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
+from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
 
 KIB = 1024
 FULL = r"^error: the disk is full \(0\.0 GiB free here\): .*; make room and run `dvc repro` again$"
@@ -43,13 +43,13 @@ def fill(folder: Path) -> None:
             file.write(b"\0" * KIB)
 
 
-def test_tokenizing_stops_and_the_shards_of_before_stay(small_disk, bpe_files):
+def test_tokenizing_stops_and_the_previous_shards_stay(small_disk, monkeypatch, bpe_files):
     shutil.copy(REPOSITORY / "params.yaml", small_disk)
     link_encoding(bpe_files)
-    CORPUS.write_text("a good text, " * 100)
+    put_corpus(monkeypatch, b"a good text, " * 100)
     run(tokenize_corpus.main)
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=120 * KIB)  # 2 bytes a token of 1.7 letters
-    CORPUS.write_text("".join(letters))
+    put_corpus(monkeypatch, "".join(letters).encode())
     before = contents(small_disk)
     with pytest.raises(SystemExit, match=FULL):
         run(tokenize_corpus.main)

@@ -153,6 +153,15 @@ def test_weights_of_ones_own_are_not_called_openais_or_a_stand_in(checkout):
     assert (found["source"], found["note"]) == ("a local file; nothing beside it says where it comes from", None)
 
 
+@pytest.mark.parametrize("name", [hub.CONFIG, hub.WEIGHTS])
+def test_damaged_weights_are_refused_before_a_question_is_asked(checkout, serve, name):
+    with (Path("data/gpt2") / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(UserError, match=rf"^data/gpt2/{name}: sha256 is .*; run `dvc repro -f download`$"):
+        command.main()
+    assert serve.requests == []
+
+
 def test_other_questions_than_the_pinned_ones_are_refused(checkout, serve, monkeypatch, waits):
     monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY.replace(b"eats", b"cats"))),))
     with pytest.raises(UserError, match=r"hellaswag_val\.jsonl: no source gave the file"):

@@ -226,8 +226,15 @@ def test_one_level_is_trained_again_and_the_table_follows(clone):
 
 
 def test_asking_the_hub_again_where_there_is_none_trains_nothing(clone):
+    digest = hashlib.md5((clone / "data/input.txt").read_bytes()).hexdigest()
+    cached = clone / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    right = cached.read_bytes()
+    cached.chmod(0o644)
+    cached.write_bytes(right + b"EVIL LINE\n")
+    cached.chmod(0o444)  # what DVC takes for whole
     output = call(clone, "env", "HF_ENDPOINT=http://127.0.0.1:9", "dvc", "repro", "-f", "download")
     assert stages_that_ran(output) == {"download"}
+    assert (clone / "data/input.txt").read_bytes() == cached.read_bytes() == right
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment", "verify"}  # the stand-in has another reason
     get_back(clone)
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import REPOSITORY, link_encoding
+from conftest import REPOSITORY, link_encoding, put_corpus
 
 from gpt2_ladder import data
 from gpt2_ladder.config import UserError
@@ -32,8 +32,8 @@ def checkout(tmp_path, monkeypatch, bpe_files):
     ],
     ids=["line ends", "mark", "NULs", "unicode", "special", "blanks", "long line", "long word"],
 )
-def test_every_byte_comes_back(checkout, encoding, raw):
-    CORPUS.write_bytes(raw)
+def test_every_byte_comes_back(checkout, monkeypatch, encoding, raw):
+    put_corpus(monkeypatch, raw)
     tokenize_corpus.main()
     shards = [data.open_shard(path).tolist() for path in (TRAIN_SHARD, VAL_SHARD)]
     assert b"".join(encoding.decode_single_token_bytes(one) for ids in shards for one in ids) == raw
@@ -41,8 +41,16 @@ def test_every_byte_comes_back(checkout, encoding, raw):
 
 
 @pytest.mark.parametrize("raw", [b"good\n\xff\xfeg\0o\0o\0d\0", b"cut short \xe4\xbd", b"\xed\xa0\x80 a surrogate"])
-def test_what_is_not_utf8_is_refused_before_anything_is_written(checkout, raw):
-    CORPUS.write_bytes(raw)
+def test_what_is_not_utf8_is_refused_before_anything_is_written(checkout, monkeypatch, raw):
+    put_corpus(monkeypatch, raw)
     with pytest.raises(UserError, match=r"^data/input\.txt:[12]: byte 0x.. at offset \d+ is not UTF-8"):
+        tokenize_corpus.main()
+    assert not TRAIN_SHARD.exists()
+
+
+def test_a_damaged_corpus_is_refused_before_anything_is_written(checkout, monkeypatch):
+    put_corpus(monkeypatch, b"First Citizen:\n")
+    CORPUS.write_text("First Citizen:\nEVIL LINE\n")
+    with pytest.raises(UserError, match=r"^data/input\.txt: sha256 is .*; run `dvc repro -f download`$"):
         tokenize_corpus.main()
     assert not TRAIN_SHARD.exists()

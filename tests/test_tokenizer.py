@@ -28,6 +28,9 @@ def test_a_damaged_encoding_is_refused(bpe_files, tmp_path, damaged, change):
     paths[damaged].write_bytes(change(bpe_files[damaged].read_bytes()))
     with pytest.raises(UserError, match=rf"{paths[damaged].name}: sha256 is .* run `dvc repro -f download`"):
         tokenizer.open_encoding(*paths)
+    if damaged:
+        with pytest.raises(UserError, match=r"encoder\.json: sha256 is .* run `dvc repro -f download`"):
+            tokenizer.count_bytes([], paths[1])
 
 
 def test_the_bytes_of_tokens_are_those_of_the_text(encoding, bpe_files):

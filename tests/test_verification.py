@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, link_encoding, random_ids, tiny
+from conftest import REPOSITORY, link_encoding, put_corpus, random_ids, tiny
 
-from gpt2_ladder import artifacts, devices, hub, params_yaml, verification
+from gpt2_ladder import artifacts, devices, files, hub, params_yaml, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.verification import Comparison
@@ -86,10 +86,11 @@ def checkout(tmp_path, monkeypatch, bpe_files):
     (tmp_path / "params.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     link_encoding(bpe_files)
-    CORPUS.write_text("First Citizen:\nSpeak.\n\nAll:\nResolved.\n\n" * 400)
+    put_corpus(monkeypatch, b"First Citizen:\nSpeak.\n\nAll:\nResolved.\n\n" * 400)
     tokenize_corpus.main()
     hub.save_gpt(GPT(params_yaml.load().size.gpt()), WEIGHTS)
-    artifacts.write_provenance(WEIGHTS / hub.WEIGHTS, "the hub", "?")
+    for path in (WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS):
+        artifacts.write_provenance(path, "the hub", files.sha256(path))
     return tmp_path
 
 
@@ -107,7 +108,16 @@ def test_a_larger_size_is_verified_like_the_smallest_but_for_the_loss_that_llmc_
     assert (found["weights"], found["llmc_loss"]) == ("openai", None)
     assert found["greedy_tokens_equal"]
     assert found["random"]["greedy_tokens_equal"]
-    assert sorted(path.suffix for path in WEIGHTS.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(path.suffix for path in WEIGHTS.iterdir()) == [*[".json"] * 3, ".safetensors"]
+
+
+@pytest.mark.parametrize("path", [WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS, CORPUS], ids=str)
+def test_a_damaged_download_is_refused_and_nothing_is_written(checkout, path):
+    with path.open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(UserError, match=rf"^{path}: sha256 is .*; run `dvc repro -f download`$"):
+        verify.main()
+    assert not RESULTS.exists()
 
 
 def test_memory_that_does_not_hold_two_networks_is_named_beforehand(checkout, monkeypatch):

@@ -131,12 +131,6 @@ def hidden(text: object) -> str:
     return re.sub(r"//[^/\s]*@", "//***@", str(text))
 
 
-def check_sha256(path: Path, expected: str, source: object, mend: str = "get it again") -> None:
-    """Raise UserError unless the file that came from `source` to `path` has the SHA-256 `expected`."""
-    if (actual := files.sha256(path)) != expected:
-        raise UserError(f"{source}: sha256 is {actual}, expected {expected}: the file was changed or cut short; {mend}")
-
-
 def place(temporary: Path, path: Path, source: str, sha256: str, note: str | None = None) -> None:
     """Move a file that is whole and checked to `path`, with its provenance; a link there is replaced, not followed."""
     provenance_path(path).unlink(missing_ok=True)  # it must not speak of another file, whenever this is interrupted
@@ -158,6 +152,12 @@ def read_provenance(found: Path) -> dict[str, str | None]:
     if written.get("sha256") != sha256:
         written = {"source": "a local file; nothing beside it says where it comes from"}
     return {"source": written.get("source"), "sha256": sha256, "note": written.get("note")}
+
+
+def check_recorded(*paths: Path) -> None:
+    """Raise UserError unless each file is the one that was put there: downloaded, or drawn as a stand-in."""
+    for path in paths:
+        files.check_sha256(path, files.read_json(provenance_path(path))["sha256"])
 
 
 def provenance_path(path: Path) -> Path:

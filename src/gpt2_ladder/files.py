@@ -49,6 +49,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_sha256(path: Path, expected: str, source: object = None, fix: str = "run `dvc repro -f download`") -> None:
+    """Raise UserError, which names `source` (or `path`) and the `fix`, unless the file has the SHA-256 `expected`."""
+    if (actual := sha256(path)) != expected:
+        reason = f"sha256 is {actual}, expected {expected}: the file was changed or cut short"
+        raise UserError(f"{source or path}: {reason}; {fix}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 

@@ -92,7 +92,7 @@ def fetch_repository(repository: str) -> Path:
             ) from None
         revision = Path(path).parent.name  # the commit, from which the second file comes too
         if sha256 := SHA256.get(model, {}).get(name):
-            artifacts.check_sha256(Path(path), sha256, artifacts.hidden(url), f"delete {path} and get it again")
+            files.check_sha256(Path(path), sha256, artifacts.hidden(url), f"delete {path} and get it again")
     return Path(path).parent
 
 
@@ -166,7 +166,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
             mend = "get it again"
             if model not in SHA256:
                 mend += f", or delete {artifacts.provenance_path(folder / name)}, which tells the first download's"
-            artifacts.check_sha256(path, sha256, sources[name], mend)
+            files.check_sha256(path, sha256, sources[name], mend)
         for name, sha256 in hashes.items():
             artifacts.place(Path(temporary) / name, folder / name, sources[name], sha256, commit)
 

@@ -10,7 +10,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from gpt2_ladder import files
-from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+from gpt2_ladder.config import GPT2_VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -24,8 +24,7 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
         UserError: a file is another than OpenAI's, which would give other ids.
     """
     for path, sha256 in ((vocab_bpe, VOCAB_BPE_SHA256), (encoder_json, ENCODER_JSON_SHA256)):
-        if (actual := files.sha256(path)) != sha256:
-            raise UserError(f"{path}: sha256 is {actual}, GPT-2's is {sha256}; run `dvc repro -f download`")
+        files.check_sha256(path, sha256)
     # The hashes are passed because tiktoken caches files by their path: without them it could return old ones.
     ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
     return tiktoken.Encoding(
@@ -41,7 +40,11 @@ def count_bytes(ids: Iterable[np.ndarray], encoder_json: Path) -> int:
     """Return how many bytes of text the tokens in `ids`, integers of any shape, stand for: <|endoftext|> for none.
 
     OpenAI's encoder.json, {token: id}, writes each byte of a token as one character.
+
+    Raises:
+        UserError: it is another than OpenAI's.
     """
+    files.check_sha256(encoder_json, ENCODER_JSON_SHA256)
     encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
     lengths = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
     lengths[list(encoder.values())] = [len(token) for token in encoder]
