@@ -1,4 +1,4 @@
-"""Prove that our GPT computes what GPT-2 does, with the downloaded weights and with random ones, and let it talk."""
+"""Prove that our GPT computes what GPT-2 does, with the downloaded weights and random ones; sample from OpenAI's."""
 
 import tempfile
 from dataclasses import asdict
@@ -41,13 +41,16 @@ def main() -> None:
         if not comparison.passed:
             raise UserError(f"verify: with {name} our GPT differs from transformers: {comparison}")
 
-    model = hub.load_gpt(WEIGHTS, "flash")
-    known = params.model == "gpt2" and not stand_in  # llm.c tells the loss of the smallest alone
-    known_loss = None if not known else verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
-    choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))
-    rows = sampling.generate(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, choose).tolist()
-    notice = pretrained.STAND_IN_NOTICE if stand_in else "OpenAI's weights were verified."
-    samples = "\n".join([notice, *(f"> {encoding.decode(row)!r}" for row in rows)])
+    notice, known_loss = pretrained.STAND_IN_NOTICE, None
+    texts = ["No samples: random weights write random words."]
+    if not stand_in:
+        notice, model = "OpenAI's weights were verified.", hub.load_gpt(WEIGHTS, "flash")
+        if params.model == "gpt2":  # llm.c reports the loss of the smallest alone
+            known_loss = verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
+        choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))
+        rows = sampling.generate(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, choose).tolist()
+        texts = [f"> {encoding.decode(row)!r}" for row in rows]
+    samples = "\n".join([notice, *texts])
     print(samples, flush=True)
     files.write(RESULTS / "samples.txt", samples + "\n")
     write_json(

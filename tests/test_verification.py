@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, link_encoding, put_corpus, random_ids, tiny
 
-from gpt2_ladder import artifacts, devices, files, hub, params_yaml, verification
-from gpt2_ladder.config import UserError
+from gpt2_ladder import artifacts, devices, files, hub, params_yaml, pretrained, verification
+from gpt2_ladder.config import Pretrained, UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.verification import Comparison
 from pipeline import CORPUS, RESULTS, WEIGHTS, tokenize_corpus, verify
@@ -109,6 +109,20 @@ def test_a_larger_size_is_verified_like_the_smallest_but_for_the_loss_that_llmc_
     assert found["greedy_tokens_equal"]
     assert found["random"]["greedy_tokens_equal"]
     assert sorted(path.suffix for path in WEIGHTS.iterdir()) == [*[".json"] * 3, ".safetensors"]
+    first, *samples = (RESULTS / "samples.txt").read_text().splitlines()
+    assert first == "OpenAI's weights were verified."
+    assert len(samples) == verify.SAMPLES
+    assert all(verify.PROMPT in sample for sample in samples)
+
+
+def test_random_weights_are_verified_and_write_no_samples(checkout, capsys):
+    params = params_yaml.load()
+    pretrained.fetch(WEIGHTS, Pretrained(source="stand-in", folder=None), params.model, params.size, params.seed)
+    verify.main()
+    assert json.loads((RESULTS / "verify.json").read_text())["greedy_tokens_equal"]
+    written = (RESULTS / "samples.txt").read_text()
+    assert written == f"{pretrained.STAND_IN_NOTICE}\nNo samples: random weights write random words.\n"
+    assert verify.PROMPT not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", [WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS, CORPUS], ids=str)
