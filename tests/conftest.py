@@ -17,11 +17,21 @@ import tiktoken
 import torch
 from filelock import FileLock
 
-import pipeline
 from gpt2_ladder import artifacts, data, files, params_yaml, tokenizer
 from gpt2_ladder.config import Environment, GPTConfig, Params
 from gpt2_ladder.gains import ESTIMATOR, Measurement, Round
-from pipeline import CORPUS, ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, write_json
+from pipeline import (
+    CORPUS,
+    ENCODER_JSON,
+    ENVIRONMENT,
+    PROBE,
+    TRAIN_SHARD,
+    VAL_SHARD,
+    VOCAB_BPE,
+    tokenize_corpus,
+    verify,
+    write_json,
+)
 from pipeline import environment as environment_stage
 from pipeline.download import PINNED
 
@@ -134,7 +144,8 @@ def put_corpus(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
     """Put `raw` where the stages look for tiny Shakespeare, in the working directory, and pin it."""
     CORPUS.parent.mkdir(parents=True, exist_ok=True)
     CORPUS.write_bytes(raw)
-    monkeypatch.setattr(pipeline, "CORPUS_SHA256", files.sha256(CORPUS))
+    for stage in (tokenize_corpus, verify):
+        monkeypatch.setattr(stage, "CORPUS_SHA256", files.sha256(CORPUS))
 
 
 @pytest.fixture

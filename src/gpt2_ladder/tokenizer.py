@@ -39,10 +39,7 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
 def count_bytes(ids: Iterable[np.ndarray], encoder_json: Path) -> int:
     """Return how many bytes of text the tokens in `ids`, integers of any shape, stand for: <|endoftext|> for none.
 
-    OpenAI's encoder.json, {token: id}, writes each byte of a token as one character.
-
-    Raises:
-        UserError: it is another than OpenAI's.
+    OpenAI's encoder.json, {token: id}, writes each byte of a token as one character; another raises UserError.
     """
     files.check_sha256(encoder_json, ENCODER_JSON_SHA256)
     encoder = json.loads(encoder_json.read_text(encoding="utf-8"))

@@ -36,6 +36,9 @@ class Tracker:
         self._file = (steps_csv or Path(os.devnull)).open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._run = run
+        self._kept = (
+            f"; {steps_csv} holds every step, later ones too" if steps_csv else ": the summary is in results/ alone"
+        )
 
     def log(self, step: Step) -> None:
         """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
@@ -43,57 +46,55 @@ class Tracker:
         self._file.flush()
         values = asdict(step)
         index = values.pop("step")
-        self._mirror(lambda run: run.log(values, step=index))
+        self.mirror(lambda run: run.log(values, step=index))
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
         """Put the results of the whole training into the run's summary, where W&B's tables compare them."""
-        self._mirror(lambda run: run.summary.update(dict(metrics)))
+        self.mirror(lambda run: run.summary.update(dict(metrics)))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._file.close()
-        self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self.mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
-    def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
+    def mirror(self, do: Callable[[wandb.Run], object]) -> None:
+        """Let `do` put something into the W&B run, if there is one."""
         if self._run is None:
             return
         try:
             do(self._run)
         except FAILURES as error:
             self._run = None
-            print(f"W&B failed ({_named(error)}); {self._file.name} holds every step, also those to come", flush=True)
+            print(f"W&B failed ({_named(error)}){self._kept}", flush=True)
 
 
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
     """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
 
-    WANDB_MODE, WANDB_PROJECT and WANDB_DIR win over what is written here.
-
-    Returns:
-        None where W&B is disabled, and where it cannot start, which one line reports with the reason.
+    WANDB_MODE, WANDB_PROJECT and WANDB_DIR win over what is written here. Return None where W&B is disabled, or cannot
+    start, which one line reports.
 
     Raises:
         UserError: WANDB_MODE is none of W&B's words.
     """
-    mode = os.environ.get("WANDB_MODE")
+    mode: Any = os.environ.get("WANDB_MODE")
     if mode and mode not in MODES:
         raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
     if mode == "disabled":
         return None
-    init = partial(_init, name, job_type, tags, config, group)
     try:
+        times = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
+        about: dict[str, Any] = {"name": name, "group": group, "job_type": job_type, "tags": tags}
+        init = partial(wandb.init, **about, config=dict(config), project=project(), dir=folder(), settings=times)
         mode = mode or ("online" if has_key() else "offline")
         try:
-            run = init(mode)
+            run = init(mode=mode)
         except wandb.errors.Error as error:
-            if mode == "offline":
-                raise
             wandb.teardown()
-            run = init("offline")
-            reason = f"W&B cannot be reached or refuses ({_named(error)})"
-            print(f"{reason}; this run is kept offline, `wandb sync` sends it later", flush=True)
+            run = init(mode="offline")
+            print(f"W&B cannot be reached or refuses ({_named(error)}): `wandb sync` sends this run later", flush=True)
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     except FAILURES as error:
         print(f"W&B cannot start ({_named(error)}): this run is recorded in steps.csv alone", flush=True)
@@ -106,14 +107,9 @@ def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Map
 
     Where W&B fails, print one line.
     """
-    if run is None:
-        return
-    try:
-        with run:
-            run.summary.update(dict(results))
-            run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
-    except FAILURES as error:
-        print(f"W&B failed ({_named(error)}): the summary is in results/ alone", flush=True)
+    with Tracker(None, run) as tracker:
+        tracker.summarize(results)
+        tracker.mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
 
 
 def project() -> str:
@@ -144,22 +140,6 @@ def run_group(fingerprint: str) -> str:
 
 def _named(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _init(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str, mode: str) -> wandb.Run:
-    return wandb.init(
-        project=project(),
-        dir=folder(),
-        name=name,
-        group=group,
-        job_type=job_type,
-        tags=tags,
-        config=dict(config),
-        mode=mode,  # type: ignore[arg-type]  # a Literal; start_run refuses other words
-        settings=wandb.Settings(
-            console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
-        ),
-    )
 
 
 def has_key() -> bool:
