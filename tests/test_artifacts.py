@@ -360,6 +360,33 @@ def test_the_probe_tells_an_absent_server_from_one_that_refuses(serve, waits):
     assert waits == []
 
 
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "all_proxy"])
+def test_a_proxy_that_is_dead_is_named_with_its_variable_and_without_its_password(target, monkeypatch, waits, variable):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "http://user:secret@127.0.0.1:9")
+    via = f"via the proxy 127.0.0.1:9 of {variable}: "
+    with pytest.raises(Unreachable, match=f"^{via}nobody listens there$"):
+        artifacts.probe("https://hub.invalid/file")
+    said = "WARNING: Retrying after connection broken by 'ProxyError('Cannot connect to proxy.')'\nERROR: No matching"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(UserError) as error:
+        artifacts.fetch(target, SHA256, [Url("https://raw.invalid/file"), WHEEL])
+    assert f"https://raw.invalid/file: {via}nobody listens there" in str(error.value)
+    assert f"pip could not download it: {via}no connection to the proxy" in str(error.value)
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("no_proxy", "hub.invalid")
+    with pytest.raises(Unreachable, match=r"^its name does not resolve$"):
+        artifacts.probe("https://hub.invalid/file")
+
+
+def test_an_address_that_is_no_proxys_is_named_without_its_password(monkeypatch, waits):
+    monkeypatch.setenv("HTTPS_PROXY", "user:secret@127.0.0.1:9")  # without http://
+    with pytest.raises(UserError, match="of HTTPS_PROXY: Please check proxy URL") as error:
+        artifacts.probe("https://hub.invalid/file")
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize("fault", ["reset", "hang", "429", "503"])
 def test_the_probe_asks_again_before_it_calls_a_server_absent_or_broken(serve, waits, fault):
     artifacts.probe(serve(faults=[fault]))

