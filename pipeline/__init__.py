@@ -1,7 +1,6 @@
 """The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs. And where things lie."""
 
 import argparse
-import errno
 import json
 import os
 import shutil
@@ -52,10 +51,19 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     except FileNotFoundError as error:
         _end(f"{error.filename} is not there; `dvc repro` runs the stages in their order")
     except Exception as error:
-        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise  # by its words, because safetensors has it in an exception of its own
-        free = shutil.disk_usage(".").free / 2**30
-        _end(f"the disk is full ({free:.1f} GiB free here): {error}; make room and run `dvc repro` again")
+        if not files.disk_is_full(error):
+            raise
+        _end(f"the disk is full ({_room(error)}): {error}; make room there and run `dvc repro` again")
+
+
+def _room(error: Exception) -> str:
+    """Return what is free where a write failed; if `error` does not name that, in the fullest place written to."""
+    variables = ("TMPDIR", "WANDB_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")
+    folders = [CORPUS.parent, RESULTS, MODELS, Path("/tmp"), *(Path(os.environ.get(name, "")) for name in variables)]
+    if failed := getattr(error, "filename2", None) or getattr(error, "filename", None):
+        folders = [next(path for path in Path(str(failed)).parents if path.exists())]
+    free, folder = min((shutil.disk_usage(path).free, path) for path in folders if path.exists())
+    return f"{free / 2**30:.1f} GiB free in {folder}"
 
 
 def _end(error: str) -> NoReturn:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import altair as alt
 import pytest
-from conftest import REPOSITORY, link_encoding, put_corpus
+from conftest import REPOSITORY, link_encoding, put_corpus, tiny
 
-from gpt2_ladder import charts
+from gpt2_ladder import charts, hub
+from gpt2_ladder.model import GPT
 from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
 
 KIB = 1024
-FULL = r"^error: the disk is full \(0\.0 GiB free here\): .*; make room and run `dvc repro` again$"
+FULL = r"^error: the disk is full \(0\.0 GiB free in {}\): .*; make room there and run `dvc repro` again$"
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_tokenizing_stops_and_the_previous_shards_stay(small_disk, monkeypatch, 
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=120 * KIB)  # 2 bytes a token of 1.7 letters
     put_corpus(monkeypatch, "".join(letters).encode())
     before = contents(small_disk)
-    with pytest.raises(SystemExit, match=FULL):
+    with pytest.raises(SystemExit, match=FULL.format("data")):
         run(tokenize_corpus.main)
     assert contents(small_disk) == before
     assert {TRAIN_SHARD.name, VAL_SHARD.name} < {path.name for path in before}
@@ -61,15 +62,18 @@ def test_tokenizing_stops_and_the_previous_shards_stay(small_disk, monkeypatch, 
 @pytest.mark.parametrize(
     ("name", "write"),
     [
+        ("model.safetensors", lambda path, size: hub.save_gpt(GPT(tiny(n_embd=16 * size)), path.parent)),
         ("gains.json", lambda path, size: write_json(path, {"rounds": [0] * 100 * size})),
         ("ladder.png", lambda path, size: charts.save_png(alt.Chart(title="x" * size).mark_point(), path)),
     ],
 )
-def test_a_result_that_does_not_fit_leaves_the_one_of_before(small_disk, name, write):
-    write(Path("results") / name, 1)
+def test_a_result_that_does_not_fit_leaves_the_previous_one_and_its_disk_is_named(small_disk, monkeypatch, name, write):
+    folder = small_disk / "results"
+    write(folder / name, 1)
     before = contents(small_disk)
     fill(small_disk)
-    with pytest.raises(SystemExit, match=FULL):
-        run(lambda: write(Path("results") / name, 30))
+    monkeypatch.chdir("/")  # another disk, with room
+    with pytest.raises(SystemExit, match=FULL.format(folder)):
+        run(lambda: write(folder / name, 30))
     assert contents(small_disk) == before
     assert not list(small_disk.rglob(".writing-*"))

@@ -122,8 +122,36 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match=r"^error: the disk is full \(.* GiB free here\)"):
+    with pytest.raises(SystemExit, match=rf"^error: the disk is full \([^ ]* GiB free in {tmp_path}\)"):
         run(lambda: write_json(tmp_path / "metrics.json", {"step": 1}))
+
+
+FULL = (errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(*FULL, "data/.writing-1/x"), "3.0 GiB free in data"),  # a folder that is removed by then
+        (OSError(*FULL, "elsewhere/model", None, "data/model"), "3.0 GiB free in data"),  # a copy: from, to
+        (RuntimeError(f"g++: fatal error: cc1plus: {FULL[1]}"), "1.0 GiB free in cache"),
+        (OSError(*FULL), "1.0 GiB free in cache"),
+    ],
+    ids=repr,
+)
+def test_a_full_disk_is_that_of_the_file_or_else_the_fullest_that_is_used(tmp_path, monkeypatch, error, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "cache")
+    for name in ("data", "cache", "results"):
+        Path(name).mkdir()
+    gib = {Path("data"): 3, Path("cache"): 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=gib.get(path, 60) * 2**30))
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=rf"^error: the disk is full \({named}\): .*; make room there and run"):
+        run(fail)
 
 
 def test_a_stage_out_of_order_names_the_file_that_it_misses(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Files that are whole, durable and right, or not there; and JSON that may come from elsewhere."""
 
+import errno
 import hashlib
 import json
 import os
@@ -26,12 +27,17 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     # a folder, because a temporary file would be readable by its owner alone, and stay so
     with tempfile.TemporaryDirectory(dir=parent, prefix=".writing-") as folder:
         temporary = tuple(Path(folder) / path.name for path in paths)
-        yield temporary
-        plain = Path(folder) / "plain"
-        plain.touch()
-        for path in temporary:
-            path.chmod(plain.stat().st_mode)  # as open() gives it; safetensors' files are for their owner alone
-            _sync(path)
+        try:
+            yield temporary
+            plain = Path(folder) / "plain"
+            plain.touch()
+            for path in temporary:
+                path.chmod(plain.stat().st_mode)  # as open() gives it; safetensors' files are for their owner alone
+                _sync(path)
+        except Exception as error:
+            if disk_is_full(error):  # which disk: a failed write does not name its file
+                error.filename = getattr(error, "filename", None) or str(paths[0])  # type: ignore[attr-defined]
+            raise
         for written, path in zip(temporary, paths, strict=True):
             written.replace(path)
     _sync(parent)
@@ -43,6 +49,11 @@ def write(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Tell whether a full disk or quota raised `error`: by its words, since safetensors has an exception of its own."""
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as file:
@@ -52,8 +63,9 @@ def sha256(path: Path) -> str:
 def check_sha256(path: Path, expected: str, source: object = None, fix: str = "run `dvc repro -f download`") -> None:
     """Raise UserError, which names `source` (or `path`) and the `fix`, unless the file has the SHA-256 `expected`."""
     if (actual := sha256(path)) != expected:
-        reason = f"sha256 is {actual}, expected {expected}: the file was changed or cut short"
-        raise UserError(f"{source or path}: {reason}; {fix}")
+        raise UserError(
+            f"{source or path}: sha256 is {actual}, expected {expected}: it was changed or cut short; {fix}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

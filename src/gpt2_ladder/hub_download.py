@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from gpt2_ladder import artifacts
+from gpt2_ladder import artifacts, files
 from gpt2_ladder.artifacts import Unreachable
 from gpt2_ladder.config import UserError
 
@@ -44,7 +44,7 @@ def fetch(
     try:
         return artifacts.patiently(fetch_once, _may_pass)
     except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
-        if "No space left on device" in str(error):
+        if files.disk_is_full(error):
             raise
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

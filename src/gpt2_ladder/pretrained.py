@@ -158,7 +158,7 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
                 try:
                     shutil.copyfile(Path(local) / name, path)
                 except OSError as error:
-                    raise UserError(f"pretrained.folder: {error.filename}: {error.strerror}") from None
+                    raise UserError(f"pretrained.folder: {error}") from None
             if not sha256:
                 hashes[name] = files.sha256(path)
                 print(f"{name}: its sha256 {hashes[name]} is recorded, and later downloads must have it", flush=True)
