@@ -46,21 +46,20 @@ class Tracker:
         self._file.flush()
         values = asdict(step)
         index = values.pop("step")
-        self.mirror(lambda run: run.log(values, step=index))
+        self._mirror(lambda run: run.log(values, step=index))
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
         """Put the results of the whole training into the run's summary, where W&B's tables compare them."""
-        self.mirror(lambda run: run.summary.update(dict(metrics)))
+        self._mirror(lambda run: run.summary.update(dict(metrics)))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._file.close()
-        self.mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
-    def mirror(self, do: Callable[[wandb.Run], object]) -> None:
-        """Let `do` put something into the W&B run, if there is one."""
+    def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
         if self._run is None:
             return
         try:
@@ -109,7 +108,7 @@ def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Map
     """
     with Tracker(None, run) as tracker:
         tracker.summarize(results)
-        tracker.mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
+        tracker._mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
 
 
 def project() -> str:
