@@ -1,7 +1,7 @@
 """What a run on an NVIDIA GPU has to show, in a few minutes: `make test-gpu`, which leaves gpu-report.md.
 
-docs/GPU.md has what an H200 showed. `pytest -m gpu tests/test_gpu.py --rehearse` runs it on a CPU with the tiny model, where
-it proves nothing but that it is not broken itself; test_the_gpu_suite_can_be_rehearsed does that.
+docs/GPU.md has what an H200 showed. `pytest -m gpu tests/test_gpu.py --rehearse` runs it on a CPU with the tiny model,
+where it proves nothing but that it is not broken itself; test_the_gpu_suite_can_be_rehearsed does that.
 """
 
 import os
