@@ -6,11 +6,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2_ladder import config, files
-from gpt2_ladder.config import Environment, UserError
+try:
+    from gpt2_ladder import config, files
+    from gpt2_ladder.config import Environment, UserError
+
+    for package in ("torch", "ruamel.yaml"):  # other environments often have pydantic, but not both of these
+        version(package)
+except ModuleNotFoundError:
+    from pipeline import gpt2_ladder  # noqa: F401  prints the right command and exits
 
 CORPUS = Path(config.CORPUS)
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -42,6 +50,10 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[..., None], *arguments: str) -> None:
     """Run a stage. What the user can mend is printed in one line each, without a traceback, and the exit code is 1."""
     try:
+        if main.__module__ == "__main__":
+            arguments = tuple(sys.argv[1:])
+        if arguments and not signature(main).parameters:
+            raise UserError(f"{' '.join(arguments)}: python -m pipeline.{Path(sys.argv[0]).stem} takes no arguments")
         main(*arguments)
     except UserError as error:
         _end(str(error))

@@ -5,7 +5,6 @@
 
 import shutil
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -191,4 +190,4 @@ def find_peaks(params: Params, precision: str, measurement: Measurement) -> list
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

@@ -4,7 +4,6 @@ python -m pipeline.compare flash bf16             how many times as fast flash i
 python -m pipeline.compare other/benchmark.json   the ladder here and there, side by side
 """
 
-import sys
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -50,4 +49,4 @@ def describe(found: Measurement) -> str:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

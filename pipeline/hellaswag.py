@@ -3,7 +3,6 @@
 No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all questions take over an hour on two cores.
 """
 
-import sys
 from pathlib import Path
 
 from gpt2_ladder import artifacts, devices, hellaswag, hub, params_yaml, tokenizer
@@ -69,4 +68,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

@@ -15,6 +15,7 @@ from gpt2_ladder.config import UserError
 from pipeline import ERROR_FILE
 
 MAX_RESTARTS = 3  # of all ranks, where one dies
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # what it sets for every rank
 
 
 def on_ranks(count: int, device: str) -> bool:
@@ -26,6 +27,9 @@ def on_ranks(count: int, device: str) -> bool:
         UserError: as many devices are not there, or torchrun was told another number of ranks.
     """
     if "RANK" in os.environ:
+        needed = TORCHRUN if count > 1 else TORCHRUN[:2]
+        if missing := [name for name in needed if not os.environ.get(name, "").isdecimal()]:
+            raise UserError(f"{', '.join(missing)}: not set to a number, but RANK is set; unset RANK or use torchrun")
         if int(os.environ["WORLD_SIZE"]) != count:
             raise UserError(
                 f"torchrun started {os.environ['WORLD_SIZE']} ranks where {count} are to train: `devices` in "

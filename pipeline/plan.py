@@ -1,7 +1,6 @@
 """Will it fit, and how fast could it be? Predict every speed level's memory and least time; nothing is allocated."""
 
 import re
-import sys
 
 from rich import box
 from rich.console import Console
@@ -75,4 +74,4 @@ def parse_memory(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

@@ -34,4 +34,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

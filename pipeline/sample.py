@@ -109,4 +109,4 @@ def open_network(asked: argparse.Namespace, params: Params) -> GPT:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

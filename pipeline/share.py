@@ -130,4 +130,4 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)

@@ -1,6 +1,5 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
@@ -27,10 +26,11 @@ from pipeline import (
 )
 
 
-def main(name: str) -> None:
-    params = params_yaml.load()
+def main(*names: str) -> None:
+    params, name = params_yaml.load(), " ".join(names)
     if name not in params.levels:
-        raise UserError(f"level '{name}' is not in params.yaml; its levels are {', '.join(params.levels)}")
+        known = ", ".join(params.levels)
+        raise UserError(f"level '{name}' is not in params.yaml: run python -m pipeline.train LEVEL with one of {known}")
     level = params.levels[name]
     train(params, name, "train", level, level.group, RESULTS / "levels" / name)
 
@@ -146,4 +146,4 @@ def open_validation(shape: Shape) -> tuple[list[training.Batch], int]:
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main)
