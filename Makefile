@@ -12,6 +12,9 @@ ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name; in a container a user id may have none
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
+# Recipes read these from the environment, as they were typed: make would expand a $ in them, the shell a quote.
+$(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
 .PHONY: repro announce benchmark show plots plan hellaswag sample share test test-gpu check docs schema pins
 
@@ -27,7 +30,7 @@ announce:
 # The longer measurement becomes the stage's result: `dvc repro` keeps it until something that it depends on changes.
 benchmark: .venv/installed
 	dvc repro parity
-	PYTHONPATH=src python -m pipeline.benchmark --rounds $(ROUNDS)
+	PYTHONPATH=src python -m pipeline.benchmark --rounds "$$ROUNDS"
 	dvc commit --force benchmark
 	dvc repro report
 	@cat results/report/ladder.md
@@ -52,22 +55,22 @@ test-gpu: .venv/installed
 
 # Will it fit? Of this machine, or of a GPU that is not here: make plan MEMORY=24GiB
 plan: .venv/installed
-	@dvc repro --quiet pipeline/environment-stage/dvc.yaml:environment
-	@PYTHONPATH=src python -m pipeline.plan $(if $(MEMORY),--memory $(MEMORY))
+	@dvc repro pipeline/environment-stage/dvc.yaml:environment > /dev/null
+	@PYTHONPATH=src python -m pipeline.plan $${MEMORY+--memory="$$MEMORY"}
 
 # 10,042 questions, over an hour on two cores: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
 hellaswag: .venv/installed
-	@dvc repro --quiet pipeline/environment-stage/dvc.yaml:environment download
-	@PYTHONPATH=src python -m pipeline.hellaswag $(MODEL) $(if $(LIMIT),--limit $(LIMIT))
+	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
+	@PYTHONPATH=src python -m pipeline.hellaswag $${MODEL+"$$MODEL"} $${LIMIT+--limit="$$LIMIT"}
 
 # The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
 share: .venv/installed
-	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) '$(or $(FOLDER),$(error name a new folder: make share FOLDER=../my-gpt2))' $(MODEL)
+	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error name a new folder: make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
 
 # A text that begins with the prompt: make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
 sample: .venv/installed
-	@dvc repro --quiet pipeline/environment-stage/dvc.yaml:environment download
-	@PYTHONPATH=src python -m pipeline.sample --prompt "$$PROMPT" $(OPTIONS)
+	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
+	@PYTHONPATH=src python -m pipeline.sample --prompt="$$PROMPT" $(OPTIONS)
 
 check: .venv/installed
 	ruff check .
