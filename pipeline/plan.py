@@ -23,7 +23,7 @@ def main(*arguments: str) -> None:
     parser = Parser(prog="python -m pipeline.plan", description=__doc__)
     parser.add_argument("--memory", type=str, help="of a GPU that is not here, as in 24GiB")
     memory = parser.parse_args(arguments).memory
-    if memory:
+    if memory is not None:
         cuda, free, where = True, parse_memory(memory), f"an NVIDIA GPU with {memory} free"
         gpus: tuple[str, ...] = SHOWN
     else:
@@ -66,7 +66,7 @@ def parse_memory(text: str) -> int:
     Raises:
         UserError: it is not a number and a unit.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
     if not found:
         raise UserError(f"--memory {text}: write a number and a unit, as in 24GiB or 80GB")
     number, prefix, binary = found.groups()

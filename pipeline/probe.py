@@ -11,6 +11,7 @@ import torch
 
 from gpt2_ladder import benchmark, devices, params_yaml, planning, runtime, training
 from gpt2_ladder.config import GPTConfig, Params, Switches, UserError
+from gpt2_ladder.model import count_bytes
 from pipeline import PROBE, read_environment, run, write_json
 
 
@@ -37,7 +38,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
         UserError: one row is too much; it says what would fit.
     """
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.has_cuda_habits(device)
-    micro_batch, ids = shape.batch_size, torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
+    micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)
     weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
     distinct: dict[tuple[GPTConfig, bool, bool], str] = {}
     shapes: dict[tuple[int, bool, bool], tuple[tuple[GPTConfig, bool, bool], str]] = {}
@@ -46,9 +47,9 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
         distinct.setdefault((network, bf16, fused), name)
         shapes.setdefault((network.vocab_size, network.tie_weights, fused), ((network, bf16, fused), name))
     # one of every shape first, so that all weights and AdamW's state exist when the others take their step
-    held = sum(planning.held_bytes(network) for (network, _, _), _ in shapes.values())
+    held = sum(count_bytes(network, 4) for (network, _, _), _ in shapes.values())
     for (network, bf16, fused), name in (*shapes.values(), *distinct.items()):
-        room = free - (held - planning.held_bytes(network))
+        room = free - (held - count_bytes(network, 4))
         need = partial(_predict, network, bf16, batch_size=shape.batch_size, cuda=cuda)
         try:
             fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= room)

@@ -19,10 +19,10 @@ def main(*arguments: str) -> None:
     )
     asked = parser.parse_args(arguments)
     levels = params_yaml.load().levels
-    if asked.online and not tracking.has_key():
+    if asked.online is not None and not tracking.has_key():
         raise UserError("W&B has no key here: run `wandb login`, or leave out --online for the runs of this folder")
-    where = str(asked.online or tracking.folder() / "wandb")
-    found = list(runs.online(where, asked.group) if asked.online else runs.local(Path(where), asked.group))
+    where = str(tracking.folder() / "wandb" if asked.online is None else asked.online)
+    found = list(runs.online(where, asked.group) if asked.online is not None else runs.local(Path(where), asked.group))
     for unfinished in (one for one in found if one.state != "finished"):
         print(f"{unfinished.where}: left out, {unfinished.state}", file=sys.stderr)
     trained = [one for one in found if one.state == "finished" and one.job_type in runs.TRAININGS]

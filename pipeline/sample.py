@@ -17,7 +17,7 @@ import torch
 
 from gpt2_ladder import artifacts, devices, hub, params_yaml, sampling, tokenizer
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, count_bytes
 from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, read_environment, run
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; line feeds and tabs may do so
@@ -89,9 +89,10 @@ def open_network(asked: argparse.Namespace, params: Params) -> GPT:
         UserError: it cannot be had, or its vocabulary is not GPT-2's.
     """
     if asked.random:
+        devices.check_memory(torch.device("cpu"), count_bytes(params.size.gpt()), f"model {params.model}")
         return GPT(params.size.gpt(), params.seed)
     folder = asked.model
-    if asked.hub:
+    if asked.hub is not None:
         from gpt2_ladder import pretrained  # only here: it waits 4 s for transformers
 
         folder = pretrained.fetch_repository(asked.hub)

@@ -13,7 +13,7 @@ from gpt2_ladder import devices, progress, ranks, runtime, tracking, training
 from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.metrics import Step
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.tracking import Tracker
 
 PLAIN = Recipe()  # of every level
@@ -28,6 +28,8 @@ def build(
         device = devices.join_ranks(device, environment.threads)
     if switches.allocator == "caching":
         devices.keep_freed_memory(device)
+    need = count_bytes(params.gpt(switches), 4)  # weights, gradients, AdamW's two moments
+    devices.check_memory(device, need, f"training {params.model} with vocab_size {switches.vocab_size}")
     model = GPT(params.gpt(switches), params.seed).to(device)
     if switches.compile:
         runtime.compile_model(model)

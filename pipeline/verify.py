@@ -19,10 +19,8 @@ SAMPLES, TOP_K = 5, 50
 
 def main() -> None:
     params = params_yaml.load()
-    (_, need), free = pretrained.needed(params.size), devices.free_memory(torch.device("cpu"))
-    if free < need:
-        told = f"{need / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
-        raise UserError(f"verify: {params.model}, ours and transformers', take {told}; free some, or a smaller model")
+    _, need = pretrained.needed(params.size)
+    devices.check_memory(torch.device("cpu"), need, f"verifying {params.model}, ours and transformers'")
     logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)

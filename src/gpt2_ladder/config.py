@@ -6,7 +6,7 @@ This module never imports torch: it is read at the start of every stage, and imp
 import hashlib
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
@@ -14,7 +14,8 @@ CONTROL = "control"  # the benchmark's second arm of the baseline
 MINIMUM_ROUNDS = 6  # the median of five lies outside all of them once in 16 times: no interval of theirs holds 95 %
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"]
-Tokens = Annotated[int, Field(gt=1)]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+Tokens = Annotated[int, Field(gt=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,7 +31,7 @@ def shown(text: str) -> str:
 class Strict(BaseModel):
     """The rule of this file: no coercion, no change after loading, no unknown key."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Switches(Strict):
@@ -56,9 +57,9 @@ class Level(Switches):
 class Shape(Strict):
     """How much is trained: `steps` batches of (batch_size, block_size) tokens, the first `warmup_steps` not timed."""
 
-    batch_size: PositiveInt
+    batch_size: Count
     block_size: Tokens
-    steps: PositiveInt
+    steps: Count
     warmup_steps: Annotated[int, Field(ge=0)]
     eval_tokens: Tokens
 
@@ -74,9 +75,9 @@ class Shape(Strict):
 class Size(Strict):
     """The size of a GPT-2, in the names of its Hugging Face config."""
 
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
+    n_layer: Annotated[int, Field(gt=0, le=1000)]
+    n_head: Count
+    n_embd: Count
     n_positions: Tokens
 
     @model_validator(mode="after")
@@ -89,7 +90,7 @@ class Size(Strict):
 class GPTConfig(Size):
     """What `GPT` needs to know, and nothing else; by default OpenAI's choices."""
 
-    vocab_size: PositiveInt = GPT2_VOCAB_SIZE
+    vocab_size: Count = GPT2_VOCAB_SIZE
     tie_weights: bool = True
     init: Literal["pytorch", "gpt2"] = "gpt2"
     attention: Literal["eager", "flash"] = "eager"
@@ -137,7 +138,7 @@ class Recipe(Strict):
     schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["all", "matrices"] = "all"
-    tokens_per_step: PositiveInt | None = None
+    tokens_per_step: Annotated[int, Field(gt=0, le=2**27)] | None = None
 
 
 class Pretrained(Strict):
@@ -171,14 +172,14 @@ class Data(Strict):
 class Rounds(Strict):
     """How long the benchmark takes steps in turn: `rounds`, or as many as fit into `seconds`, but MINIMUM_ROUNDS."""
 
-    rounds: Annotated[int, Field(ge=MINIMUM_ROUNDS)]
+    rounds: Annotated[int, Field(ge=MINIMUM_ROUNDS, lt=2**63)]
     seconds: PositiveFloat
 
 
 class Tolerances(Strict):
     """How many nats a loss may be from the baseline's, by precision, in the first `steps` steps."""
 
-    steps: PositiveInt
+    steps: Count
     fp32: PositiveFloat
     tf32: PositiveFloat
     bf16: PositiveFloat
@@ -200,8 +201,8 @@ class Params(Switches):
     rehearsal: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     deterministic: bool
-    checkpoint_every: PositiveInt | None
-    devices: PositiveInt
+    checkpoint_every: Count | None
+    devices: Count
     run_slow_levels: bool
     data: Data
     pretrained: Pretrained
@@ -256,7 +257,7 @@ class Params(Switches):
         source = self.pretrained.source
         if source == "openai" and self.model == "tiny":
             raise ValueError(f"pretrained.source = openai: no weights for model: {self.model}; use auto or stand-in")
-        if self.pretrained.folder and (source == "stand-in" or self.model == "tiny"):
+        if self.pretrained.folder is not None and (source == "stand-in" or self.model == "tiny"):
             raise ValueError(f"pretrained.folder = {self.pretrained.folder}: not read with these source and model")
         return self
 
@@ -288,7 +289,7 @@ class Environment(Strict):
     device_name: str
     bf16: bool
     compile_problem: str | None  # why torch.compile cannot work here, None where it can
-    threads: PositiveInt
+    threads: Count
     python: str
     torch: str
     platform: str

@@ -166,6 +166,13 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def check_memory(device: torch.device, need: int, what: str) -> None:
+    """Raise UserError where `what` needs more bytes than the device has free."""
+    if need > (free := free_memory(device)):
+        sizes = f"{need / 1e9:,.1f} GB of memory are needed, {free / 1e9:.1f} GB are free"
+        raise UserError(f"{what}: {sizes}; free some, or lower a size in params.yaml")
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether `error` means that memory ran out: only CUDA has a type for it, the CPU a plain RuntimeError."""
     text = str(error)

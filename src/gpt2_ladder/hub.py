@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError, shown
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, count_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -75,9 +75,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
 
 def file_bytes(config: GPTConfig) -> int:
     """Return how many bytes the hub's WEIGHTS of `config` take: float32 parameters, and a mask for every layer."""
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in GPT(config, seed=None).parameters())
-    return 4 * (parameters + config.n_layer * config.n_positions**2)
+    return count_bytes(config.model_copy(update={"attention": "flash"})) + 4 * config.n_layer * config.n_positions**2
 
 
 def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:

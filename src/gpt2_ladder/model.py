@@ -20,6 +20,16 @@ from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
 CHUNKS = 4  # of a chunked loss; each saves less memory than the one before and costs a sum over the head's gradient
 
 
+def count_bytes(config: GPTConfig, copies: int = 1) -> int:
+    """Return the bytes of `copies` of GPT(config)'s float32 parameters, and of the masks of eager attention.
+
+    This is arithmetic: torch cannot make a tensor as large as a config may ask for, not even without memory.
+    """
+    C, L, P = config.n_embd, config.n_layer, config.n_positions
+    embeddings = (config.vocab_size * (1 if config.tie_weights else 2) + P) * C
+    return 4 * copies * (embeddings + L * (12 * C * C + 13 * C) + 2 * C) + L * P * P * (config.attention == "eager")
+
+
 class Linear(nn.Linear):
     """nn.Linear without its own start: GPT.initialize draws every weight, and twice would take twice as long."""
 

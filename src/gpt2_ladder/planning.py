@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from gpt2_ladder import runtime, training
-from gpt2_ladder.config import AdamW, GPTConfig
+from gpt2_ladder.config import AdamW, GPTConfig, UserError
 from gpt2_ladder.cost import BANDWIDTH, KNOWN_PEAKS
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, count_bytes
 
 CPU = torch.device("cpu")  # without a GPU autocast acts on the CPU's fake tensors alone
+LARGEST = 2**50  # bytes of a step that is traced; no machine has as much
 RESERVE = 2**30  # and a tenth of the rest: the driver's context, workspaces, fragmentation
 SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # no value of theirs changes what a step needs
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
@@ -96,7 +97,15 @@ def trace_step(
 
     `micro_batches`: how many times so many ids, their gradients accumulated; from the second on they are all alive.
     `cuda`: as on an NVIDIA GPU, where AdamW left alone updates all parameters at once, with a temporary copy of them.
+
+    Raises:
+        UserError: the step takes more than LARGEST bytes; torch could not count much more.
     """
+    scores = config.n_head * block_size if config.attention == "eager" else 0
+    least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
+    if least > LARGEST:
+        size = f"{batch_size} x {block_size} tokens through {config!r}"
+        raise UserError(f"a step of {size} takes over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
     with FakeTensorMode(), LiveStorage() as seen, cuda_habits() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = training.make_optimizer(model, 1.0, SETTINGS)
@@ -112,12 +121,6 @@ def trace_step(
         split = len(seen.operations)
         optimizer.step()
         return Step(seen.peak, tuple(seen.operations[:split]), tuple(seen.operations[split:]))
-
-
-def held_bytes(config: GPTConfig) -> int:
-    """Return what GPT(config) holds besides activations: float32 weights, gradients, AdamW's two moments."""
-    with torch.device("meta"):
-        return 16 * sum(parameter.numel() for parameter in GPT(config, seed=None).parameters())
 
 
 def largest_batch(config: GPTConfig, autocast: bool, block_size: int, cuda: bool, free: int) -> int:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_ladder import artifacts, files, hub, hub_download
+from gpt2_ladder import artifacts, devices, files, hub, hub_download
 from gpt2_ladder.artifacts import Unreachable
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 from gpt2_ladder.hub import CONFIG, WEIGHTS
@@ -182,6 +182,7 @@ def _url(model: str, name: str) -> str:
 def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
     """Write transformers' own GPT-2, seeded, just as the hub's file is: no prefix, with masks, without lm_head."""
     _check_disk(folder, size)
+    devices.check_memory(torch.device("cpu"), needed(size)[0], f"{folder}: the random stand-in")
     torch.manual_seed(seed)
     config = GPT2Config(n_layer=size.n_layer, n_head=size.n_head, n_embd=size.n_embd, n_positions=size.n_positions)
     state = GPT2LMHeadModel(config).state_dict()
