@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import processes
 import torch
 from torch.profiler import ProfilerActivity
 
@@ -23,6 +24,30 @@ def test_the_costliest_operator_comes_first_and_the_trace_is_kept(tmp_path):
     assert [operator.self_ms for operator in found] == sorted((o.self_ms for o in found), reverse=True)
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert "aten::mm" in {event.get("name") for event in events}
+
+
+PROFILE = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from torch.profiler import ProfilerActivity
+from gpt2_ladder import files, profiling
+files.replacing = lambda path: nullcontext([path])
+for name in ("step.json.gz", "no/such/folder/step.json"):
+    profiling.profile_step(lambda: torch.ones(3) + 1, [ProfilerActivity.CPU], Path(sys.argv[1]) / name)
+"""
+
+
+def test_kineto_prints_its_errors_and_not_its_usdt_lines(tmp_path):
+    (line,) = processes.run(PROFILE, arguments=[str(tmp_path)], stderr=True).splitlines()
+    assert "Failed to open" in line
+    assert "no/such/folder/step.json" in line
+
+
+def test_a_profile_without_any_operator_says_how_to_find_out_why(tmp_path, capsys):
+    assert profiling.profile_step(lambda: None, ONLY_CPU, tmp_path / "step.json") == []
+    assert "step.json: torch's profiler recorded nothing; KINETO_LOG_LEVEL=0 shows why" in capsys.readouterr().out
 
 
 def test_inductors_kernels_go_by_one_name(tmp_path):

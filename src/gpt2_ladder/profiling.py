@@ -1,5 +1,6 @@
 """Where a step's time goes, by torch.profiler."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Operator:
 
 def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:
     """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its USDT lines, which are no errors but have a higher level
     with profile(activities=activities) as profiler:
         step()
     with files.replacing(trace) as (temporary,):
@@ -44,4 +46,6 @@ def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivi
         name = FUSED if event.key.startswith(INDUCTOR) else event.key
         calls[name] += event.count
         self_us[name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    if not any(self_us.values()):
+        print(f"{trace}: torch's profiler recorded nothing; KINETO_LOG_LEVEL=0 shows why", flush=True)
     return [Operator(name, calls[name], us / 1000) for name, us in self_us.most_common() if us > 0]
