@@ -37,7 +37,7 @@ def main(*arguments: str) -> None:
         artifacts.fetch(QUESTIONS, SHA256, SOURCES)
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     examples = hellaswag.read(QUESTIONS)
-    origin = artifacts.read_provenance(asked.model / hub.WEIGHTS)
+    origin = artifacts.read_provenance(*hub.weight_files(asked.model))
     print(f"{asked.model}: {origin['note'] or origin['source']}", flush=True)
     grades = []
     chosen = examples[: asked.limit]

@@ -53,7 +53,7 @@ def main(*arguments: str) -> None:
             "padding": 0 if asked.trim else padding,
             "trimmed": asked.trim and padding > 0,
             "run": facts,
-            "source": artifacts.read_provenance(asked.model / hub.WEIGHTS),
+            "source": artifacts.read_provenance(*hub.weight_files(asked.model)),
         }
     )
     sharing.write_folder(asked.folder, model, card, ENCODER_JSON, VOCAB_BPE)

@@ -1,7 +1,9 @@
 """Checkpoints: through the hub's format and back, and whatever does not fit is refused."""
 
+import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,17 +12,20 @@ from conftest import random_ids, tiny
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_ladder import hub
+from gpt2_ladder import artifacts, files, hub
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.verification import RELATIVE_TOLERANCE
 
 
-def transformers_gpt2(tied: bool = True) -> GPT2LMHeadModel:
+def transformers_gpt2(tied: bool = True, activation: str = "gelu_new") -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 97}
     # weights ten times their usual size: attention far from uniform, GELU far from linear, so that a wrong one shows
-    config = GPT2Config(**sizes, bos_token_id=96, eos_token_id=96, tie_word_embeddings=tied, initializer_range=0.2)
+    ends = {"bos_token_id": 96, "eos_token_id": 96}
+    config = GPT2Config(
+        **sizes, **ends, tie_word_embeddings=tied, initializer_range=0.2, activation_function=activation
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -45,12 +50,63 @@ def saved(tmp_path) -> Path:
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_saved_by_transformers_gives_the_same_logits_here(tmp_path, tied, attention):
-    theirs = transformers_gpt2(tied)
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_a_checkpoint_saved_by_transformers_gives_the_same_logits_here(tmp_path, tied, attention, activation):
+    theirs = transformers_gpt2(tied, activation)
     theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / hub.CONFIG).read_text())["activation_function"] == activation
     expected = theirs(random_ids()).logits
     logits, _ = hub.load_gpt(tmp_path, attention)(random_ids())
     assert_same_logits(logits, expected)
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    """A folder with a checkpoint that transformers saved in several files."""
+    transformers_gpt2().save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 4
+    return tmp_path
+
+
+def test_a_checkpoint_in_several_files_gives_the_same_logits(sharded):
+    assert_same_logits(hub.load_gpt(sharded)(random_ids())[0], transformers_gpt2()(random_ids()).logits)
+    hashes = [files.sha256(path) for path in sorted(sharded.glob("model-*.safetensors"))]
+    found = artifacts.read_provenance(*hub.weight_files(sharded))
+    assert found["sha256"] == hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hub.save_gpt(GPT(tiny()), sharded)  # transformers, too, reads the single file where both are there
+    assert torch.equal(hub.load_gpt(sharded).wte.weight, GPT(tiny()).wte.weight)
+
+
+SECOND = "model-00002-of-00004.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop("weight_map"), "not a readable checkpoint in the hub's format: .* valid dictionary"),
+        (lambda index: index.update(weight_map={}), "not a readable checkpoint .* at least 1 item"),
+        (
+            lambda index: index["weight_map"].update(x=f"../{SECOND}"),
+            "not a readable checkpoint .* should match pattern",
+        ),
+        (
+            lambda index: index["weight_map"].update(x=f"/tmp/{SECOND}"),
+            "not a readable checkpoint .* should match pattern",
+        ),
+        (lambda index: index["weight_map"].update(x="model.bin"), "not a readable checkpoint .* should match pattern"),
+        (lambda index: index["weight_map"].update(x=3), "not a readable checkpoint .* valid string"),
+        (lambda index: index["weight_map"].update(x="other.safetensors"), "No such file or directory: .*/other"),
+        (lambda index: index["weight_map"].update(x=SECOND), f"{SECOND}: .* and this file differ on tensor 'x'"),
+        (lambda index: index["weight_map"].popitem(), "and this file differ on tensor 'transformer.wte.weight'"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(sharded, change, message):
+    index = json.loads((sharded / hub.INDEX).read_text())
+    change(index)
+    (sharded / hub.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message) as caught:
+        hub.load_gpt(sharded)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -92,6 +148,13 @@ def test_a_head_that_repeats_wte_is_accepted():
         (lambda t: t.update({"\x1b[31m\n": torch.zeros(1)}), r"tensor '\\x1b\[31m\\n' is not part of"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(97, 16)}), "lm_head.weight differs from wte.weight"),
         (lambda t: t.update({"transformer.wte.weight": t["wte.weight"]}), "'wte.weight' is there twice"),
+        *(
+            (
+                lambda t, prefix=prefix: t.update({f"{prefix}{name}": t.pop(name) for name in list(t)}),
+                re.escape(f"carries '{prefix.removeprefix('transformer.')}', which torch.compile or DistributedData"),
+            )
+            for prefix in ("_orig_mod.", "module.", "_orig_mod.module.", "transformer._orig_mod.")
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(change, message):
@@ -127,10 +190,12 @@ def test_half_precision_weights_become_float32():
         ({"n_head": 3}, r"n_embd = 16: must be a multiple of n_head \(3\)"),
         ({"n_layer": "2"}, "n_layer Input should be a valid integer"),
         ({"n_layer": -1}, "n_layer Input should be greater than 0"),
-        ({"n_layer": 10**9}, "n_layer 1000000000, .* make a larger network than the [0-9,]+ numbers"),
+        ({"n_layer": 10**9}, "n_layer Input should be less than or equal to 1000"),
+        ({"n_layer": 1000}, "n_layer 1000, .* make a larger network than the [0-9,]+ numbers"),
         ({"n_embd": 10**9, "n_head": 1}, "n_embd 1000000000, .* make a larger network"),
         ({"n_positions": 10**9}, "n_positions 1000000000, .* make a larger network"),
-        ({"vocab_size": 10**4000}, "vocab_size 1000"),
+        ({"vocab_size": 10**4000}, "vocab_size Input should be less than 9223372036854775808"),
+        ({"vocab_size": 10**12}, "vocab_size 1000000000000 make a larger network"),
         ({"tie_word_embeddings": "yes"}, "tie_weights Input should be a valid boolean"),
         ({"layer_norm_epsilon": [0] * 10**5}, r"layer_norm_epsilon is \[0, 0"),
     ],

@@ -9,7 +9,7 @@ from conftest import random_ids
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from gpt2_ladder import files, hub, pretrained
+from gpt2_ladder import devices, files, hub, pretrained
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 
 SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
@@ -52,11 +52,20 @@ def test_a_disk_without_room_is_named_before_anything_is_fetched_or_drawn(tmp_pa
     fetch(tmp_path / "a", source="stand-in")
     with (tmp_path / "a" / hub.WEIGHTS).open("rb") as file:
         content = (tmp_path / "a" / hub.WEIGHTS).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    assert hub.file_bytes(SIZE.gpt()) == content  # what follows the header
+    assert pretrained.needed(SIZE)[0] == content  # what follows the header
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * content - 1))
     with pytest.raises(UserError, match=r"take 0\.0 GB of disk, .* 1\.1 GB of memory; 0\.0 GB are free: make room"):
         fetch(tmp_path / "b", source=source)
     assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_memory_that_does_not_hold_a_stand_in_is_named_before_it_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda _: 10**6)
+    with pytest.raises(
+        UserError, match=r"the random stand-in: needs 0\.0 GB of memory, 0\.0 GB are free; lower its size"
+    ):
+        fetch(tmp_path, source="stand-in")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_stand_in_follows_the_seed(tmp_path):

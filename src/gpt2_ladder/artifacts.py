@@ -138,9 +138,11 @@ def write_provenance(path: Path, source: str, sha256: str, note: str | None = No
     files.write(provenance_path(path), json.dumps(provenance, indent=2) + "\n")
 
 
-def read_provenance(found: Path) -> dict[str, str | None]:
-    """Return source, hash and note of the file `found`, from what lies beside it if that speaks of it."""
+def read_provenance(found: Path, *more: Path) -> dict[str, str | None]:
+    """Return source, hash and note of `found`, from the file beside it; with `more` files, the hash of all hashes."""
     path, sha256 = provenance_path(found), files.sha256(found)
+    if more:
+        sha256 = hashlib.sha256("".join([sha256, *map(files.sha256, more)]).encode()).hexdigest()
     written = files.read_json(path) if path.exists() else {}
     if written.get("sha256") != sha256:
         written = {"source": "a local file; nothing beside it says where it comes from"}

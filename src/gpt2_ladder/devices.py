@@ -169,8 +169,7 @@ def free_memory(device: torch.device) -> int:
 def check_memory(device: torch.device, need: int, what: str) -> None:
     """Raise UserError where `what` needs more bytes than the device has free."""
     if need > (free := free_memory(device)):
-        sizes = f"{need / 1e9:,.1f} GB of memory are needed, {free / 1e9:.1f} GB are free"
-        raise UserError(f"{what}: {sizes}; free some, or lower a size in params.yaml")
+        raise UserError(f"{what}: needs {need / 1e9:,.1f} GB of memory, {free / 1e9:.1f} GB are free; lower its size")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -7,28 +7,32 @@ OpenAI's code kept the matrices of attention and MLP as (in, out), Hugging Face'
 import json
 import re
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError, shown
-from gpt2_ladder.model import GPT, count_bytes
+from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
+_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # in the folder of the index, and no path out of it
+_WEIGHT_MAP = TypeAdapter(Annotated[dict[str, _FILE], Field(min_length=1)])
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # without a scale of its own, as float8 has
 LARGEST_MASKS = 2**32  # bytes, over all layers; GPT-2's take 12 * 2**20
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # What GPT computes; a config that asks for something else is refused rather than loaded wrong.
 _FIXED = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
 }
 
 
@@ -44,7 +48,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
         UserError: a file is missing or damaged, the two do not fit, a tensor is none that `from_hub` takes, or the
             vocabulary is smaller than it must be.
     """
-    if not (folder / WEIGHTS).exists():
+    if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
             raise UserError(f"{pickles[0]}: pickled weights can run code when they are read; convert them to {WEIGHTS}")
@@ -53,15 +57,20 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
         sizes = {name: described[name] for name in _SIZES}
         tied = described.get("tie_word_embeddings", True)
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
-        tensors = load_file(folder / WEIGHTS)  # mapped, not read: the header is checked, the numbers stay on the disk
+        tensors = dict[str, Tensor]()
+        for path, listed in weight_files(folder).items():
+            shard = load_file(path)  # mapped, not read: the header is checked, the numbers stay on the disk
+            if wrong := shard.keys() ^ (listed or shard.keys()):
+                raise UserError(f"{path}: {INDEX} and this file differ on tensor {min(wrong)!r:.80}; fetch both again")
+            tensors |= shard
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
     except (OSError, ValidationError, SafetensorError) as error:
         reason = shown(" ".join(str(error).split()))
         raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason:.500}") from None
-    for name, value in _FIXED.items():
-        if described.get(name, value) != value:
-            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {value!r}")
+    for name, known in _FIXED.items():
+        if described.get(name, known[0]) not in known:
+            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {known[0]!r}")
     _check_size(folder, config, tensors)
     if config.vocab_size < least_vocab_size:
         raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}")
@@ -73,9 +82,18 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
     return model
 
 
-def file_bytes(config: GPTConfig) -> int:
-    """Return how many bytes the hub's WEIGHTS of `config` take: float32 parameters, and a mask for every layer."""
-    return count_bytes(config.model_copy(update={"attention": "flash"})) + 4 * config.n_layer * config.n_positions**2
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Return the files that hold the weights in `folder`, WEIGHTS or else what INDEX lists, and the tensors it lists.
+
+    Raises:
+        ValidationError: INDEX lists no file, or one outside `folder`.
+    """
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return {folder / WEIGHTS: set()}
+    found: dict[Path, set[str]] = {}
+    for tensor, name in _WEIGHT_MAP.validate_python(files.read_json(folder / INDEX).get("weight_map")).items():
+        found.setdefault(folder / name, set()).add(tensor)
+    return dict(sorted(found.items()))
 
 
 def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
@@ -107,6 +125,9 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # transformers saved these constants once
     for key, tensor in tensors.items():
         name = key.removeprefix("transformer.")
+        if wrapper := re.search(r"(_orig_mod\.|module\.)+", key):
+            added = f"{wrapper[0]!r:.80}, which torch.compile or DistributedDataParallel adds"
+            raise UserError(f"checkpoint: tensor {key!r:.80} carries {added}; rename all tensors without it")
         if name in state:
             raise UserError(
                 f"checkpoint: tensor {name!r:.80} is there twice, with and without the prefix 'transformer.'"
@@ -154,7 +175,7 @@ def save_gpt(model: GPT, folder: Path) -> None:
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **_FIXED,
+        **{name: known[0] for name, known in _FIXED.items()},
         **{name: getattr(model.config, name) for name in _SIZES},
         "tie_word_embeddings": model.config.tie_weights,
     }

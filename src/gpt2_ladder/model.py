@@ -21,10 +21,7 @@ CHUNKS = 4  # of a chunked loss; each saves less memory than the one before and 
 
 
 def count_bytes(config: GPTConfig, copies: int = 1) -> int:
-    """Return the bytes of `copies` of GPT(config)'s float32 parameters, and of the masks of eager attention.
-
-    This is arithmetic: torch cannot make a tensor as large as a config may ask for, not even without memory.
-    """
+    """Return the bytes of `copies` of GPT(config)'s float32 parameters, and of eager attention's masks, at any size."""
     C, L, P = config.n_embd, config.n_layer, config.n_positions
     embeddings = (config.vocab_size * (1 if config.tie_weights else 2) + P) * C
     return 4 * copies * (embeddings + L * (12 * C * C + 13 * C) + 2 * C) + L * P * P * (config.attention == "eager")

@@ -13,10 +13,11 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_ladder import artifacts, devices, files, hub, hub_download
+from gpt2_ladder import artifacts, devices, files, hub_download
 from gpt2_ladder.artifacts import Unreachable
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 from gpt2_ladder.hub import CONFIG, WEIGHTS
+from gpt2_ladder.model import count_bytes
 
 # The commit of openai-community/<model> whose files are taken
 REVISIONS = {
@@ -106,7 +107,7 @@ def needed(size: ModelSize) -> tuple[int, int]:
 
     Two networks are in memory then, and some copies of the logits of 1,024 tokens, 0.2 GB each.
     """
-    disk = hub.file_bytes(size.gpt())
+    disk = count_bytes(size.gpt()) + 3 * size.n_layer * size.n_positions**2  # its masks are float32, ours are bool
     return disk, 2 * disk + 2**30
 
 
