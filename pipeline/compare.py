@@ -34,9 +34,10 @@ def main(*arguments: str) -> None:
 def read(path: Path) -> Measurement:
     """Return the measurement at `path`."""
     try:
-        return Measurement.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise UserError(f"{path}: not a benchmark.json of this project ({error.errors()[0]['msg']})") from None
+        return Measurement.model_validate_json(path.read_bytes())
+    except (IsADirectoryError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a benchmark.json of this project ({reason:.200})") from None
 
 
 def describe(found: Measurement) -> str:

@@ -1,5 +1,6 @@
 """Python in a process of its own, for what concerns a whole process."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from climbing import REPOSITORY, call
@@ -7,6 +8,6 @@ from climbing import REPOSITORY, call
 IMPORTABLE = ":".join(str(REPOSITORY / name) for name in ("src", ".", "tests"))
 
 
-def run(code: str, folder: Path = REPOSITORY) -> str:
-    """Run `code`, which can import what a test can, in `folder`; return what it printed."""
-    return call(folder, "env", f"PYTHONPATH={IMPORTABLE}", "python", "-c", code)
+def run(code: str, folder: Path = REPOSITORY, arguments: Sequence[str] = (), stderr: bool = False) -> str:
+    """Run `code`, which can import what a test can, in `folder`; return what it printed, or its errors."""
+    return call(folder, "env", f"PYTHONPATH={IMPORTABLE}", "python", "-c", code, *arguments, stderr=stderr)

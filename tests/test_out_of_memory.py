@@ -6,12 +6,12 @@ from contextlib import nullcontext
 import processes
 import pytest
 import torch
-from conftest import REPOSITORY, random_ids, tiny
+from conftest import REPOSITORY, environment, random_ids, tiny
 
 from gpt2_ladder import config, devices, params_yaml, planning, runtime, training
 from gpt2_ladder.config import AdamW, UserError
-from gpt2_ladder.model import GPT
-from pipeline import probe
+from gpt2_ladder.model import GPT, count_bytes
+from pipeline import probe, trainer
 
 CPU = torch.device("cpu")
 SETTINGS = AdamW(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -150,7 +150,7 @@ def need(rows: int, block_size: int = 64) -> int:
     """What the fp32 level takes that accumulates so many rows at a time, with the padded level's weights beside it."""
     params = tiny_params()
     step = planning.trace_step(params.gpt(LEVELS["fp32"]), False, rows, block_size, False, micro_batches=2)
-    return step.peak_bytes + planning.held_bytes(params.gpt(LEVELS["padded"]))
+    return step.peak_bytes + count_bytes(params.gpt(LEVELS["padded"]), 4)
 
 
 def test_the_probe_keeps_the_whole_batch_where_it_fits():
@@ -183,6 +183,48 @@ def test_a_probe_that_fails_says_what_would_fit(monkeypatch, free):
     mend = "machines.cpu.block_size: 32 would fit" if free == "row" else "not even one token would fit"
     with pytest.raises(UserError, match=f"level 'fp32', 0.[01] GiB free: one row is predicted to be too much; {mend}"):
         probe.find_micro_batch(tiny_params(), LEVELS, CPU)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_networks_bytes_are_counted_without_making_it(tied, attention):
+    model = GPT(tiny(tie_weights=tied, attention=attention))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    masks = sum(buffer.numel() for buffer in model.buffers())  # bool
+    assert count_bytes(model.config, 3) == 3 * 4 * parameters + masks
+    assert (masks > 0) == (attention == "eager")
+
+
+def params_of(**sizes: int) -> config.Params:
+    size = params_yaml.load(REPOSITORY / "params.yaml").models["tiny"].model_copy(update=sizes)
+    return tiny_params().model_copy(update={"models": {"tiny": size}})
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "sizes", "need"),
+    [
+        (10**12, {}, r"1,024,000\.0"),  # 4 float32 numbers for each of 64 * 10**12 weights
+        (50257, {"n_embd": 10**8}, r"3,840,082,094\.4"),  # and of 24 * 10**16
+        (50257, {"n_positions": 10**9}, r"2,000,001,024\.1"),  # two masks of 10**18 bytes
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused_with_what_they_need(monkeypatch, vocab_size, sizes, need):
+    params = params_of(**sizes)
+    switches = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
+    monkeypatch.setattr(devices, "free_memory", lambda _: 24 * 10**9)
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("memory was taken for the network"))
+    message = rf"training tiny with vocab_size {vocab_size}: needs {need} GB of memory, 24\.0 GB are free; lower"
+    with pytest.raises(UserError, match=message):
+        trainer.build(params, switches, environment())
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made():
+    params = tiny_params()
+    shape = params.machines["cpu"].model_copy(update={"batch_size": 10**12})
+    with pytest.raises(
+        UserError, match=r"level 'fp32', .*: a step of 1000000000000 x 64 tokens .* takes over [0-9,]+ GiB"
+    ):
+        probe.find_micro_batch(params.model_copy(update={"machines": {"cpu": shape}}), LEVELS, CPU)
 
 
 REALLY = """

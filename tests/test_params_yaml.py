@@ -98,6 +98,17 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
             "lr_warmup_steps: 10",
             "recipe.lr_warmup_steps = 10: must be below machines.cpu.steps (10)",
         ),
+        ("learning_rate: 3e-4", "learning_rate: .inf", "models.gpt2.learning_rate = inf: Input should be a finite"),
+        ("weight_decay: 0.01", "weight_decay: .inf", "optimizer.weight_decay = inf: Input should be a finite number"),
+        ("  - 0.9\n", "  - .nan\n", "optimizer.betas.0 = nan: Input should be a finite number"),
+        ("seconds: 200", "seconds: .inf", "benchmark.cpu.seconds = inf: Input should be a finite number"),
+        ("steps: 10\n", "steps: 10000000000000000000\n", "Input should be less than 9223372036854775808"),
+        (
+            "n_layer: 12",
+            "n_layer: 1000000000",
+            "models.gpt2.n_layer = 1000000000: Input should be less than or equal to",
+        ),
+        ("tokens_per_step: ", "tokens_per_step: 512000000000000 ", "Input should be less than or equal to 134217728"),
         ("schedule: constant", "schedule: linear", "recipe.schedule = 'linear': Input should be 'constant' or"),
         (
             "eval_tokens: 32768",
@@ -131,9 +142,10 @@ def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
-def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other):
-    with pytest.raises(UserError, match=r"params\.yaml:39: pretrained\.folder = here: not read with these"):
-        load_with(tmp_path, ("folder:  ", "folder: here  "), other)
+@pytest.mark.parametrize(("folder", "named"), [("here", "here"), ("''", "")])
+def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other, folder, named):
+    with pytest.raises(UserError, match=rf"params\.yaml:39: pretrained\.folder = {named}: not read with these"):
+        load_with(tmp_path, ("folder:  ", f"folder: {folder}  "), other)
 
 
 def test_the_schema_for_editors_is_current():

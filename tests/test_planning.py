@@ -1,5 +1,6 @@
 """Predictions against arithmetic, against torch's allocator, and against what others predicted for GPUs."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import tiny
 
 from benchmarks.memory import allocated_peak
 from gpt2_ladder import planning
-from gpt2_ladder.config import GPTConfig
+from gpt2_ladder.config import GPTConfig, UserError
 
 GIB = 2**30
 MID = {"n_layer": 4, "n_head": 8, "n_embd": 512, "n_positions": 256, "vocab_size": 50257}
@@ -19,6 +20,24 @@ GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
 def gpt2_step(batch_size: int = 16, autocast: bool = True, **changes: object) -> planning.Step:
     """A step of GPT-2 at T=1024 on a GPU."""
     return planning.trace_step(GPTConfig(**{**GPT2, **changes}), autocast, batch_size, 1024, cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({"vocab_size": 10**12}, (16 * 768 + 16 * 1024) * 10**12),  # weights and AdamW's state, a byte of each logit
+        ({"n_embd": 12 * 10**8}, 12 * 16 * 12 * (12 * 10**8) ** 2),
+        ({"n_positions": 10**9}, 12 * 10**18),  # masks
+        ({"batch_size": 10**12}, 10**12 * 1024 * (50257 + 12 * 1024)),  # a byte of each logit and score
+    ],
+)
+def test_a_step_that_no_machine_can_take_is_refused_before_it_is_traced(changes, least):
+    with pytest.raises(
+        UserError, match=r"x 1024 tokens through GPTConfig.* takes over [\d,]+ GiB of memory; lower"
+    ) as caught:
+        gpt2_step(**changes)
+    gib = int(re.search(r"over ([\d,]+) GiB", str(caught.value))[1].replace(",", ""))
+    assert gib == pytest.approx(least / GIB, rel=0.01)
 
 
 def test_what_is_alive_is_counted_once_and_forgotten():

@@ -241,11 +241,21 @@ def test_devices_that_are_not_there_are_named(monkeypatch):
 
 
 def test_torchrun_and_params_must_agree_on_how_many_train(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "16")
+    for name in launch.TORCHRUN:
+        monkeypatch.setenv(name, "16" if name.endswith("_SIZE") else "0")
     assert launch.on_ranks(16, "cpu") is False
     with pytest.raises(UserError, match="torchrun started 16 ranks where 1 are to train"):
         launch.on_ranks(1, "cpu")
+
+
+def test_what_torchrun_did_not_set_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"^WORLD_SIZE: not set to a number, but RANK is set; unset RANK or use"):
+        launch.on_ranks(1, "cpu")
+    with pytest.raises(UserError, match=r"^WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT: not set to a"):
+        launch.on_ranks(2, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launch.on_ranks(1, "cpu") is False
 
 
 def test_a_batch_that_cannot_be_split_is_named(tmp_path):

@@ -165,6 +165,9 @@ def test_without_a_prompt_a_text_begins_after_the_end_of_another_which_is_not_sh
         (["--tempo"], "unrecognized arguments: --tempo; all options: python -m pipeline.sample --help"),
         (["--random", "--hub", "a/b"], "argument --hub: not allowed with argument --random"),
         (["--hub", "a/b/c"], "'a/b/c': a repository of the hub is called owner/name"),
+        (["--hub", ""], "'': a repository of the hub is called owner/name"),
+        ([""], ".: not a readable checkpoint"),
+        (["--random", "--length", "3"], "model tiny: needs 2,000,000,256.0 GB of memory,"),
         (["--hub", "a/b"], "a/b: the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (["--prompt", "so " * 30, "--length", "3"], "31 tokens and 3 new ones are 34, over this network's n_positions"),
         (["nowhere"], "nowhere: not a readable checkpoint"),
@@ -175,6 +178,9 @@ def test_without_a_prompt_a_text_begins_after_the_end_of_another_which_is_not_sh
 def test_what_cannot_be_done_is_one_line(checkout, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.save_gpt(GPT(tiny()), Path("models/small"))
+    if arguments[0] == "--random" and len(arguments) == 3 and arguments[1] == "--length":
+        text = Path("params.yaml").read_text()
+        Path("params.yaml").write_text("n_positions: 1000000000".join(text.rsplit("n_positions: 1024", 1)))
     if arguments == ["--prompt", "x"]:  # as a trial leaves it that this machine cannot train
         shutil.rmtree(command.TRIAL)
         command.TRIAL.mkdir()

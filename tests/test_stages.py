@@ -1,6 +1,8 @@
 """The small decisions that stages make themselves."""
 
 import errno
+import importlib
+import inspect
 import json
 import math
 import os
@@ -69,10 +71,103 @@ def test_epochs_seen_are_the_passes_that_the_loader_made(params, monkeypatch, to
     assert loaders[0].position == {"epoch": passes, "batch": 0}
 
 
-def test_an_unknown_level_is_named(monkeypatch):
+@pytest.mark.parametrize("names", [["fp16"], [], ["fp32", "bf16"]])
+def test_an_unknown_level_is_named(monkeypatch, names):
     monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(UserError, match=r"level 'fp16' is not in params\.yaml; its levels are untied, tied"):
-        train_stage.main("fp16")
+    message = f"level '{' '.join(names)}' is not in params.yaml: run python -m pipeline.train LEVEL with one of untied,"
+    with pytest.raises(UserError, match=message):
+        train_stage.main(*names)
+
+
+STAGES = sorted(path.stem for path in REPOSITORY.glob("pipeline/*.py") if "run(main)" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "found", "module"),
+    [
+        *((["-m", f"pipeline.{name}", "bf16"], "", name) for name in STAGES),
+        (["-m", "pipeline.train", "bf16"], "src", "train"),  # but without site-packages, as outside an environment
+        *(([f"pipeline/{name}.py", "bf16"], found, name) for name in ("environment", "train") for found in ("", "src")),
+    ],
+)
+def test_a_stage_that_is_started_wrong_prints_the_command_that_works(command, found, module):
+    environment = {"PYTHONPATH": found, "PATH": os.environ["PATH"]}
+    command = [sys.executable, *(["-S"] if found and command[0] == "-m" else []), *command]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    right = f"make .venv/installed && source .venv/bin/activate && PYTHONPATH=src python -m pipeline.{module} bf16"
+    assert result.stderr == f"error: run this from the top of the repository: {right}\n"
+    assert result.returncode == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_reads_its_arguments_or_refuses_them(name):
+    main = importlib.import_module(f"pipeline.{name}").main
+    if main.__code__.co_flags & inspect.CO_VARARGS:
+        return
+    with pytest.raises(SystemExit, match=r"^error: --help x: python -m pipeline\.[a-z_]+ takes no arguments$"):
+        run(main, "--help", "x")
+
+
+def test_the_command_line_reaches_a_stage():
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    command = [sys.executable, "-m", "pipeline.environment", "x"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert result.stderr == "error: x: python -m pipeline.environment takes no arguments\n"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that runs make on this repository's Makefile; its python and dvc print their arguments."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/installed").touch()
+    for name, prints in (("python", "[%s]"), ("dvc", "")):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\nprintf '{prints}' \"$@\"\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+
+    def call(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command, environment = ["make", "--silent", *arguments], {"PATH": os.environ["PATH"], **variables}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    return call
+
+
+ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["sample", f"PROMPT={ODD}"], f"sample][--prompt={ODD}]"),
+        (["sample", "PROMPT=-x", "OPTIONS=--hub 'a $b' --seed 1"], "sample][--prompt=-x][--hub][a $b][--seed][1]"),
+        (["sample"], "sample][--prompt=]"),
+        (["plan", "MEMORY=24 GiB"], "plan][--memory=24 GiB]"),
+        (["plan", "MEMORY="], "plan][--memory=]"),
+        (["plan"], "plan]"),
+        (["hellaswag", "MODEL=bob's net", "LIMIT=5 0"], "hellaswag][bob's net][--limit=5 0]"),
+        (["hellaswag", "MODEL="], "hellaswag][]"),
+        (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
+        (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
+    ],
+)
+def test_make_hands_a_value_on_as_it_was_typed(make, arguments, printed):
+    result = make(*arguments)
+    assert result.stdout.removeprefix("[-m][pipeline.") == printed, result.stderr
+
+
+def test_make_hands_a_value_of_the_environment_on_as_it_is(make):
+    assert make("sample", PROMPT="It costs $5").stdout == "[-m][pipeline.sample][--prompt=It costs $5]"
+
+
+@pytest.mark.parametrize("target", ["plan", "hellaswag", "sample"])
+def test_make_shows_why_dvc_stops_and_nothing_else_of_it(make, tmp_path, target):
+    (tmp_path / ".venv/bin/dvc").write_text(f'#!/bin/sh\nexec {sys.executable} -m dvc "$@"\n')
+    result = make(target)
+    assert "ERROR: you are not inside of a DVC repository" in result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    (tmp_path / ".venv/bin/dvc").write_text("#!/bin/sh\necho Stage x did not change\n")
+    assert make(target).stdout.startswith(f"[-m][pipeline.{target}]")
 
 
 def test_an_old_python_is_named_before_anything_is_made(tmp_path):
@@ -271,8 +366,9 @@ def test_what_cannot_be_compared_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="level 'fp16' was not measured; there are fp32"):
         compare.main("fp16", "fp32")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match=r"other\.json: not a benchmark\.json of this project"):
-        compare.main("other.json")
+    for name in ("other.json", ""):
+        with pytest.raises(UserError, match=rf"{name or '.'}: not a benchmark\.json of this project"):
+            compare.main(name)
     with pytest.raises(UserError, match="0 arguments: give two levels"):
         compare.main()
 
@@ -286,8 +382,9 @@ def test_a_plan_names_what_fits_and_refuses_what_is_no_memory(capsys, monkeypatc
     assert "an NVIDIA GPU with 2GiB free" in table
     assert all(f" {name} " in table for name in ("fp32", "tf32", "bf16", "compile", "flash", "padded"))
     assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
-    with pytest.raises(UserError, match="--memory much: write a number and a unit, as in 24GiB"):
-        plan.main("--memory", "much")
+    for memory in ("much", "", "24", f"{10**400}GiB"):
+        with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, as in 24GiB"):
+            plan.main("--memory", memory)
 
 
 @pytest.fixture
