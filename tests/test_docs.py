@@ -105,11 +105,9 @@ HELD = {
     "names a folder of one's own": ["dvc add corpus"],
     "needs a terminal; test_tracking.py reads runs by its `inspect`": ["wandb leet wandb"],
     "needs an account": ["wandb login"],
-    "test_pipeline.test_every_training_has_a_run_of_its_own_and_all_are_one_group": ["python -m pipeline.runs"],
     "test_pipeline.test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers": [
         "make share FOLDER=../my-gpt2"
     ],
-    "needs a server; test_runs.py has one of ours": ["python -m pipeline.runs --online"],
     "is named as what does not work": ["wandb offline"],
     "test_docs.test_the_readmes_look_for_bfloat16_finds_what_the_environment_stage_does": [
         "grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo"

@@ -15,9 +15,9 @@ import torch
 from climbing import NO_SECRET, SECRET, call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 from conftest import REPOSITORY
 from transformers import AutoModelForCausalLM
-from wandb_server import KEY, serve
+from wandb_server import KEY, records, serve
 
-from gpt2_ladder import hub, metrics, params_yaml, runs
+from gpt2_ladder import hub, metrics, params_yaml
 
 LEVELS = list(params_yaml.load(REPOSITORY / "params.yaml").levels)
 
@@ -93,26 +93,35 @@ def test_the_benchmark_measures_what_agrees_and_the_report_shows_it(clone):
         assert gain in (clone / page).read_text()
 
 
-def test_every_training_has_a_run_of_its_own_and_all_are_one_group(clone):
+@pytest.fixture(scope="module")
+def wandb_folders(clone) -> dict[Path, dict[str, list[dict]]]:
+    """W&B's folders of the climb, and the records in each."""
+    return {folder: records(folder) for folder in sorted(clone.glob("wandb/offline-run-*"))}
+
+
+def test_every_training_has_a_run_of_its_own_and_all_are_one_group(clone, wandb_folders):
     trained = [level for level in LEVELS if read_metrics(clone, f"levels/{level}")["status"] == "trained"]
-    found = list(runs.local(clone / "wandb", None))
     kinds = {"overfit": "overfit", "trial": "trial", "summary": "report", **dict.fromkeys(trained, "train")}
-    assert sorted((run.name, run.job_type) for run in found) == sorted(kinds.items())
-    assert len({run.group for run in found}) == 1
-    assert {run.state for run in found} == {"finished"}
-    table = call(clone, "env", "PYTHONPATH=src", "python", "-m", "pipeline.runs")
+    runs = {}
+    for found in wandb_folders.values():
+        (run,), (end,) = found["run"], found["exit"]
+        assert end.get("exit_code", 0) == 0
+        summary = {key: value for record in found["summary"] for key, value in record.get("update", {}).items()}
+        runs[run["display_name"]] = (run["job_type"], run["run_group"], summary)
+    assert {name: kind for name, (kind, _, _) in runs.items()} == kinds
+    assert len(wandb_folders) == len(kinds)
+    assert len({group for _, group, _ in runs.values()}) == 1
     for name in ("trial", *trained):
-        metrics_found = read_metrics(clone, name if name == "trial" else f"levels/{name}")
-        (row,) = (line for line in table.splitlines() if line.startswith(f"| {name} "))
-        assert f" {metrics_found['loss_last']:.4f} | " in row
-        assert f" {metrics_found['val_loss']:.4f} | " in row
+        measured, (_, _, summary) = read_metrics(clone, name if name == "trial" else f"levels/{name}"), runs[name]
+        assert (summary["loss_last"], summary["val_loss"]) == (measured["loss_last"], measured["val_loss"])
 
 
-def test_wandb_sync_sends_every_run_once_and_sent_again_it_is_the_same_run(clone):
-    found = list(runs.local(clone / "wandb", None))
-    expected = {(Path(run.where).name.split("-")[-1], run.name, run.group, run.job_type) for run in found}
-    assert len({run_id for run_id, *_ in expected}) == len(found) == wandb_runs(clone)
-    folders = sorted(run.where for run in found)
+def test_wandb_sync_sends_every_run_once_and_sent_again_it_is_the_same_run(clone, wandb_folders):
+    fields = ("display_name", "run_group", "job_type")
+    heads = {folder: found["run"][0] for folder, found in wandb_folders.items()}
+    expected = {(folder.name.split("-")[-1], *map(head.get, fields)) for folder, head in heads.items()}
+    assert len({run_id for run_id, *_ in expected}) == len(wandb_folders) == wandb_runs(clone)
+    folders = list(map(str, wandb_folders))
     for again in ((), ("--include-synced",)):
         with serve() as (url, sent):
             send = "env", f"WANDB_API_KEY={KEY}", f"WANDB_BASE_URL={url}", "wandb", "sync"

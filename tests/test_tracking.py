@@ -3,17 +3,14 @@
 import contextlib
 import csv
 import itertools
-import json
 import re
 import subprocess
-import sys
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import processes
 import pytest
 import wandb
-from wandb_server import forget_user
+from wandb_server import forget_user, records
 
 from gpt2_ladder import charts, tracking
 from gpt2_ladder.config import UserError
@@ -43,16 +40,6 @@ def test_every_step_is_in_the_file_before_the_next_one(tmp_path, monkeypatch):
             assert len(rows) == count
             assert float(rows[-1]["loss"]) == step.loss  # all digits, nothing rounded
     assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch"
-
-
-def records(folder: Path) -> dict[str, list[dict]]:
-    """What W&B's own reader finds in an offline run, by the type of record."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[dict]] = {}
-    for record in map(json.loads, output.splitlines()):
-        found.setdefault(record["type"], []).append(record[record["type"]])
-    return found
 
 
 def test_wandb_holds_the_same_rows_as_the_csv_and_the_config_and_summary(tmp_path):

@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import wandb
+from conftest import REPOSITORY
 from wandb_server import KEY, forget_user, log_in, serve
 
 from gpt2_ladder import tracking
@@ -65,3 +69,20 @@ def test_a_server_that_fails_from_the_start_leaves_an_offline_run(user, tmp_path
     assert output.count("W&B cannot be reached or refuses") == 1
     assert KEY not in output
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_a_killed_run_keeps_wandb_from_sending_others_unless_each_is_sent_alone(user, tmp_path, monkeypatch):
+    """Why the README sends them one by one."""
+    monkeypatch.chdir(tmp_path)
+    tracking.start_run("fp32", "train", [], {}, "group").finish()
+    killed = tmp_path / "wandb/offline-run-20000101_000000-killed00"
+    killed.mkdir()
+    (killed / "run-killed00.wandb").write_bytes(b"")
+    one_by_one = "for run in wandb/offline-run-*; do wandb sync $run; done"
+    assert one_by_one in (REPOSITORY / "README.md").read_text()
+    for command_line, count in (("wandb sync wandb/offline-run-*", 0), (one_by_one, 1)):
+        with serve() as (url, sent):
+            own = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+            subprocess.run(["sh", "-c", command_line], env={**os.environ, **own}, capture_output=True, check=True)
+        named = [one for one in sent if b"mutation UpsertBucket" in one and json.loads(one)["variables"]["displayName"]]
+        assert len(named) == count

@@ -1,10 +1,12 @@
-"""A W&B server on 127.0.0.1: it takes runs, knows runs, and goes wrong as a test asks it to."""
+"""A W&B server on 127.0.0.1, which takes runs and goes wrong as a test asks it to; and a reader of offline runs."""
 
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +15,16 @@ import pytest
 import wandb
 
 KEY = "5ec2e7" * 7
+
+
+def records(folder: Path) -> dict[str, list[dict]]:
+    """What W&B's own reader finds in an offline run, by the type of record."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[dict]] = {}
+    for record in map(json.loads, output.splitlines()):
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
 
 
 def forget_user(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -31,11 +43,10 @@ def log_in(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 
 @contextmanager
-def serve(fault: str = "", starts: bool = True, runs: Sequence[dict] = ()) -> Iterator[tuple[str, list[bytes]]]:
+def serve(fault: str = "", starts: bool = True) -> Iterator[tuple[str, list[bytes]]]:
     """Serve what W&B's client needs; yield the address and the growing list of what it sends.
 
     All requests meet `fault`, but the one with which a run `starts`. "{}" is an answer that lacks all that was asked.
-    Asked for the runs of the project gpt2-ladder, it gives those of `runs` whose fields the filter names.
     """
     sent: list[bytes] = []
     turn, resume = threading.Lock(), threading.Event()
@@ -56,8 +67,6 @@ def serve(fault: str = "", starts: bool = True, runs: Sequence[dict] = ()) -> It
             elif b"mutation CreateRunFiles" in request:
                 files = [{"name": name, "uploadUrl": url} for name in json.loads(request)["variables"]["files"]]
                 answer = {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
-            elif b"query Runs" in request:
-                answer = {"data": {"project": known(json.loads(request)["variables"])}}
             elif b"viewer" in request:
                 answer = {"data": {"viewer": {"id": "e", "entity": "me", "username": "me", "flags": "{}"}}}
             body = b"{}" if fault == "{}" and not first else json.dumps(answer).encode()
@@ -67,20 +76,6 @@ def serve(fault: str = "", starts: bool = True, runs: Sequence[dict] = ()) -> It
 
         def log_message(self, *_: object) -> None:
             pass
-
-    def known(asked: dict) -> dict | None:
-        """The answer to `query Runs`, of which W&B's own is a page: newest first, as many as asked for."""
-        if asked["project"] != "gpt2-ladder":
-            return None
-        filters = json.loads(asked["filters"])
-        job_types = filters.pop("jobType", {"$in": [run["jobType"] for run in runs]})["$in"]
-        found = [run for run in runs if run.items() >= filters.items() and run["jobType"] in job_types]
-        found.sort(key=lambda run: run["createdAt"], reverse=asked["order"] == "-created_at")
-        start = int(asked["cursor"] or 0)
-        end = start + asked["perPage"]
-        edges = [{"node": run, "cursor": str(index)} for index, run in enumerate(found[start:end], start + 1)]
-        pages = {"endCursor": str(end), "hasNextPage": end < len(found)}
-        return {"runCount": len(found), "readOnly": False, "runs": {"edges": edges, "pageInfo": pages}}
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     url = f"http://127.0.0.1:{server.server_port}"
