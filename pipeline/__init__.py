@@ -15,7 +15,7 @@ try:
     from gpt2_ladder import config, files
     from gpt2_ladder.config import Environment, UserError
 
-    list(map(version, ("torch", "ruamel.yaml")))  # another environment may have pydantic, but hardly these, too
+    version("torch"), version("ruamel.yaml")  # another environment may have pydantic, but rarely both of these
 except ModuleNotFoundError:
     from pipeline import gpt2_ladder  # noqa: F401  prints the right command and exits
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[..., None], *arguments: str) -> None:
     """Run a stage. What the user can mend is printed in one line each, without a traceback, and the exit code is 1."""
     try:
-        if main.__module__ == "__main__" and sys.argv[0] != "-c":
+        if main.__module__ == "__main__" and sys.argv[0] != "-c":  # python -m pipeline.x
             arguments = tuple(sys.argv[1:])
         if arguments and not signature(main).parameters:
             raise UserError(f"{' '.join(arguments)}: python -m pipeline.{Path(sys.argv[0]).stem} takes no arguments")

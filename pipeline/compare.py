@@ -36,8 +36,7 @@ def read(path: Path) -> Measurement:
     try:
         return Measurement.model_validate_json(path.read_bytes())
     except (IsADirectoryError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a benchmark.json of this project ({reason:.200})") from None
+        raise UserError(f"{path}: not a benchmark.json of this project ({' '.join(str(error).split()):.200})") from None
 
 
 def describe(found: Measurement) -> str:

@@ -27,7 +27,7 @@ def on_ranks(count: int, device: str) -> bool:
         UserError: as many devices are not there, or torchrun was told another number of ranks.
     """
     if "RANK" in os.environ:
-        needed = TORCHRUN if count > 1 else TORCHRUN[:2]
+        needed = TORCHRUN if count > 1 else TORCHRUN[:2]  # one process joins no others
         if missing := [name for name in needed if not os.environ.get(name, "").isdecimal()]:
             raise UserError(f"{', '.join(missing)}: not set to a number, but RANK is set; unset RANK or use torchrun")
         if int(os.environ["WORLD_SIZE"]) != count:

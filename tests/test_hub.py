@@ -151,7 +151,7 @@ def test_a_head_that_repeats_wte_is_accepted():
         *(
             (
                 lambda t, prefix=prefix: t.update({f"{prefix}{name}": t.pop(name) for name in list(t)}),
-                re.escape(f"carries '{prefix.removeprefix('transformer.')}', which torch.compile or DistributedData"),
+                re.escape(f"cut off the prefix '{prefix.removeprefix('transformer.')}' of torch.compile or DDP"),
             )
             for prefix in ("_orig_mod.", "module.", "_orig_mod.module.", "transformer._orig_mod.")
         ),

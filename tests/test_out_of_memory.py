@@ -213,7 +213,7 @@ def test_sizes_that_no_memory_holds_are_refused_with_what_they_need(monkeypatch,
     switches = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
     monkeypatch.setattr(devices, "free_memory", lambda _: 24 * 10**9)
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("memory was taken for the network"))
-    message = rf"training tiny with vocab_size {vocab_size}: needs {need} GB of memory, 24\.0 GB are free; lower"
+    message = rf"training tiny with vocab_size {vocab_size}: needs {need} GB of memory, 24\.0 are free; pick"
     with pytest.raises(UserError, match=message):
         trainer.build(params, switches, environment())
 

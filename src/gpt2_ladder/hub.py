@@ -126,8 +126,7 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         name = key.removeprefix("transformer.")
         if wrapper := re.search(r"(_orig_mod\.|module\.)+", key):
-            added = f"{wrapper[0]!r:.80}, which torch.compile or DistributedDataParallel adds"
-            raise UserError(f"checkpoint: tensor {key!r:.80} carries {added}; rename all tensors without it")
+            raise UserError(f"checkpoint: {key!r:.80}: cut off the prefix {wrapper[0]!r:.80} of torch.compile or DDP")
         if name in state:
             raise UserError(
                 f"checkpoint: tensor {name!r:.80} is there twice, with and without the prefix 'transformer.'"

@@ -101,7 +101,7 @@ def trace_step(
     Raises:
         UserError: the step takes more than LARGEST bytes; torch could not count much more.
     """
-    scores = config.n_head * block_size if config.attention == "eager" else 0
+    scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:
         size = f"{batch_size} x {block_size} tokens through {config!r}"

@@ -32,7 +32,7 @@ class Operator:
 
 def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:
     """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its USDT lines, which are no errors but have a higher level
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its two USDT lines have level 5, above errors
     with profile(activities=activities) as profiler:
         step()
     with files.replacing(trace) as (temporary,):
