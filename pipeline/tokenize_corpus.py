@@ -4,12 +4,11 @@ Not called tokenize.py: run as a script, that name would shadow the standard lib
 """
 
 import shutil
-from itertools import chain
 
 import tiktoken
 import torch
 
-from gpt2_ladder import artifacts, corpora, data, files, params_yaml, tokenizer
+from gpt2_ladder import artifacts, corpora, data, documents, files, params_yaml, tokenizer
 from gpt2_ladder.config import Data, UserError
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run
 
@@ -29,10 +28,11 @@ def main() -> None:
 
 def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
     files.check_sha256(CORPUS, CORPUS_SHA256)
-    text = "".join(chain.from_iterable(corpora.text_pieces(CORPUS)))
+    text = "".join(documents.read_text(CORPUS))
     cut = int(0.9 * len(text))
     for path, part in ((TRAIN_SHARD, text[:cut]), (VAL_SHARD, text[cut:])):
-        data.write_shard(path, encoding.encode_ordinary(part))
+        ids = [one for some in documents.parts(str(CORPUS), [part]) for one in encoding.encode_ordinary(some)]
+        data.write_shard(path, ids)
         shard = data.open_shard(path)
         if encoding.decode(shard.tolist()) != part:
             raise UserError(f"{path}: decoding the shard does not give the text back")

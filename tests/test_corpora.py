@@ -1,8 +1,11 @@
 """Corpora of several files, as shards: the tokens of the whole, whatever interrupts their making."""
 
+import base64
 import io
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,12 +22,12 @@ from huggingface_hub import constants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt2_ladder import corpora, data, params_yaml
+from gpt2_ladder import corpora, data, documents, params_yaml
 from gpt2_ladder.config import Data, UserError
 from pipeline import CORPUS, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, tokenize_corpus
 
 URL = "/{repo_id}/resolve/{revision}/{filename}"
-LETTERS = st.sampled_from(list("ab1'. \n\t\r\x0b\x1c\x85\u00a0\u2003\u3000é你🙂!")) | st.characters(
+LETTERS = st.sampled_from(list("abs1'. \n\t\r\x0b\x1c\x85\u00a0\u2003\u3000é你\uff0c\u0e01\u0e31½🙂!")) | st.characters(
     exclude_categories=["Cs"]
 )
 DOCUMENTS = ["First Citizen:\nSpeak.\n", "naïve café, 你好 🙂 ", "an <|endoftext|> that is text", "\n\n  end  \n" * 40]
@@ -60,6 +63,11 @@ def expected(encoding, documents):
     return ids[1:]
 
 
+def joined(encoding, parts):
+    """Return the tokens of `parts`, one after the other."""
+    return [one for part in parts for one in encoding.encode_ordinary(part)]
+
+
 def parquet(**columns) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file, row_group_size=2)
@@ -71,23 +79,82 @@ def write_parquet(path, documents, **columns):
     path.write_bytes(parquet(text=documents, **columns))
 
 
-@given(st.text(LETTERS, max_size=80) | st.text(max_size=80), st.integers(1, 5))
+@given(st.text(LETTERS, max_size=80) | st.text(" \n\t\r\u00a0a", max_size=80) | st.text(max_size=80), st.integers(1, 5))
 @example("a\n\nb", 3)  # of which "a\n\n" alone would have one token for both line feeds
-@settings(max_examples=300, deadline=None)
-def test_a_text_in_pieces_has_the_tokens_of_the_whole(tmp_path_factory, bpe_files, encoding, text, size):
-    path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_bytes(text.encode())
+@example("\u00a0" + "\n" * 50 + "b", 2)  # whose line feeds merge in pairs, but for the last one
+@example("don't 's ''s", 1)
+@settings(max_examples=400, deadline=None)
+def test_a_text_in_parts_has_the_tokens_of_the_whole(encoding, text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "PIECE", size)
-        pieces = [*corpora.text_pieces(path)]
-    assert pieces[0][0] == ""  # where the documents before it end
-    pieces[0] = pieces[0][1:]
-    ids = np.concatenate([corpora.encode(*bpe_files, piece) for piece in pieces])
-    assert ids.tolist() == encoding.encode_ordinary(text)
+        patch.setattr(documents, "PIECE", size)
+        parts = [*documents.parts("a.txt", [text])]
+    assert "".join(parts) == text
+    assert joined(encoding, parts) == encoding.encode_ordinary(text)
+
+
+def test_of_white_space_in_ascii_only_two_line_feeds_are_in_one_token(encoding):
+    """Otherwise a run of it could not be cut."""
+    blanks = b" \t\n\x0b\x0c\r"
+    for token in encoding.token_byte_values():
+        for first, second in itertools.pairwise(token):
+            assert token == b"\n\n" or (second != ord("\n") and not (first in blanks and second in blanks))
+
+
+@pytest.mark.parametrize("source", ["text", "parquet"])
+@pytest.mark.parametrize(
+    ("run", "count"),
+    [
+        (" " * 10**6, 10**6 + 1),
+        ("\t" * 10**6, 10**6 + 2),
+        ("\n" * 10**6, 5 * 10**5 + 3),  # all but the last merge in pairs
+        ("\r\n" * 10**6, 2 * 10**6 + 2),
+    ],
+    ids=["blanks", "tabs", "line feeds", "DOS line ends"],
+)
+def test_a_million_white_space_characters_become_the_tokens_of_the_whole(checkout, encoding, source, run, count):
+    text, some = f"a{run}b", f"a{run[:300_000]}b"
+    assert joined(encoding, documents.parts("", [some])) == encoding.encode_ordinary(some)  # this much tiktoken can
+    path = Path(f"raw.{source}")
+    path.write_bytes(text.encode() if source == "text" else parquet(text=["one", text, "two"]))
+    write(made(source=source, path=str(path), shard_tokens=10**7))
+    ids = np.concatenate([data.open_shard(VAL_SHARD), data.open_shard(TRAIN_SHARD)])
+    assert len(ids) == count + 4 * (source == "parquet")
+    assert encoding.decode(ids.tolist()) == (text if source == "text" else f"one<|endoftext|>{text}<|endoftext|>two")
+
+
+DRAW = random.Random(0)
+WITHOUT_BLANKS = {
+    "base64": base64.b64encode(DRAW.randbytes(9000)).decode(),
+    "minified": "".join(DRAW.choices(["function(){return_1}", "x='y';", "a.b(c)", "if(!d)", "[1,2]"], k=1500)),
+    "Chinese": "".join(DRAW.choices("的一是不了人我在有他这中、。", k=9000)),
+    "Thai": "".join(DRAW.choices("\u0e01\u0e02\u0e04\u0e07\u0e08\u0e31\u0e34\u0e48", k=9000)),
+}
+
+
+@pytest.mark.parametrize("text", WITHOUT_BLANKS.values(), ids=WITHOUT_BLANKS)
+def test_text_without_blanks_is_cut_where_letters_digits_and_signs_meet(encoding, monkeypatch, text):
+    monkeypatch.setattr(documents, "PIECE", 100)
+    parts = [*documents.parts("a.txt", [text])]
+    assert max(map(len, parts)) <= 200
+    assert joined(encoding, parts) == encoding.encode_ordinary(text)
+
+
+def test_a_long_word_is_searched_for_cuts_at_most_twice(monkeypatch):
+    searched = []
+    monkeypatch.setattr(documents, "_ends", lambda pair: searched.append(pair) or pair == "a1")
+    monkeypatch.setattr(documents, "PIECE", 100)
+    text = "a" * 50_000 + "1" * 50_000
+    assert "".join(documents.parts("a.txt", [text])) == text
+    assert len(text) <= len(searched) <= 2 * len(text)
+
+
+def test_a_word_of_1_mib_is_accepted():
+    word = "a" * 2**20
+    assert [*documents.parts("a.txt", [f"1{word}1"])] == ["1", word, "1"]
 
 
 def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, encoding, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 16)
+    monkeypatch.setattr(documents, "PIECE", 16)
     for number, document in enumerate(DOCUMENTS):
         path = Path(f"raw/{number}/a.txt")
         path.parent.mkdir(parents=True)
@@ -101,7 +168,7 @@ def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, 
 
 
 def test_the_rows_of_parquet_files_are_documents_and_those_without_text_are_left_out(checkout, encoding, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 30)
+    monkeypatch.setattr(documents, "PIECE", 30)
     write_parquet(Path("raw/a.parquet"), [DOCUMENTS[0], None, DOCUMENTS[1], ""], n=[1, 2, 3, 4])
     write_parquet(Path("raw/b.parquet"), DOCUMENTS[2:])
     write(made(source="parquet", path="raw"))
@@ -128,7 +195,7 @@ def test_fineweb_edu_comes_from_the_hub_at_its_commit_and_is_removed_once_read(
 
 
 def test_what_is_whole_already_is_kept_and_what_is_missing_is_made_again(checkout, encoding, monkeypatch, capsys):
-    monkeypatch.setattr(corpora, "PIECE", 30)
+    monkeypatch.setattr(documents, "PIECE", 30)
     write_parquet(Path("raw.parquet"), DOCUMENTS * 5)
     wanted = made(source="parquet", path="raw.parquet")
     write(wanted)
@@ -156,8 +223,8 @@ def test_killed_while_it_tokenizes_the_next_run_makes_the_same_shards(checkout, 
     program = """
 import sys
 from pathlib import Path
-from gpt2_ladder import corpora
-corpora.PIECE = 2000
+from gpt2_ladder import documents
+documents.PIECE = 2000
 from test_corpora import made, write
 if __name__ == "__main__":
     write(made(source="parquet", path="raw.parquet", shard_tokens=5000), processes=2)
@@ -205,6 +272,12 @@ FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's 
             b"n\n" + b"n" * (2**20 - 2) + "你".encode()[:2],
             r"a\.txt:2: byte 0xe4 at offset 1048576 is not",
         ),
+        (
+            "text",
+            "a.txt",
+            b"b\n1" + b"a" * (2**20 + 1),
+            r"a\.txt: a word of more than 1,048,576 bytes at offset 3",
+        ),
         ("parquet", "a.parquet", b"PAR1 and nothing else PAR1", r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", WHOLE[: len(WHOLE) // 2], r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),
@@ -213,7 +286,11 @@ FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's 
         ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
         ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
     ],
-    ids=["Latin-1", "cut text", "no parquet", "cut", "flipped", "no such column", "numbers", "no file", "too short"],
+    ids=[
+        *("Latin-1", "cut text"),
+        *("long word", "no parquet", "cut", "flipped"),
+        *("no such column", "numbers", "no file", "too short"),
+    ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):
     Path("raw").mkdir()

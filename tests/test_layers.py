@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 SOURCE, PIPELINE = REPOSITORY / "src" / "gpt2_ladder", REPOSITORY / "pipeline"
 LEAVES = {
     *("config", "model", "data", "runtime", "devices", "ranks", "artifacts", "metrics", "cost", "gains", "parity"),
-    *("profiling", "charts", "files", "params_yaml", "tokenizer"),
+    *("profiling", "charts", "files", "params_yaml", "tokenizer", "documents"),
 }
 UNLISTED = {"config", "params_yaml", "files", "checkpoints", "tracking", "progress"}  # see the head of dvc.yaml
 STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]

@@ -27,10 +27,11 @@ def checkout(tmp_path, monkeypatch, bpe_files):
         "a b\u2028c\u00a0d\U0001f642\u0301\ufffd\ufffe".encode(),
         b"<|endoftext|> is text here, <|endoftext|>",
         b" " * 10_000 + b"a",
+        b"a" + b"\n" * 1_200_000 + b" b" * 100_000,
         b"no end of the line " * 50_000,  # 1 MB
         b"a" * 1_000_000,  # one word to the encoding: merged in n log n since tiktoken 0.8, in n * n before
     ],
-    ids=["line ends", "mark", "NULs", "unicode", "special", "blanks", "long line", "long word"],
+    ids=["line ends", "mark", "NULs", "unicode", "special", "blanks", "line feeds", "long line", "long word"],
 )
 def test_every_byte_comes_back(checkout, monkeypatch, encoding, raw):
     put_corpus(monkeypatch, raw)

@@ -5,11 +5,9 @@ does not grow with the corpus. A manifest tells what the shards are made of and 
 run goes on after the last one that is whole.
 """
 
-import codecs
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -28,98 +26,18 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tiktoken
 
-from gpt2_ladder import artifacts, data, files, hub_download, tokenizer
-from gpt2_ladder.config import Data, UserError, shown
+from gpt2_ladder import artifacts, data, documents, files, hub_download, tokenizer
+from gpt2_ladder.config import Data, UserError
+from gpt2_ladder.documents import Piece
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 FINEWEB_FILES = [f"sample/10BT/{number:03}_00000.parquet" for number in range(14)]  # 28.5 GB, 9,672,101 documents
-Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
-VERSION = 1  # of how pieces are made and become tokens: after a change of that another one
-PIECE = 2**20  # characters
-ROWS = 256  # of a parquet file at a time
+VERSION = 2  # of how pieces are made and become tokens; raise it when that changes
 AHEAD = 4  # pieces waiting for each process
-# GPT-2's pattern joins nothing with a space or a line feed after it, and never looks back: tokens end there. Python's
-# white space includes all of Unicode's, so what is none here is none there.
-LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
-
-
-def find_files(path: Path, suffix: str) -> list[Path]:
-    """Return the file at `path`, or all files in the folder at `path` whose names end in `suffix`, sorted.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [path] if path.is_file() else sorted(one for one in path.rglob(f"*{suffix}") if one.is_file())
-    if not found:
-        raise UserError(f"data.path = {path}: no file, and no folder with *{suffix} in it; name one that is there")
-    return found
-
-
-def text_pieces(path: Path) -> Iterator[Piece]:
-    """Yield a text file, which is one document, in pieces that give the tokens of the whole.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    decoder, text, start, line = codecs.getincrementaldecoder("utf-8")(), "", [""], 1
-    with path.open("rb") as file:
-        while True:
-            raw = file.read(PIECE)
-            try:
-                text += decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                offset = file.tell() - len(raw) - len(decoder.getstate()[0]) + error.start
-                line += error.object.count(b"\n", 0, error.start)
-                wrong = f"byte {error.object[error.start]:#04x} at offset {offset}"
-                raise UserError(
-                    f"{path}:{line}: {wrong} is not UTF-8 ({error.reason}); "
-                    f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
-                ) from None
-            if not raw:
-                break
-            line += raw.count(b"\n")
-            if cut := LAST_CUT.match(text):
-                yield [*start, cut[0]]
-                text, start = text[cut.end() :], []
-    yield [*start, text]
-
-
-def parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
-    """Yield the rows of a parquet file, each a document, many in a piece; those without text are left out.
-
-    Raises:
-        UserError: it is no parquet file, is damaged, or has no text in `column`.
-    """
-    try:
-        # read as a stream: pyarrow would otherwise hold a whole row group, of any size
-        with pq.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            if column not in schema.names:
-                raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names):.200}: set data.column")
-            if schema.field(column).type not in (pa.string(), pa.large_string()):
-                raise UserError(f"{path}: column {column!r} holds {schema.field(column).type}, not text")
-            piece: Piece = [""]
-            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-                piece += filter(None, batch.column(0).to_pylist())
-                if sum(map(len, piece)) > PIECE:
-                    yield piece
-                    piece = [""]
-            if len(piece) > 1:
-                yield piece
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a readable parquet file: {shown(' '.join(str(error).split())):.300}") from None
-
-
-@cache
-def _encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    """Return GPT-2's encoding, opened once in each process."""
-    return tokenizer.open_encoding(vocab_bpe, encoder_json)
+_encoding = cache(tokenizer.open_encoding)  # once in each process
 
 
 def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
@@ -140,10 +58,10 @@ def write(
         UserError: a file cannot be had or read, or there are too few tokens to train on.
     """
     inputs = _inputs(settings)
-    how = [VERSION, PIECE, ROWS, pa.__version__]  # positions are numbers of pieces: of others they would be elsewhere
+    how = [VERSION, documents.PIECE, pa.__version__, tiktoken.__version__]  # a position counts pieces made like this
     made_of = {**settings.model_dump(exclude={"shuffle"}), "cut": how, "inputs": inputs}
     shards = _whole_shards(folder, made_of)
-    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 0}
+    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 1}  # after the first <|endoftext|>
     if shards:
         print(f"{folder}: goes on after {len(shards)} shards", flush=True)
     sizes = chain((settings.val_tokens,), repeat(settings.shard_tokens))
@@ -198,8 +116,11 @@ def _inputs(settings: Data) -> dict[str, str]:
     """Return the names of a corpus's files, and what makes sure that they are the same: SHA-256, or the commit."""
     if settings.source == "fineweb-edu":
         return dict.fromkeys(FINEWEB_FILES, FINEWEB_COMMIT)
-    paths = find_files(Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source])
-    return {str(path): files.sha256(path) for path in paths}
+    path, suffix = Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source]
+    below = sorted(one for one in path.rglob(f"*{suffix}") if one.is_file())
+    if not (paths := [path] if path.is_file() else below):
+        raise UserError(f"data.path = {path}: no file, and no folder with *{suffix} in it; name one that exists")
+    return {str(one): files.sha256(one) for one in paths}
 
 
 def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -232,22 +153,19 @@ def _pieces(
     for file in range(position["file"], len(inputs)):
         opened = _fineweb(inputs[file], folder) if settings.source == "fineweb-edu" else nullcontext(Path(inputs[file]))
         with opened as path:
-            pieces = text_pieces(path) if settings.source == "text" else parquet_pieces(path, settings.column)
+            pieces = documents.pieces(path, None if settings.source == "text" else settings.column)
             first = position["piece"] if file == position["file"] else 0
-            for number, piece in islice(enumerate(pieces), first, None):
-                # documents are joined: nothing stands before the very first
-                yield file, number, piece[1:] if file == number == 0 else piece
+            yield from ((file, number, piece) for number, piece in islice(enumerate(pieces), first, None))
 
 
 def _in_order(
-    encode_piece: Callable[[Piece], np.ndarray], pieces: Iterable[tuple[int, int, Piece]], processes: int
+    encode_piece: Callable[[Piece], np.ndarray],
+    pieces: Iterable[tuple[int, int, Piece]],
+    processes: int,
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield the tokens of `pieces`, in their order, from so many `processes`; only a few pieces are in memory at once.
+    """Yield the tokens of `pieces`, in their order, from several `processes`; only a few pieces are in memory at once.
 
     Processes, because threads wait for each other while lists of tokens are made: two gave 0.7 times as much.
-
-    Raises:
-        UserError: one of them was killed.
     """
     if processes == 1:
         yield from ((file, number, encode_piece(piece)) for file, number, piece in pieces)
@@ -279,11 +197,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _fineweb(name: str, folder: Path) -> Iterator[Path]:
-    """Yield where a file of FineWeb-Edu lies, downloaded into `folder` for as long as it is read.
-
-    Raises:
-        UserError: it did not come, or not as the hub has it.
-    """
+    """Yield the path of a file of FineWeb-Edu, which is in `folder` while it is read; UserError if it did not come."""
     mend = "fetch its files by hand and use data.source: parquet"
     try:
         hub_download.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))

@@ -1,0 +1,101 @@
+"""Read text and parquet files as documents, in pieces of a bounded size that have the tokens of the whole."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
+
+from gpt2_ladder.config import UserError, shown
+
+Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
+PIECE = 2**17  # characters
+LONGEST = 2**20  # bytes of a word: tiktoken takes a second for them, and fails at a million characters of white space
+# Two characters between which a token of GPT-2 ends, whatever is around them. Its pattern never looks back, and ends a
+# token where the kind (letter, digit, white space, other sign) changes, but not always after an apostrophe or white
+# space. White space in a row is one match, but no token holds two ASCII characters of it, except two line feeds.
+# tiktoken matches the pairs, because its version of Unicode, which says what a letter is, is not Python's.
+ENDS = r"\S\s|\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\p{L}\p{N}]|'\p{N}|[ \t-\r][ \t\x0b-\r]|[^\S\n]\n"
+BYTES = {bytes([value]): value for value in range(256)}
+_ends = lru_cache(2**16)(tiktoken.Encoding("", pat_str=ENDS, mergeable_ranks=BYTES, special_tokens={}).encode_ordinary)
+
+
+def pieces(path: Path, column: str | None) -> Iterator[Piece]:
+    """Yield a text file, which is one document, or the rows of a parquet file's `column`, but not those without text.
+
+    Raises:
+        UserError: the file cannot be read, or has a word of more than LONGEST bytes.
+    """
+    documents = iter([(str(path), read_text(path))]) if column is None else _rows(path, column)
+    piece, size = [""], 0
+    for name, texts in documents:
+        for later, part in enumerate(parts(name, texts)):
+            if later or size > PIECE:
+                yield piece
+                piece, size = [] if later else [""], 0
+            piece.append(part)
+            size += len(part)
+    if size:
+        yield piece
+
+
+def parts(name: str, texts: Iterable[str]) -> Iterator[str]:
+    """Yield a document in parts that have its tokens; raise UserError if a word of it is longer than LONGEST."""
+    text, searched, offset = "", 1, 0
+
+    def ends(place: int) -> object:  # true if a token ends before `place`
+        pair = text[place - 1 : place + 1]
+        return _ends(pair) or (pair == "\n\n" and (place - len(text[:place].rstrip("\n"))) % 2 == 0)
+
+    for chunk in (some[at : at + PIECE] for some in texts for at in range(0, len(some), PIECE)):
+        text += chunk
+        if len(text) > PIECE:
+            places = range(searched, len(text))
+            first, searched = next(filter(ends, places), None), len(text)
+            if len(text[:first].encode()) > LONGEST:
+                raise UserError(f"{name}: a word of more than {LONGEST:,} bytes at offset {offset}; split or remove it")
+            if first:
+                last = next(filter(ends, reversed(places)))
+                yield text[:last]
+                text, searched, offset = text[last:], 1, offset + len(text[:last].encode())
+    if text:
+        yield text
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Yield a text file, a part at a time; raise UserError if it is not UTF-8."""
+    with path.open("rb") as file:
+        line = 1
+        try:
+            for text in codecs.iterdecode(iter(partial(file.read, PIECE), b""), "utf-8"):
+                yield text
+                line += text.count("\n")
+        except UnicodeDecodeError as error:
+            offset = file.tell() - len(error.object) + error.start
+            line += error.object.count(b"\n", 0, error.start)
+            wrong = f"byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason})"
+            fix = f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+            raise UserError(f"{path}:{line}: {wrong}; {fix}") from None
+
+
+def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
+    try:
+        # read as a stream: pyarrow would otherwise hold a whole row group, of any size
+        with pq.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise UserError(f"{path}: no column {column!r}; it has {', '.join(names):.200}: set data.column")
+            kind = file.schema_arrow.field(column).type
+            if kind not in (pa.string(), pa.large_string()):
+                raise UserError(f"{path}: column {column!r} holds {kind}, not text")
+            batches = (batch.column(0).to_pylist() for batch in file.iter_batches(256, columns=[column]))
+            for number, row in enumerate(chain.from_iterable(batches), 1):
+                yield f"{path}: row {number}", [row or ""]
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {shown(' '.join(str(error).split())):.300}") from None
