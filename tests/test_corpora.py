@@ -258,6 +258,16 @@ def test_a_corpus_of_more_files_than_a_small_manifest_can_name_goes_on_too(check
     assert "goes on after 2 shards" in capsys.readouterr().out
 
 
+def test_a_corpus_that_is_refused_leaves_the_shards_of_the_previous_one(checkout, encoding):
+    write_parquet(Path("raw.parquet"), DOCUMENTS)
+    write(made(source="parquet", path="raw.parquet"))
+    before = tokens()
+    write_parquet(Path("raw.parquet"), [*DOCUMENTS, "a" * 2**21])
+    with pytest.raises(UserError, match=r"^raw\.parquet: row 5: a word of more than 1,048,576 bytes at offset 0;"):
+        write(made(source="parquet", path="raw.parquet", val_tokens=10**6))
+    assert tokens() == before
+
+
 WHOLE = parquet(text=DOCUMENTS * 50)
 FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's length
 
@@ -299,6 +309,7 @@ def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, conten
         write(made(source=source, path="raw"))
     assert len(str(caught.value).splitlines()) == 1
     assert not TRAIN_SHARD.exists()
+    assert SHARDS.exists() == VAL_SHARD.exists()
 
 
 def test_a_process_that_was_killed_is_named(checkout, monkeypatch):

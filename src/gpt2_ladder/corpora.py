@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
-from itertools import chain, islice, repeat, takewhile
+from itertools import chain, islice, repeat
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ def write(
     tokens = _in_order(partial(encode, vocab_bpe, encoder_json), pieces, processes)
     start = time.perf_counter()
     for ids, end in cut(tokens, position["token"], islice(sizes, len(shards), None)):
-        number = len(shards)
+        if not (number := len(shards)):  # only now, so that a mistake leaves the shards of another corpus whole
+            for old in (train, *folder.glob("[!.]*")):
+                old.unlink(missing_ok=True)
         path = (val, train)[number] if number < 2 else folder / f"{number - 1:06}.bin"
         data.write_shard(path, ids)
         shards.append({**describe(path), "next": end})
@@ -125,25 +127,16 @@ def _inputs(settings: Data) -> dict[str, str]:
 
 def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the shards that are there already, made of the same, up to the first that is missing or damaged."""
-    folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*"):  # of a run that was killed while it downloaded or wrote
         shutil.rmtree(left)
-    try:
+    whole = []
+    with suppress(FileNotFoundError, UserError):
         manifest = data.read_manifest(folder)
-    except (FileNotFoundError, UserError):
-        manifest = {}
-    if manifest.get("made_of") != made_of:
-        for path in folder.iterdir():
-            path.unlink()
-        return []
-    return list(takewhile(lambda shard: _is_whole(Path(shard["path"]), shard["sha256"]), manifest["shards"]))
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    try:
-        return data.check_shard(path) == sha256
-    except (FileNotFoundError, UserError):
-        return False
+        for shard in manifest["shards"] if manifest.get("made_of") == made_of else ():
+            if data.check_shard(Path(shard["path"])) != shard["sha256"]:
+                break
+            whole.append(shard)
+    return whole
 
 
 def _pieces(
@@ -203,5 +196,6 @@ def _fineweb(name: str, folder: Path) -> Iterator[Path]:
         hub_download.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
     except artifacts.Unreachable as failure:
         raise UserError(f"data.source = fineweb-edu: the hub cannot be reached: {failure}; {mend}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=artifacts.UNFINISHED) as temporary:
         yield Path(hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, mend, Path(temporary), "dataset"))
