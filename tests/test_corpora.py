@@ -158,7 +158,7 @@ def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, 
     for number, document in enumerate(DOCUMENTS):
         path = Path(f"raw/{number}/a.txt")
         path.parent.mkdir(parents=True)
-        path.write_text(document)
+        path.write_text(document, encoding="utf-8-sig" if number == 1 else "utf-8")  # the mark is no text
     write(made(source="text", path="raw"), processes=2)
     ids, count = tokens()
     assert ids == expected(encoding, DOCUMENTS)
@@ -270,6 +270,7 @@ def test_a_corpus_that_is_refused_leaves_the_shards_of_the_previous_one(checkout
 
 WHOLE = parquet(text=DOCUMENTS * 50)
 FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's length
+UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -f UTF-16{0} -t UTF-8 raw/a\.txt"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +283,16 @@ FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's 
             b"n\n" + b"n" * (2**20 - 2) + "你".encode()[:2],
             r"a\.txt:2: byte 0xe4 at offset 1048576 is not",
         ),
+        ("text", "a.txt", b"\xef\xbb\xbfa mark\nb\xff", r"a\.txt:2: byte 0xff at offset 11 is not UTF-8"),
+        ("text", "a.txt", "Hello\n".encode("utf-16"), UTF16.format("")),
+        ("text", "a.txt", "Hello\n".encode("utf-16-le"), UTF16.format("LE")),
+        ("text", "a.txt", "Hello\n".encode("utf-16-be"), UTF16.format("BE")),
+        ("text", "a.txt", "Привет, мир\n".encode("utf-16-le"), UTF16.format("LE")),
+        ("text", "a.txt", "这是文本。\n".encode("utf-16-le"), r"a\.txt:1: byte .* is not UTF-8 .*iconv -f UTF-16 "),
+        ("text", "a.txt", "Hello\n".encode("utf-32"), r"a\.txt: this is UTF-32, not UTF-8; .*iconv -f UTF-32 "),
+        ("text", "a.txt", "Hello\n".encode("utf-32-be"), r"a\.txt: this is UTF-32BE, not UTF-8; .*iconv -f UTF-32BE "),
+        ("text", "a.txt", b"", r"data\.path = raw: there is no text in it; add some"),
+        ("text", "a.txt", b"\xef\xbb\xbf", r"data\.path = raw: there is no text in it; add some"),
         (
             "text",
             "a.txt",
@@ -293,13 +304,14 @@ FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's 
         ("parquet", "a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", parquet(body=["a"], n=[1]), r"no column 'text'; it has body, n: set data\.column"),
         ("parquet", "a.parquet", parquet(text=[1, 2]), r"column 'text' holds int64, not text"),
+        ("parquet", "a.parquet", parquet(text=pa.array([], pa.string())), r"data\.path = raw: there is no text in it"),
         ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
         ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
     ],
     ids=[
-        *("Latin-1", "cut text"),
-        *("long word", "no parquet", "cut", "flipped"),
-        *("no such column", "numbers", "no file", "too short"),
+        *("Latin-1", "cut text", "after a mark", "UTF-16 with a mark", "UTF-16LE", "UTF-16BE", "Russian", "Chinese"),
+        *("UTF-32 with a mark", "UTF-32BE", "empty", "only a mark", "long word", "no parquet", "cut", "flipped"),
+        *("no such column", "numbers", "no rows", "no file", "too short"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):

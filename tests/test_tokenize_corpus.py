@@ -22,7 +22,7 @@ def checkout(tmp_path, monkeypatch, bpe_files):
     "raw",
     [
         b"one\r\ntwo\r\n\r\nthree\rfour\n\r",
-        b"\xef\xbb\xbfwith a byte order mark",
+        b"with a byte order mark \xef\xbb\xbf that is not at the start",
         b"NULs \0\0\0 and \x1b[31m and \x7f\x01",
         "a b\u2028c\u00a0d\U0001f642\u0301\ufffd\ufffe".encode(),
         b"<|endoftext|> is text here, <|endoftext|>",

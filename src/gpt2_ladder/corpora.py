@@ -79,6 +79,8 @@ def write(
         write_manifest(folder, made_of, shards)
         print(f"{path}: {len(ids):,} tokens, {len(ids) / (time.perf_counter() - start):,.0f} a second", flush=True)
         start = time.perf_counter()
+    if not shards:
+        raise UserError(f"data.path = {settings.path}: there is no text in it; add some, or name another corpus")
     if len(shards) < 2:
         raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has no tokens beyond them; lower it")
 

@@ -1,6 +1,7 @@
 """Read text and parquet files as documents, in pieces of a bounded size that have the tokens of the whole."""
 
 import codecs
+import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import chain
@@ -67,9 +68,17 @@ def parts(name: str, texts: Iterable[str]) -> Iterator[str]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yield a text file, a part at a time; raise UserError if it is not UTF-8."""
+    """Yield a text file, a part at a time and without its byte order mark; raise UserError if it is not UTF-8."""
     with path.open("rb") as file:
-        line = 1
+        raw, line = file.read(PIECE), 1
+        name = json.detect_encoding(raw).upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv writes it
+        even, odd = raw[::2].count(0), raw[1::2].count(0)
+        if raw.isascii() and max(even, odd) > 10 * min(even, odd) + 2 + len(raw) // 100:  # of blanks and line feeds
+            name = "UTF-16BE" if even > odd else "UTF-16LE"
+        convert = f"convert it, for example: iconv -f {{}} -t UTF-8 {path} > converted.txt"
+        if not name.startswith("UTF-8"):
+            raise UserError(f"{path}: this is {name}, not UTF-8; {convert.format(name)}")
+        file.seek(len(codecs.BOM_UTF8) if name == "UTF-8-SIG" else 0)
         try:
             for text in codecs.iterdecode(iter(partial(file.read, PIECE), b""), "utf-8"):
                 yield text
@@ -78,7 +87,7 @@ def read_text(path: Path) -> Iterator[str]:
             offset = file.tell() - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             wrong = f"byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason})"
-            fix = f"convert it, from Latin-1 say: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+            fix = convert.format("UTF-16" if 0 in error.object else "LATIN1")
             raise UserError(f"{path}:{line}: {wrong}; {fix}") from None
 
 
