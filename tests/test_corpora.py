@@ -68,10 +68,18 @@ def joined(encoding, parts):
     return [one for part in parts for one in encoding.encode_ordinary(part)]
 
 
-def parquet(**columns) -> bytes:
+def parquet(table=None, **columns) -> bytes:
     file = io.BytesIO()
-    pq.write_table(pa.table(columns), file, row_group_size=2)
+    pq.write_table(table or pa.table(columns), file, row_group_size=2)
     return file.getvalue()
+
+
+def column(texts, kind):
+    if not pa.types.is_dictionary(kind):
+        return pa.array(texts, kind)
+    words = pa.array(texts).dictionary_encode()
+    indices, values = words.indices.cast(kind.index_type), words.dictionary.cast(kind.value_type)
+    return pa.DictionaryArray.from_arrays(indices, values, ordered=kind.ordered)
 
 
 def write_parquet(path, documents, **columns):
@@ -167,10 +175,20 @@ def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, 
     assert [*manifest["made_of"]["inputs"]] == [f"raw/{number}/a.txt" for number in range(4)]
 
 
-def test_the_rows_of_parquet_files_are_documents_and_those_without_text_are_left_out(checkout, encoding, monkeypatch):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.string(), pa.large_string(), pa.string_view()),
+        *(pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.uint32(), pa.large_string(), ordered=True)),
+    ],
+    ids=str,
+)
+def test_the_rows_of_parquet_files_are_documents_and_those_without_text_are_left_out(
+    checkout, encoding, monkeypatch, kind
+):
     monkeypatch.setattr(documents, "PIECE", 30)
-    write_parquet(Path("raw/a.parquet"), [DOCUMENTS[0], None, DOCUMENTS[1], ""], n=[1, 2, 3, 4])
-    write_parquet(Path("raw/b.parquet"), DOCUMENTS[2:])
+    write_parquet(Path("raw/a.parquet"), column([DOCUMENTS[0], None, DOCUMENTS[1], ""], kind), n=[1, 2, 3, 4])
+    write_parquet(Path("raw/b.parquet"), column(DOCUMENTS[2:], kind))
     write(made(source="parquet", path="raw"))
     assert tokens()[0] == expected(encoding, DOCUMENTS)
 
@@ -270,6 +288,7 @@ def test_a_corpus_that_is_refused_leaves_the_shards_of_the_previous_one(checkout
 
 WHOLE = parquet(text=DOCUMENTS * 50)
 FLIPPED = WHOLE[:-7] + bytes([WHOLE[-7] ^ 255]) + WHOLE[-6:]  # in the footer's length
+TWICE = parquet(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]))
 UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -f UTF-16{0} -t UTF-8 raw/a\.txt"
 
 
@@ -303,7 +322,9 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
         ("parquet", "a.parquet", WHOLE[: len(WHOLE) // 2], r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", parquet(body=["a"], n=[1]), r"no column 'text'; it has body, n: set data\.column"),
+        ("parquet", "a.parquet", TWICE, r"more than one column 'text'; it has text, text: set data\.column"),
         ("parquet", "a.parquet", parquet(text=[1, 2]), r"column 'text' holds int64, not text"),
+        ("parquet", "a.parquet", parquet(text=[["a"]]), r"column 'text' holds list<element: string>, not text"),
         ("parquet", "a.parquet", parquet(text=pa.array([], pa.string())), r"data\.path = raw: there is no text in it"),
         ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
         ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
@@ -311,7 +332,7 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
     ids=[
         *("Latin-1", "cut text", "after a mark", "UTF-16 with a mark", "UTF-16LE", "UTF-16BE", "Russian", "Chinese"),
         *("UTF-32 with a mark", "UTF-32BE", "empty", "only a mark", "long word", "no parquet", "cut", "flipped"),
-        *("no such column", "numbers", "no rows", "no file", "too short"),
+        *("no such column", "twice", "numbers", "list", "no rows", "no file", "too short"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):

@@ -96,10 +96,12 @@ def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
         # read as a stream: pyarrow would otherwise hold a whole row group, of any size
         with pq.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            if column not in names:
-                raise UserError(f"{path}: no column {column!r}; it has {', '.join(names):.200}: set data.column")
+            if names.count(column) != 1:
+                wrong = f"{'more than one' if column in names else 'no'} column {column!r}"
+                raise UserError(f"{path}: {wrong}; it has {', '.join(names):.200}: set data.column")
             kind = file.schema_arrow.field(column).type
-            if kind not in (pa.string(), pa.large_string()):
+            text = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if text not in (pa.string(), pa.large_string(), pa.string_view()):
                 raise UserError(f"{path}: column {column!r} holds {kind}, not text")
             batches = (batch.column(0).to_pylist() for batch in file.iter_batches(256, columns=[column]))
             for number, row in enumerate(chain.from_iterable(batches), 1):
