@@ -328,11 +328,12 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
         ("parquet", "a.parquet", parquet(text=pa.array([], pa.string())), r"data\.path = raw: there is no text in it"),
         ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
         ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
+        ("text", "a.txt", b"a1a1a1a", r"data\.val_tokens = 7: the corpus has only 7 bytes; lower it"),
     ],
     ids=[
         *("Latin-1", "cut text", "after a mark", "UTF-16 with a mark", "UTF-16LE", "UTF-16BE", "Russian", "Chinese"),
         *("UTF-32 with a mark", "UTF-32BE", "empty", "only a mark", "long word", "no parquet", "cut", "flipped"),
-        *("no such column", "twice", "numbers", "list", "no rows", "no file", "too short"),
+        *("no such column", "twice", "numbers", "list", "no rows", "no file", "too short", "few bytes"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):

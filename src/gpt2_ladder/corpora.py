@@ -124,6 +124,9 @@ def _inputs(settings: Data) -> dict[str, str]:
     below = sorted(one for one in path.rglob(f"*{suffix}") if one.is_file())
     if not (paths := [path] if path.is_file() else below):
         raise UserError(f"data.path = {path}: no file, and no folder with *{suffix} in it; name one that exists")
+    size = sum(one.stat().st_size for one in paths)  # a token is at least a byte, a byte order mark is no text
+    if settings.source == "text" and size > 3 and size + len(paths) <= settings.val_tokens + 1:
+        raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has only {size:,} bytes; lower it")
     return {str(one): files.sha256(one) for one in paths}
 
 
