@@ -175,6 +175,28 @@ def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, 
     assert [*manifest["made_of"]["inputs"]] == [f"raw/{number}/a.txt" for number in range(4)]
 
 
+@pytest.mark.parametrize("source", ["text", "parquet"])
+def test_hidden_files_and_those_without_text_are_left_out(checkout, encoding, source):
+    suffix = {"text": "txt", "parquet": "parquet"}[source]
+    contents = {
+        name: f"{name} is a file that may be read"
+        for name in ("a", "b/a", ".hidden", "._b", ".checkpoints/x", "b/.c/d")
+    }
+    for name, text in {**contents, "0": "", "c": ""}.items():
+        path = Path(f".raw/{name}.{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if source == "text" else parquet(text=[text]))
+
+    def read(path):
+        write(made(source=source, path=path, shard_tokens=1000))
+        return [*data.open_shard(VAL_SHARD), *data.open_shard(TRAIN_SHARD)]
+
+    assert read(".raw") == expected(encoding, [contents["a"], contents["b/a"]])
+    for name in (".hidden", ".checkpoints/x"):  # named by you
+        assert read(f".raw/{name}.{suffix}") == expected(encoding, [contents[name]])
+    assert read(".raw/b/.c") == expected(encoding, [contents["b/.c/d"]])
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -327,13 +349,14 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
         ("parquet", "a.parquet", parquet(text=[["a"]]), r"column 'text' holds list<element: string>, not text"),
         ("parquet", "a.parquet", parquet(text=pa.array([], pa.string())), r"data\.path = raw: there is no text in it"),
         ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
+        ("text", ".a.txt", b"hidden", r"data\.path = raw: no file, and no folder with \*\.txt in it"),
         ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
         ("text", "a.txt", b"a1a1a1a", r"data\.val_tokens = 7: the corpus has only 7 bytes; lower it"),
     ],
     ids=[
         *("Latin-1", "cut text", "after a mark", "UTF-16 with a mark", "UTF-16LE", "UTF-16BE", "Russian", "Chinese"),
         *("UTF-32 with a mark", "UTF-32BE", "empty", "only a mark", "long word", "no parquet", "cut", "flipped"),
-        *("no such column", "twice", "numbers", "list", "no rows", "no file", "too short", "few bytes"),
+        *("no such column", "twice", "numbers", "list", "no rows", "no file", "hidden", "too short", "few bytes"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):

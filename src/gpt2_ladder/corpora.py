@@ -121,7 +121,7 @@ def _inputs(settings: Data) -> dict[str, str]:
     if settings.source == "fineweb-edu":
         return dict.fromkeys(FINEWEB_FILES, FINEWEB_COMMIT)
     path, suffix = Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source]
-    below = sorted(one for one in path.rglob(f"*{suffix}") if one.is_file())
+    below = sorted(one for one in path.rglob(f"*{suffix}") if one.is_file() and "/." not in f"/{one.relative_to(path)}")
     if not (paths := [path] if path.is_file() else below):
         raise UserError(f"data.path = {path}: no file, and no folder with *{suffix} in it; name one that exists")
     size = sum(one.stat().st_size for one in paths)  # a token is at least a byte, a byte order mark is no text
