@@ -66,6 +66,7 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("seed: 1337", "seed: '1337'", "params.yaml:9: seed = '1337': Input should be a valid integer"),
         ("learning_rate: 3e-4", "learning_rate: '3e-4'", "models.gpt2.learning_rate = '3e-4': Input should be a valid"),
         ("seed: 1337", "", "seed: this key is missing"),
+        ("path: data/input.txt", "path: ''", "data.path = '': String should have at least 1 character"),
         ("seed: 1337", "seed: 1337\nseed: 1", "not valid YAML: found duplicate key"),
         ("compile: false", "compile: 1", "compile = 1: Input should be a valid boolean"),
         (

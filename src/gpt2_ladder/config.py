@@ -162,7 +162,7 @@ class Data(Strict):
     """
 
     source: Literal["tiny-shakespeare", "text", "parquet", "fineweb-edu"]
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     column: str
     val_tokens: Tokens
     shard_tokens: Tokens
