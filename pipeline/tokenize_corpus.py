@@ -8,7 +8,7 @@ import shutil
 import tiktoken
 import torch
 
-from gpt2_ladder import artifacts, corpora, data, documents, files, params_yaml, tokenizer
+from gpt2_ladder import corpora, data, documents, files, params_yaml, tokenizer
 from gpt2_ladder.config import Data, UserError
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run
 
@@ -23,7 +23,7 @@ def main() -> None:
         bpe, processes = (VOCAB_BPE, ENCODER_JSON), torch.get_num_threads()
         corpora.write(params.data, *bpe, VAL_SHARD, TRAIN_SHARD, SHARDS, processes)
     shards = (TRAIN_SHARD, VAL_SHARD)
-    artifacts.forget_damaged([*shards, *map(data.sidecar_path, shards), *SHARDS.iterdir()])
+    files.forget_damaged([*shards, *map(data.sidecar_path, shards), *SHARDS.iterdir()])
 
 
 def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:

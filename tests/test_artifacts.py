@@ -17,7 +17,7 @@ from climbing import set_param
 from conftest import REPOSITORY
 from dvc.repo import Repo
 
-from gpt2_ladder import artifacts
+from gpt2_ladder import artifacts, files
 from gpt2_ladder.artifacts import SourceError, Unreachable, Url, WheelFile
 from gpt2_ladder.config import UserError
 
@@ -182,7 +182,7 @@ def test_a_damaged_copy_in_dvcs_cache_does_not_come_back(serve, tmp_path, monkey
                 path.unlink()
                 path.write_bytes(BODY)
         artifacts.fetch(path, SHA256, [Url(serve(body=BODY))])
-        artifacts.forget_damaged([path, artifacts.provenance_path(path)])
+        files.forget_damaged([path, artifacts.provenance_path(path)])
         with Repo() as repo:
             repo.add(str(path))  # as DVC does after a stage
     assert path.read_bytes() == cached.read_bytes() == BODY

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from conftest import REPOSITORY, link_encoding, put_corpus
+from dvc.repo import Repo
 
 from gpt2_ladder import data
 from gpt2_ladder.config import UserError
@@ -55,3 +56,22 @@ def test_a_damaged_corpus_is_refused_before_anything_is_written(checkout, monkey
     with pytest.raises(UserError, match=r"^data/input\.txt: sha256 is .*; run `dvc repro -f download`$"):
         tokenize_corpus.main()
     assert not TRAIN_SHARD.exists()
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of a package inside DVC
+def test_a_shard_that_is_made_again_replaces_a_damaged_one_in_dvcs_cache(checkout, monkeypatch):
+    put_corpus(monkeypatch, b"Before we proceed any further, hear me speak.\n" * 20)
+    with Repo.init(no_scm=True) as repo, repo.config.edit("local") as settings:
+        settings["cache"] = {"type": "hardlink"}
+    tokenize_corpus.main()
+    expected = TRAIN_SHARD.read_bytes()
+    for damage in (True, False):
+        with Repo() as repo:
+            repo.add(str(TRAIN_SHARD))  # as DVC does after a stage
+        if damage:
+            TRAIN_SHARD.chmod(0o644)  # root may write without that
+            with TRAIN_SHARD.open("ab") as file:
+                file.write(b"\1\0")
+            TRAIN_SHARD.chmod(0o444)
+            tokenize_corpus.main()
+    assert TRAIN_SHARD.read_bytes() == expected

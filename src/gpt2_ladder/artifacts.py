@@ -1,6 +1,5 @@
 """Pinned downloads: sources tried in order, one sha256, and a file that is either whole and right or not there."""
 
-import filecmp
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -154,23 +153,6 @@ def check_recorded(*paths: Path) -> None:
     """Raise UserError unless each file is the one that was put there: downloaded, or drawn as a stand-in."""
     for path in paths:
         files.check_sha256(path, files.read_json(provenance_path(path))["sha256"])
-
-
-def forget_damaged(paths: Iterable[Path]) -> None:
-    """Remove from DVC's cache what has the name of one of `paths`, its MD5, but other bytes: DVC would link it here."""
-    from dvc.exceptions import DvcException  # only here: they take 0.5 s
-    from dvc.repo import Repo
-    from dvc_data.hashfile.hash import file_md5
-
-    try:
-        cache = Repo().cache.local
-    except DvcException:  # run by hand where there is no repository of DVC's, or no Git
-        return
-    for path in paths:
-        cached = Path(cache.oid_to_path(file_md5(str(path))))
-        if cached.exists() and not filecmp.cmp(path, cached, shallow=False):
-            cached.unlink()
-            print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
 
 
 def provenance_path(path: Path) -> Path:

@@ -1,11 +1,12 @@
 """Files that are whole, durable and right, or not there; and JSON that may come from elsewhere."""
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,23 @@ def check_sha256(path: Path, expected: str, source: object = None, fix: str = "r
         raise UserError(
             f"{source or path}: sha256 is {actual}, expected {expected}: it was changed or cut short; {fix}"
         )
+
+
+def forget_damaged(paths: Iterable[Path]) -> None:
+    """Remove from DVC's cache what has the name of one of `paths`, its MD5, but other bytes: DVC would link it here."""
+    from dvc.exceptions import DvcException  # only here: they take 0.5 s
+    from dvc.repo import Repo
+    from dvc_data.hashfile.hash import file_md5
+
+    try:
+        cache = Repo().cache.local
+    except DvcException:  # run by hand where there is no repository of DVC's, or no Git
+        return
+    for path in paths:
+        cached = Path(cache.oid_to_path(file_md5(str(path))))
+        if cached.exists() and not filecmp.cmp(path, cached, shallow=False):
+            cached.unlink()
+            print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
