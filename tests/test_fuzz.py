@@ -238,16 +238,16 @@ def test_the_valid_input_is_accepted(reader):
     ("seed", "message"),
     [
         # Python prints no such number
-        ("9" * 5000, "params.yaml:8: '99999999999999999999'... is longer than any value"),
-        ("0x" + "f" * 5000, "params.yaml:8: '0xffffffffffffffffff'... is longer than any value"),
-        ("[" * 1500, "params.yaml:8: more than 8 maps and lists in each other"),  # Python's stack was too small
-        ("!!int x", "params.yaml:8: '<<', '!' and '%YAML' are not read"),
-        ("!!set ", "params.yaml:8: '<<', '!' and '%YAML' are not read"),
-        ("1\n<<: {a: 1}", "params.yaml:9: '<<', '!' and '%YAML' are not read"),
-        ("1\n'[key]': 1", "params.yaml:9: [key]: unknown key"),  # which is what pydantic calls a key that is wrong
+        ("9" * 5000, "params.yaml:9: '99999999999999999999'... is longer than any value"),
+        ("0x" + "f" * 5000, "params.yaml:9: '0xffffffffffffffffff'... is longer than any value"),
+        ("[" * 1500, "params.yaml:9: more than 8 maps and lists in each other"),  # Python's stack was too small
+        ("!!int x", "params.yaml:9: '<<', '!' and '%YAML' are not read"),
+        ("!!set ", "params.yaml:9: '<<', '!' and '%YAML' are not read"),
+        ("1\n<<: {a: 1}", "params.yaml:10: '<<', '!' and '%YAML' are not read"),
+        ("1\n'[key]': 1", "params.yaml:10: [key]: unknown key"),  # which is what pydantic calls a key that is wrong
         ("2001-99-99", "params.yaml: not valid YAML: month must be in 1..12"),
-        ('1\n"\\e[2J\\n": 1', r"params.yaml:9: \x1b[2J\n: unknown key"),
-        ("[" + "1," * 1000 + "1]", "params.yaml:8: seed = [1, 1, 1"),
+        ('1\n"\\e[2J\\n": 1', r"params.yaml:10: \x1b[2J\n: unknown key"),
+        ("[" + "1," * 1000 + "1]", "params.yaml:9: seed = [1, 1, 1"),
     ],
 )
 def test_what_the_long_run_found_in_params_stays_mended(seed, message):

@@ -41,7 +41,7 @@ training.train_step = train_step
 """
 
 
-def prepare(folder: Path, **changes: object) -> None:
+def prepare(folder: Path, bpe_files: tuple[Path, Path], **changes: object) -> None:
     """Fill `folder` with what the trial of a tiny model needs, its text random; 8 rows a step, a checkpoint every 2."""
     write_json(folder / ENVIRONMENT, {**environment.describe().model_dump(), "threads": 2})
     write_json(folder / PROBE, {"micro_batch": 1})  # a rank takes its four rows one by one
@@ -49,7 +49,7 @@ def prepare(folder: Path, **changes: object) -> None:
         (folder / shard).parent.mkdir(exist_ok=True)
         data.write_shard(folder / shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
     (folder / ENCODER_JSON).parent.mkdir()
-    (folder / ENCODER_JSON).write_text(json.dumps({"<|endoftext|>": 50256, **{f"{i}": i for i in range(50256)}}))
+    (folder / ENCODER_JSON).symlink_to(bpe_files[1])
     document = params_yaml.load(REPOSITORY / "params.yaml").model_dump()
     document |= {"model": "tiny", "checkpoint_every": 2, "devices": 2, **changes}
     document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
@@ -87,18 +87,18 @@ def metrics(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, bpe_files: tuple[Path, Path]) -> Path:
     """A folder in which two ranks have trained, undisturbed."""
     folder = tmp_path_factory.mktemp("two")
-    prepare(folder)
+    prepare(folder, bpe_files)
     printed = run(folder, wandb="offline").stdout
     assert printed.count(f"step   0/{STEPS}") == 1  # of one rank
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     return folder
 
 
-def test_two_ranks_learn_what_one_process_learns_from_the_same_batches(two, tmp_path):
-    prepare(tmp_path, devices=1)
+def test_two_ranks_learn_what_one_process_learns_from_the_same_batches(two, tmp_path, bpe_files):
+    prepare(tmp_path, bpe_files, devices=1)
     run(tmp_path)
     # float32: a rank sums its four rows, then both are summed, where one process sums eight; 1e-7 of a loss near 10.8,
     # and AdamW makes of 1e-7 of a gradient at most 1e-5 of a weight in so few steps
@@ -122,16 +122,16 @@ def same_as(folder: Path, undisturbed: Path) -> bool:
     )
 
 
-def test_a_killed_rank_is_restarted_and_all_go_on_from_the_last_checkpoint(two, tmp_path):
-    prepare(tmp_path)
+def test_a_killed_rank_is_restarted_and_all_go_on_from_the_last_checkpoint(two, tmp_path, bpe_files):
+    prepare(tmp_path, bpe_files)
     result = run(tmp_path, BEFORE.format("os.kill(os.getpid(), signal.SIGKILL)"))
     assert result.stdout.count("trial: goes on after step 3, from checkpoints/") == 1  # killed in the one with index 5
     assert "interrupted after step 3 or later" in metrics(tmp_path)["note"]
     assert same_as(tmp_path, two)
 
 
-def test_sigterm_to_the_stage_ends_the_step_of_all_ranks_saves_and_stops(two, tmp_path):
-    prepare(tmp_path, checkpoint_every=100)
+def test_sigterm_to_the_stage_ends_the_step_of_all_ranks_saves_and_stops(two, tmp_path, bpe_files):
+    prepare(tmp_path, bpe_files, checkpoint_every=100)
     # rank 1 waits for the signal to come, from the agent, to itself: rank 0 has it or gets it
     before = BEFORE.format("os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)")
     lines = run(tmp_path, before, exit_code=1).stderr.splitlines()
@@ -172,8 +172,8 @@ def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch
         saved.load()
 
 
-def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tried_again(tmp_path):
-    prepare(tmp_path, checkpoint_every=None)
+def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tried_again(tmp_path, bpe_files):
+    prepare(tmp_path, bpe_files, checkpoint_every=None)
     failing = """def accumulate(*_): raise torch.OutOfMemoryError("CUDA out of memory")
         training.accumulate = accumulate"""
     result = run(tmp_path, BEFORE.format(failing), exit_code=1)
@@ -186,8 +186,8 @@ def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tri
     assert not (tmp_path / "results/trial/metrics.json").exists()
 
 
-def test_a_quality_level_trains_on_one_device(tmp_path):
-    prepare(tmp_path)
+def test_a_quality_level_trains_on_one_device(tmp_path, bpe_files):
+    prepare(tmp_path, bpe_files)
     run(tmp_path, command="from pipeline import run, train; run(train.main, 'untied')")
     assert json.loads((tmp_path / "results/levels/untied/metrics.json").read_text())["devices"] == 1
 
@@ -258,7 +258,7 @@ def test_what_torchrun_did_not_set_is_named(monkeypatch):
     assert launch.on_ranks(1, "cpu") is False
 
 
-def test_a_batch_that_cannot_be_split_is_named(tmp_path):
-    prepare(tmp_path, devices=3)
+def test_a_batch_that_cannot_be_split_is_named(tmp_path, bpe_files):
+    prepare(tmp_path, bpe_files, devices=3)
     with pytest.raises(UserError, match=r"devices = 3: machines\.cpu\.batch_size \(4\) must be a multiple of it"):
         params_yaml.load(tmp_path / "params.yaml")
