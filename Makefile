@@ -13,6 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name; in a container a user id may have none
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 # Recipes read these from the environment, as they were typed: make would expand a $ in them, the shell a quote.
+# Only OPTIONS is split into words by the shell.
 $(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 

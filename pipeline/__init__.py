@@ -68,9 +68,10 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
 
 def _room(error: Exception) -> str:
-    """Return what is free where a write failed; if `error` does not name that, in the fullest place written to."""
+    """Return the free space where `error` says that a write failed, else in the fullest folder that stages write to."""
     variables = ("TMPDIR", "WANDB_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")
-    folders = [CORPUS.parent, RESULTS, MODELS, Path("/tmp"), *(Path(os.environ.get(name, "")) for name in variables)]
+    named = (Path(os.environ[name]) for name in variables if os.environ.get(name))
+    folders = [Path.cwd(), CORPUS.parent, RESULTS, MODELS, Path("/tmp"), Path.home(), *named]
     if failed := getattr(error, "filename2", None) or getattr(error, "filename", None):
         folders = [next(path for path in Path(str(failed)).parents if path.exists())]
     free, folder = min((shutil.disk_usage(path).free, path) for path in folders if path.exists())
@@ -88,6 +89,14 @@ def _end(error: str) -> NoReturn:
 def read_environment() -> Environment:
     """Return what the environment stage wrote."""
     return Environment.model_validate_json(ENVIRONMENT.read_text())
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError where `folder` is that of the downloaded weights and they were changed since."""
+    if folder.resolve() == WEIGHTS.resolve():
+        from gpt2_ladder import artifacts  # only here: it takes 0.2 s
+
+        artifacts.check_recorded(WEIGHTS / "config.json", WEIGHTS / "model.safetensors")
 
 
 def read_json(path: Path) -> Any:

@@ -48,7 +48,7 @@ def warn_about_git() -> None:
     if shallow == "true":
         print("warning: `dvc exp run --temp` or --queue saves nothing in a shallow clone; run `git fetch --unshallow`")
     if head == "HEAD" and "DVC_EXP_NAME" not in os.environ:  # DVC detaches HEAD during every `dvc exp run`
-        print("warning: HEAD is detached, so new commits belong to no branch; run `git switch main`")
+        print("warning: HEAD is detached, so new commits belong to no branch; run `git switch main`, or your branch")
     if not ({"user.name", "user.email"} <= names or {"GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"} <= names):
         print("warning: Git has no identity; run `git config user.name NAME` and `git config user.email EMAIL`")
 
@@ -89,7 +89,7 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
     headers = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", headers)).absolute()
     python, torch = sysconfig.get_config_var("LIBDIR"), distribution("torch").locate_file("torch/lib")
-    paths = {"CXX": compiler, "TMPDIR": headers, "TORCHINDUCTOR_CACHE_DIR": cache}
+    paths = {"CXX": compiler, "TMPDIR or USER": headers, "TORCHINDUCTOR_CACHE_DIR": cache}
     # one library of torch's, and only if needed: linking all takes 50 ms, loading them 0.5 s
     link = [f"-L{python}", f"-L{torch}", "-Wl,--as-needed", "-ltorch"] if links_torch else []
     for name, path in (paths | {"the Python environment": "".join(link)}).items():
@@ -108,7 +108,7 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
                 return None
     except OSError as error:
         if error.filename == compiler:
-            return f"no C++ compiler: '{compiler}' does not exist; install g++ (apt install g++)"
+            return f"no C++ compiler: '{compiler}': {error.strerror}; install g++ (apt install g++)"
         reason = error.strerror or "no library in it can be loaded, as after mounting it with noexec"
         return f"Inductor's folder cannot be used: {reason}; set TORCHINDUCTOR_CACHE_DIR (or TMPDIR) to another"
     if "Python.h" in result.stderr:
@@ -153,10 +153,10 @@ def _cpu() -> tuple[str, set[str], int]:
 
 
 def _threads(cores: int) -> int:
-    """Return OMP_NUM_THREADS, of a list the first number; where it is empty `cores`, or fewer by a cgroup's quota."""
+    """Return the first number of OMP_NUM_THREADS; if it is empty, `cores`, but no more than the cgroup's CPU quota."""
     if value := os.environ.get("OMP_NUM_THREADS", "").strip():
-        if not (number := re.match(r"0*[1-9]\d*(?=\s*(,|$))", value)):
-            raise UserError(f"OMP_NUM_THREADS={value}: set it to a number of threads, 1 or more, or unset it")
+        if not (number := re.match(r"0*[1-9]\d{0,3}(?=\s*(,|$))", value)):
+            raise UserError(f"OMP_NUM_THREADS={value}: set it to a number of threads, 1 to 9999, or unset it")
         return int(number[0])
     for controllers, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):(.*)$", _read(PROC / "self/cgroup"), re.MULTILINE):
         folder = SYS / f"fs/cgroup{'/cpu' if controllers else ''}{path}"  # of version 1 or 2

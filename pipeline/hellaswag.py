@@ -8,7 +8,7 @@ from pathlib import Path
 from gpt2_ladder import artifacts, devices, hellaswag, hub, params_yaml, tokenizer
 from gpt2_ladder.artifacts import Url
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
-from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, read_environment, run, write_json
+from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, check_weights, read_environment, run, write_json
 
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
@@ -28,8 +28,7 @@ def main(*arguments: str) -> None:
     asked = parser.parse_args(arguments)
     if asked.limit is not None and asked.limit < 1:
         raise UserError(f"--limit {asked.limit}: at least one question must be asked")
-    if asked.model == WEIGHTS:
-        artifacts.check_recorded(WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS)
+    check_weights(asked.model)
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     model = hub.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()

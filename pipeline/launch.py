@@ -15,7 +15,7 @@ from gpt2_ladder.config import UserError
 from pipeline import ERROR_FILE
 
 MAX_RESTARTS = 3  # of all ranks, where one dies
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # what it sets for every rank
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # for every rank
 
 
 def on_ranks(count: int, device: str) -> bool:
@@ -28,8 +28,9 @@ def on_ranks(count: int, device: str) -> bool:
     """
     if "RANK" in os.environ:
         needed = TORCHRUN if count > 1 else TORCHRUN[:2]  # one process joins no others
-        if missing := [name for name in needed if not os.environ.get(name, "").isdecimal()]:
-            raise UserError(f"{', '.join(missing)}: not set to a number, but RANK is set; unset RANK or use torchrun")
+        values = {name: os.environ.get(name, "") for name in needed}
+        if wrong := [name for name, value in values.items() if not (value.isdecimal() or (value and "ADDR" in name))]:
+            raise UserError(f"{', '.join(wrong)}: not as torchrun sets it, but RANK is set; unset RANK or use torchrun")
         if int(os.environ["WORLD_SIZE"]) != count:
             raise UserError(
                 f"torchrun started {os.environ['WORLD_SIZE']} ranks where {count} are to train: `devices` in "

@@ -18,7 +18,7 @@ import torch
 from gpt2_ladder import artifacts, devices, hub, params_yaml, sampling, tokenizer
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
 from gpt2_ladder.model import GPT, count_bytes
-from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, read_environment, run
+from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, check_weights, read_environment, run
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; line feeds and tabs may do so
 
@@ -101,6 +101,7 @@ def open_network(asked: argparse.Namespace, params: Params) -> GPT:
             f"{TRIAL}: no network is there: `dvc repro trial` trains it, or results/trial/metrics.json says why it was "
             "skipped; or name a folder, --hub ID or --random"
         )
+    check_weights(folder)
     model = hub.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)
     weights = folder / hub.WEIGHTS
     if artifacts.provenance_path(weights).exists():

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import artifacts, data, files, hub, params_yaml, sharing
+from gpt2_ladder import artifacts, data, files, hub, params_yaml, sharing, tokenizer
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from pipeline import (
     CORPUS,
@@ -22,6 +22,7 @@ from pipeline import (
     VAL_SHARD,
     VOCAB_BPE,
     Parser,
+    check_weights,
     read_environment,
     run,
     trainer,
@@ -41,6 +42,8 @@ def main(*arguments: str) -> None:
     asked = parser.parse_args(arguments)
     sharing.check_target(asked.folder)
     facts = read_run() if asked.model.resolve() == TRIAL.resolve() else None
+    check_weights(asked.model)
+    tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)  # refuses damaged files
     model = hub.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE)  # flash: it builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
     if asked.trim:

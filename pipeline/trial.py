@@ -10,9 +10,9 @@ from pipeline.train import train
 
 def main() -> None:
     params = params_yaml.load()
-    shutil.rmtree(TRIAL, ignore_errors=True)
     trained = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe, keep)
     if not trained:
+        shutil.rmtree(TRIAL, ignore_errors=True)
         TRIAL.mkdir(parents=True, exist_ok=True)  # DVC wants the output to exist; there is no network to put into it
 
 

@@ -20,7 +20,7 @@ SAMPLES, TOP_K = 5, 50
 def main() -> None:
     params = params_yaml.load()
     memory = pretrained.needed(params.size)[1]
-    devices.check_memory(torch.device("cpu"), memory, f"verifying {params.model} beside transformers'")
+    devices.check_memory(torch.device("cpu"), memory, f"verifying {params.model} against transformers")
     logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)

@@ -12,9 +12,9 @@ import torch
 from conftest import REPOSITORY, environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ladder import devices
+from gpt2_ladder import devices, files
 from gpt2_ladder.config import Switches, UserError
-from pipeline import ENVIRONMENT, read_environment, write_json
+from pipeline import ENVIRONMENT, TRIAL, read_environment, write_json
 from pipeline import environment as environment_stage
 
 CPU = torch.device("cpu")
@@ -77,10 +77,12 @@ def test_every_stage_that_trains_or_measures_compares_the_machine_before_any_wor
     text = (REPOSITORY / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text.replace("machine: cpu ", "machine: gpu "))
     write_json(ENVIRONMENT, environment().model_dump())
+    files.write(TRIAL / "config.json", "of the previous trial")
     name, *arguments = stage.split()
     with pytest.raises(UserError, match="machine: gpu, but this machine has no GPU"):
         import_module(f"pipeline.{name}").main(*arguments)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["environment.json", "params.yaml", "results"]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"models/trial/config.json", "params.yaml", "results/environment.json"}
 
 
 def test_a_rehearsal_is_named_in_every_table_by_its_machine(tmp_path, monkeypatch, capsys):

@@ -213,7 +213,7 @@ def test_sizes_that_no_memory_holds_are_refused_with_what_they_need(monkeypatch,
     switches = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
     monkeypatch.setattr(devices, "free_memory", lambda _: 24 * 10**9)
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("memory was taken for the network"))
-    message = rf"training tiny with vocab_size {vocab_size}: needs {need} GB of memory, 24\.0 are free; pick"
+    message = rf"training tiny with vocab_size {vocab_size} needs {need} GB of memory, 24\.0 GB are free: free"
     with pytest.raises(UserError, match=message):
         trainer.build(params, switches, environment())
 
@@ -222,7 +222,7 @@ def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made():
     params = tiny_params()
     shape = params.machines["cpu"].model_copy(update={"batch_size": 10**12})
     with pytest.raises(
-        UserError, match=r"level 'fp32', .*: a step of 1000000000000 x 64 tokens .* takes over [0-9,]+ GiB"
+        UserError, match=r"level 'fp32', .*: a step of 1000000000000 x 64 tokens, .* takes over [0-9,]+ GiB"
     ):
         probe.find_micro_batch(params.model_copy(update={"machines": {"cpu": shape}}), LEVELS, CPU)
 

@@ -250,9 +250,9 @@ def test_torchrun_and_params_must_agree_on_how_many_train(monkeypatch):
 
 def test_what_torchrun_did_not_set_is_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match=r"^WORLD_SIZE: not set to a number, but RANK is set; unset RANK or use"):
+    with pytest.raises(UserError, match=r"^WORLD_SIZE: not as torchrun sets it, but RANK is set; unset RANK or use"):
         launch.on_ranks(1, "cpu")
-    with pytest.raises(UserError, match=r"^WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT: not set to a"):
+    with pytest.raises(UserError, match=r"^WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT, MASTER_ADDR: not as"):
         launch.on_ranks(2, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launch.on_ranks(1, "cpu") is False

@@ -167,7 +167,7 @@ def test_without_a_prompt_a_text_begins_after_the_end_of_another_which_is_not_sh
         (["--hub", "a/b/c"], "'a/b/c': a repository of the hub is called owner/name"),
         (["--hub", ""], "'': a repository of the hub is called owner/name"),
         ([""], ".: not a readable checkpoint"),
-        (["--random", "--length", "3"], "model tiny: needs 2,000,000,256.0 GB of memory,"),
+        (["--random", "--length", "3"], "model tiny needs 2,000,000,256.0 GB of memory,"),
         (["--hub", "a/b"], "a/b: the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (["--prompt", "so " * 30, "--length", "3"], "31 tokens and 3 new ones are 34, over this network's n_positions"),
         (["nowhere"], "nowhere: not a readable checkpoint"),

@@ -86,6 +86,7 @@ STAGES = sorted(path.stem for path in REPOSITORY.glob("pipeline/*.py") if "run(m
     ("command", "found", "module"),
     [
         *((["-m", f"pipeline.{name}", "bf16"], "", name) for name in STAGES),
+        (["-mpipeline.train", "bf16"], "", "train"),
         (["-m", "pipeline.train", "bf16"], "src", "train"),  # but without site-packages, as outside an environment
         *(([f"pipeline/{name}.py", "bf16"], found, name) for name in ("environment", "train") for found in ("", "src")),
     ],

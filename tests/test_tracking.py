@@ -205,7 +205,7 @@ def test_a_summary_that_wandb_refuses_is_one_line(capsys):
             raise BrokenPipeError("gone")
 
     tracking.log_summary(Broken(), {"rounds": 8}, {})
-    assert capsys.readouterr().out == "W&B failed (BrokenPipeError: gone): the summary is in results/ alone\n"
+    assert capsys.readouterr().out == "W&B failed (BrokenPipeError: gone): results/ holds everything, later steps too\n"
 
 
 class Failing:
@@ -278,7 +278,7 @@ def test_settings_of_the_users_that_wandb_refuses_cannot_stop_a_training(
     monkeypatch.setenv(name, value)
     with Tracker(tmp_path / "steps.csv", start()) as tracker:
         tracker.log(STEPS[0])
-    assert re.fullmatch(rf"W&B cannot start \({reason}.*\): .* in steps\.csv alone\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"W&B cannot start \({reason}.*\): .* in results/ alone\n", capsys.readouterr().out)
     assert len((tmp_path / "steps.csv").read_text().splitlines()) == 2
 
 

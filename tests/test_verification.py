@@ -137,5 +137,5 @@ def test_a_damaged_download_is_refused_and_nothing_is_written(checkout, path):
 def test_memory_that_does_not_hold_two_networks_is_named_beforehand(checkout, monkeypatch):
     choose("gpt2-xl")
     monkeypatch.setattr(devices, "free_memory", lambda _: 8 * 10**9)
-    with pytest.raises(UserError, match=r"gpt2-xl beside transformers': needs 13\.9 GB of memory, 8\.0 are free"):
+    with pytest.raises(UserError, match=r"gpt2-xl against transformers needs 13\.9 GB of memory, 8\.0 GB are free"):
         verify.main()

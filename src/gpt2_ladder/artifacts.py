@@ -150,9 +150,9 @@ def read_provenance(found: Path, *more: Path) -> dict[str, str | None]:
 
 
 def check_recorded(*paths: Path) -> None:
-    """Raise UserError unless each file is the one that was put there: downloaded, or drawn as a stand-in."""
+    """Raise UserError unless each file has the SHA-256 that was recorded when it was downloaded or drawn."""
     for path in paths:
-        files.check_sha256(path, files.read_json(provenance_path(path))["sha256"])
+        files.check_sha256(path, files.read_json(provenance_path(path)).get("sha256"))
 
 
 def provenance_path(path: Path) -> Path:

@@ -80,7 +80,7 @@ def write(
         print(f"{path}: {len(ids):,} tokens, {len(ids) / (time.perf_counter() - start):,.0f} a second", flush=True)
         start = time.perf_counter()
     if not shards:
-        raise UserError(f"data.path = {settings.path}: there is no text in it; add some, or name another corpus")
+        raise UserError(f"data.path = {settings.path}: there is no text in it; name another corpus, or set data.column")
     if len(shards) < 2:
         raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has no tokens beyond them; lower it")
 
@@ -157,13 +157,14 @@ def _pieces(
 
 
 def _in_order(
-    encode_piece: Callable[[Piece], np.ndarray],
-    pieces: Iterable[tuple[int, int, Piece]],
-    processes: int,
+    encode_piece: Callable[[Piece], np.ndarray], pieces: Iterable[tuple[int, int, Piece]], processes: int
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield the tokens of `pieces`, in their order, from several `processes`; only a few pieces are in memory at once.
 
     Processes, because threads wait for each other while lists of tokens are made: two gave 0.7 times as much.
+
+    Raises:
+        UserError: one of them was killed.
     """
     if processes == 1:
         yield from ((file, number, encode_piece(piece)) for file, number, piece in pieces)

@@ -169,7 +169,8 @@ def free_memory(device: torch.device) -> int:
 def check_memory(device: torch.device, need: int, what: str) -> None:
     """Raise UserError where `what` needs more bytes than the device has free."""
     if need > (free := free_memory(device)):
-        raise UserError(f"{what}: needs {need / 1e9:,.1f} GB of memory, {free / 1e9:.1f} are free; pick a smaller size")
+        sizes = f"{need / 1e9:,.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        raise UserError(f"{what} needs {sizes}: free some, or set a smaller model or vocab_size in params.yaml")
 
 
 def is_out_of_memory(error: Exception) -> bool:

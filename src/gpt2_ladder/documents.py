@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import chain
@@ -18,15 +19,17 @@ PIECE = 2**17  # characters
 LONGEST = 2**20  # bytes of a word: tiktoken takes a second for them, and fails at a million characters of white space
 # Two characters between which a token of GPT-2 ends, whatever is around them. Its pattern never looks back, and ends a
 # token where the kind (letter, digit, white space, other sign) changes, but not always after an apostrophe or white
-# space. White space in a row is one match, but no token holds two ASCII characters of it, except two line feeds.
+# space. White space in a row is one match, but no token holds two neighbouring ASCII characters of it, except two line
+# feeds, and none holds other white space before a line feed.
 # tiktoken matches the pairs, because its version of Unicode, which says what a letter is, is not Python's.
 ENDS = r"\S\s|\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\p{L}\p{N}]|'\p{N}|[ \t-\r][ \t\x0b-\r]|[^\S\n]\n"
+CONTROLS = bytes({*range(32)} - {*b"\t\n\x0b\f\r\x1b"})  # that text seldom has; every second byte of UTF-16 is one
 BYTES = {bytes([value]): value for value in range(256)}
 _ends = lru_cache(2**16)(tiktoken.Encoding("", pat_str=ENDS, mergeable_ranks=BYTES, special_tokens={}).encode_ordinary)
 
 
 def pieces(path: Path, column: str | None) -> Iterator[Piece]:
-    """Yield a text file, which is one document, or the rows of a parquet file's `column`, but not those without text.
+    """Yield a text file as one document, or each row of a parquet file's `column` as one; skip those without text.
 
     Raises:
         UserError: the file cannot be read, or has a word of more than LONGEST bytes.
@@ -72,10 +75,11 @@ def read_text(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         raw, line = file.read(PIECE), 1
         name = json.detect_encoding(raw).upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv writes it
-        even, odd = raw[::2].count(0), raw[1::2].count(0)
-        if raw.isascii() and max(even, odd) > 10 * min(even, odd) + 2 + len(raw) // 100:  # of blanks and line feeds
+        even, odd = (len(half) - len(half.translate(None, CONTROLS)) for half in (raw[::2], raw[1::2]))
+        if raw.isascii() and max(even, odd) > 3 * min(even, odd) + 2 + len(raw) // 100:
             name = "UTF-16BE" if even > odd else "UTF-16LE"
-        convert = f"convert it, for example: iconv -f {{}} -t UTF-8 {path} > converted.txt"
+        quoted = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
+        convert = f"convert it, for example: iconv -f {{}} -t UTF-8 {quoted} > converted.txt"
         if not name.startswith("UTF-8"):
             raise UserError(f"{path}: this is {name}, not UTF-8; {convert.format(name)}")
         file.seek(len(codecs.BOM_UTF8) if name == "UTF-8-SIG" else 0)
@@ -87,7 +91,7 @@ def read_text(path: Path) -> Iterator[str]:
             offset = file.tell() - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             wrong = f"byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason})"
-            fix = convert.format("UTF-16" if 0 in error.object else "LATIN1")
+            fix = convert.format("UTF-16" if error.object.count(0) > len(error.object) // 100 else "LATIN1")
             raise UserError(f"{path}:{line}: {wrong}; {fix}") from None
 
 

@@ -1,7 +1,6 @@
 """Files that are whole, durable and right, or not there; and JSON that may come from elsewhere."""
 
 import errno
-import filecmp
 import hashlib
 import json
 import os
@@ -61,7 +60,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(path: Path, expected: str, source: object = None, fix: str = "run `dvc repro -f download`") -> None:
+def check_sha256(
+    path: Path, expected: str | None, source: object = None, fix: str = "run `dvc repro -f download`"
+) -> None:
     """Raise UserError, which names `source` (or `path`) and the `fix`, unless the file has the SHA-256 `expected`."""
     if (actual := sha256(path)) != expected:
         raise UserError(
@@ -70,7 +71,7 @@ def check_sha256(path: Path, expected: str, source: object = None, fix: str = "r
 
 
 def forget_damaged(paths: Iterable[Path]) -> None:
-    """Remove from DVC's cache what has the name of one of `paths`, its MD5, but other bytes: DVC would link it here."""
+    """Remove damaged copies of `paths` from DVC's cache, which DVC would otherwise link back."""
     from dvc.exceptions import DvcException  # only here: they take 0.5 s
     from dvc.repo import Repo
     from dvc_data.hashfile.hash import file_md5
@@ -80,8 +81,9 @@ def forget_damaged(paths: Iterable[Path]) -> None:
     except DvcException:  # run by hand where there is no repository of DVC's, or no Git
         return
     for path in paths:
-        cached = Path(cache.oid_to_path(file_md5(str(path))))
-        if cached.exists() and not filecmp.cmp(path, cached, shallow=False):
+        md5 = file_md5(str(path))
+        cached = Path(cache.oid_to_path(md5))
+        if cached.exists() and file_md5(str(cached)) != md5:
             cached.unlink()
             print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
 

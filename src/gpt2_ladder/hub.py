@@ -104,7 +104,7 @@ def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> 
     sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
     if asked > there or len(tensors) < L:
         raise UserError(
-            f"{folder / CONFIG}: {sizes:.200} make a larger network than the {there:,} numbers in {WEIGHTS}; "
+            f"{folder / CONFIG}: {sizes:.200} make a larger network than the {there:,} numbers in its weights; "
             "they do not belong together, or one is damaged: fetch both again"
         )
     if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:

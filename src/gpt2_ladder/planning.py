@@ -104,7 +104,8 @@ def trace_step(
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:
-        size = f"{batch_size} x {block_size} tokens through {config!r}"
+        size = f"{batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
+        size += f"vocab_size {config.vocab_size}"
         raise UserError(f"a step of {size} takes over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
     with FakeTensorMode(), LiveStorage() as seen, cuda_habits() if cuda else nullcontext():
         model = GPT(config, seed=None)

@@ -36,9 +36,6 @@ class Tracker:
         self._file = (steps_csv or Path(os.devnull)).open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._run = run
-        self._kept = (
-            f"; {steps_csv} holds every step, later ones too" if steps_csv else ": the summary is in results/ alone"
-        )
 
     def log(self, step: Step) -> None:
         """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
@@ -66,7 +63,7 @@ class Tracker:
             do(self._run)
         except FAILURES as error:
             self._run = None
-            print(f"W&B failed ({_named(error)}){self._kept}", flush=True)
+            print(f"W&B failed ({_named(error)}): results/ holds everything, later steps too", flush=True)
 
 
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
@@ -96,7 +93,7 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
             print(f"W&B cannot be reached or refuses ({_named(error)}): `wandb sync` sends this run later", flush=True)
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     except FAILURES as error:
-        print(f"W&B cannot start ({_named(error)}): this run is recorded in steps.csv alone", flush=True)
+        print(f"W&B cannot start ({_named(error)}): this run is recorded in results/ alone", flush=True)
         return None
     return run
 
