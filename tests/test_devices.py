@@ -78,6 +78,7 @@ def test_every_stage_that_trains_or_measures_compares_the_machine_before_any_wor
     (tmp_path / "params.yaml").write_text(text.replace("machine: cpu ", "machine: gpu "))
     write_json(ENVIRONMENT, environment().model_dump())
     files.write(TRIAL / "config.json", "of the previous trial")
+    monkeypatch.setattr(devices, "open_device", lambda *_: pytest.fail("the stage began to work"))
     name, *arguments = stage.split()
     with pytest.raises(UserError, match="machine: gpu, but this machine has no GPU"):
         import_module(f"pipeline.{name}").main(*arguments)
