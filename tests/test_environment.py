@@ -248,4 +248,4 @@ def test_make_sets_user_for_a_user_id_without_a_name(install, monkeypatch, given
     monkeypatch.delenv("USER", raising=False)
     if given is not None:
         monkeypatch.setenv("USER", given)
-    assert call(REPOSITORY, "make", "--eval", "user:; @echo $$USER", "user") == f"{exported}\n"
+    assert call(REPOSITORY, "make", "--no-print-directory", "--eval", "user:; @echo $$USER", "user") == f"{exported}\n"

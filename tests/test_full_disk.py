@@ -72,8 +72,9 @@ def test_a_result_that_does_not_fit_leaves_the_previous_one_and_its_disk_is_name
     write(folder / name, 1)
     before = contents(small_disk)
     fill(small_disk)
-    monkeypatch.chdir("/")  # another disk, with room
-    with pytest.raises(SystemExit, match=FULL.format(folder)):
-        run(lambda: write(folder / name, 30))
+    with monkeypatch.context() as inside:
+        inside.chdir("/")  # another disk, with room
+        with pytest.raises(SystemExit, match=FULL.format(folder)):
+            run(lambda: write(folder / name, 30))
     assert contents(small_disk) == before
     assert not list(small_disk.rglob(".writing-*"))

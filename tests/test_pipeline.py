@@ -217,7 +217,7 @@ def test_plots_are_a_page_that_loads_nothing(clone):
         ("make plan MEMORY=24GiB", "this plans the CPU's shape for a GPU"),
         ("make docs", ""),
         ("make schema", ""),
-        ('make sample PROMPT="Once upon a time"', "^Once upon a time"),
+        ('make sample PROMPT="Once upon a time"', "(?m)^Once upon a time"),
         ("python -m pipeline.compare padded bf16", "padded over bf16: .* times as fast"),
         ("python -m pipeline.compare benchmarks/runs/xeon-amx.json", "here: .*\nthere: .*"),
     ],
