@@ -35,7 +35,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 path.chmod(plain.stat().st_mode)  # as open() gives it; safetensors' files are for their owner alone
                 _sync(path)
         except Exception as error:
-            if disk_is_full(error):  # which disk: a failed write does not name its file
+            if disk_is_full(error):  # a failed write does not name its file, and any exception may carry this attribute
                 error.filename = getattr(error, "filename", None) or str(paths[0])  # type: ignore[attr-defined]
             raise
         for written, path in zip(temporary, paths, strict=True):
