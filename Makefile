@@ -57,21 +57,21 @@ test-gpu: .venv/installed
 # Will it fit? Of this machine, or of a GPU that is not here: make plan MEMORY=24GiB
 plan: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment > /dev/null
-	@PYTHONPATH=src python -m pipeline.plan $${MEMORY+--memory="$$MEMORY"}
+	@PYTHONPATH=src python -m pipeline.tools.plan $${MEMORY+--memory="$$MEMORY"}
 
 # 10,042 questions, over an hour on two cores: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
 hellaswag: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
-	@PYTHONPATH=src python -m pipeline.hellaswag $${MODEL+"$$MODEL"} $${LIMIT+--limit="$$LIMIT"}
+	@PYTHONPATH=src python -m pipeline.tools.hellaswag $${MODEL+"$$MODEL"} $${LIMIT+--limit="$$LIMIT"}
 
 # The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
 share: .venv/installed
-	@PYTHONPATH=src python -m pipeline.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error name a new folder: make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
+	@PYTHONPATH=src python -m pipeline.tools.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error name a new folder: make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
 
 # A text that begins with the prompt: make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
 sample: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
-	@PYTHONPATH=src python -m pipeline.sample --prompt="$$PROMPT" $(OPTIONS)
+	@PYTHONPATH=src python -m pipeline.tools.sample --prompt="$$PROMPT" $(OPTIONS)
 
 check: .venv/installed
 	ruff check .

@@ -94,9 +94,9 @@ def read_environment() -> Environment:
 def check_weights(folder: Path) -> None:
     """Raise UserError where `folder` is that of the downloaded weights and they were changed since."""
     if folder.resolve() == WEIGHTS.resolve():
-        from gpt2_ladder import artifacts  # only here: it takes 0.2 s
+        from gpt2_ladder.sources import downloads  # only here: it takes 0.2 s
 
-        artifacts.check_recorded(WEIGHTS / "config.json", WEIGHTS / "model.safetensors")
+        downloads.check_recorded(WEIGHTS / "config.json", WEIGHTS / "model.safetensors")
 
 
 def read_json(path: Path) -> Any:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from gpt2_ladder import benchmark, cost, data, devices, metrics, params_yaml, profiling, runtime, training
-from gpt2_ladder.benchmark import Arm, Elsewhere
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Switches, UserError
-from gpt2_ladder.gains import ESTIMATOR, Measurement
-from gpt2_ladder.profiling import Operator
+from gpt2_ladder.measuring import cost, profiling, turns
+from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
+from gpt2_ladder.measuring.profiling import Operator
+from gpt2_ladder.measuring.turns import Arm, Elsewhere
+from gpt2_ladder.training import data, devices, loop, metrics, runtime
 from pipeline import (
     BENCHMARK,
     GAINS,
@@ -57,9 +59,9 @@ def main(*arguments: str) -> None:
     matmuls = kinds if devices.peak_is_measured(environment.device) else []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # started for the first level that needs it
         arms = seat(params, contestants, environment, device, micro_batch, process)
-        for name in benchmark.warm_up(arms, batches[0], device, params.seed):
+        for name in turns.warm_up(arms, batches[0], device, params.seed):
             print(f"benchmark: warming up {name}", flush=True)
-        for one in benchmark.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
+        for one in turns.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
             measured.append(one)
             times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in one.step_ms.items())
             print(f"benchmark: round {len(measured)}/{rounds}, ms a step: {times}", flush=True)
@@ -115,7 +117,7 @@ def open_alone(name: str) -> Arm:
 
 def build_arms(params: Params, contestants: dict[str, Switches], device: torch.device, micro_batch: int) -> list[Arm]:
     """Return an arm for each of `contestants`, on shared weights, all with one micro-batch."""
-    weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
+    weights = turns.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
     arms = []
     for name, switches in contestants.items():
         model, optimizer = weights.lend(params.gpt(switches), switches.fused_adamw)
@@ -125,7 +127,7 @@ def build_arms(params: Params, contestants: dict[str, Switches], device: torch.d
     return arms
 
 
-def profile(arms: list[Arm | Elsewhere], batch: training.Batch, device: torch.device) -> None:
+def profile(arms: list[Arm | Elsewhere], batch: loop.Batch, device: torch.device) -> None:
     """Take one more step of every arm under the profiler; write the costs of its operators, and a trace of it."""
     shutil.rmtree(TRACES, ignore_errors=True)
     TRACES.mkdir()
@@ -137,7 +139,7 @@ def profile(arms: list[Arm | Elsewhere], batch: training.Batch, device: torch.de
     write_json(PROFILE, {name: [asdict(operator) for operator in found] for name, found in costs.items()})
 
 
-def profile_arm(arm: Arm, batch: training.Batch, device: torch.device, trace: Path) -> list[Operator]:
+def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[Operator]:
     """Return what the operators of a step of `arm` cost, the costliest first."""
     return profiling.profile_step(partial(arm.step, batch, device), devices.profiler_activities(device), trace)
 

@@ -1,7 +1,9 @@
 """Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
 
-from gpt2_ladder import artifacts, files, hub, params_yaml, pretrained, tokenizer
-from gpt2_ladder.artifacts import Url, WheelFile
+from gpt2_ladder import files, params_yaml
+from gpt2_ladder.sources import downloads, hub_format, pretrained
+from gpt2_ladder.sources.downloads import Url, WheelFile
+from gpt2_ladder.training import tokenizer
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -18,12 +20,12 @@ PINNED = (
 
 def main() -> None:
     params = params_yaml.load()
-    with artifacts.alone(CORPUS.parent):
+    with downloads.alone(CORPUS.parent):
         for path, sha256, sources in PINNED:
-            artifacts.fetch(path, sha256, sources)
+            downloads.fetch(path, sha256, sources)
         pretrained.fetch(WEIGHTS, params.pretrained, params.model, params.size, params.seed)
-        paths = [*(path for path, *_ in PINNED), WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS]
-        files.forget_damaged([*paths, *map(artifacts.provenance_path, paths)])
+        paths = [*(path for path, *_ in PINNED), WEIGHTS / hub_format.CONFIG, WEIGHTS / hub_format.WEIGHTS]
+        files.forget_damaged([*paths, *map(downloads.provenance_path, paths)])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from gpt2_ladder import devices
 from gpt2_ladder.config import UserError
+from gpt2_ladder.training import devices
 from pipeline import ERROR_FILE
 
 MAX_RESTARTS = 3  # of all ranks, where one dies

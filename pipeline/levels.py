@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import files, levels, params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Params
+from gpt2_ladder.reporting import level_pages
 from pipeline import GAINS, PARITY, PROFILE, read_environment, read_json, read_metrics, run
 
 FOLDER = Path("docs/levels")
@@ -16,7 +17,7 @@ def main() -> None:
 
 def write(gathered: dict[str, Any]) -> None:
     """Write every page, of what `gather` returned."""
-    for name, text in levels.pages(**gathered).items():
+    for name, text in level_pages.pages(**gathered).items():
         files.write(FOLDER / name, text)
 
 

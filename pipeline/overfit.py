@@ -6,8 +6,9 @@ Every level's training depends on the result, so nothing trains on a broken netw
 import math
 from itertools import repeat
 
-from gpt2_ladder import data, devices, params_yaml, runtime, training
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.training import data, devices, loop, runtime
 from pipeline import RESULTS, TRAIN_SHARD, read_environment, run, trainer, write_json
 
 LEVEL = "untied"
@@ -24,7 +25,7 @@ def main() -> None:
     csv = RESULTS / "overfit" / "steps.csv"
     described = trainer.describe("overfit", params, level, shape, environment)
     with trainer.open_tracker("overfit", described, csv) as tracker:
-        steps = training.train(model, optimizer, repeat(batch, shape.steps), autocast, device, shape.batch_size)
+        steps = loop.train(model, optimizer, repeat(batch, shape.steps), autocast, device, shape.batch_size)
         losses = [step.loss for step in trainer.follow(steps, tracker, "overfit", shape.steps)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}
         tracker.summarize(result)

@@ -7,8 +7,9 @@ import csv
 from dataclasses import asdict
 from typing import Any
 
-from gpt2_ladder import params_yaml, parity
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Level, UserError
+from gpt2_ladder.measuring import loss_parity
 from pipeline import PARITY, RESULTS, read_environment, read_metrics, run, write_json
 
 MATMUL_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}  # what runtime.py must have recorded
@@ -21,15 +22,17 @@ def main() -> None:
     if not trained:
         raise UserError("parity: no speed level was trained; results/levels/*/metrics.json say why")
     environment, baseline = read_environment(), trained[0]
-    parity.check_one_environment({name: results[name] for name in trained}, environment)
-    parity.check_one_count({name: results[name] for name in trained})
+    loss_parity.check_one_environment({name: results[name] for name in trained}, environment)
+    loss_parity.check_one_count({name: results[name] for name in trained})
     found: dict[str, Any] = {}
     for name in trained:
         level = params.levels[name]
         check_matmul_precision(name, level, results[name]["float32_matmul_precision"])
-        expected = parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
+        expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
         tolerance = getattr(params.parity, level.precision)
-        agreement = parity.compare(name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected)
+        agreement = loss_parity.compare(
+            name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected
+        )
         print(f"{name:8}  largest {agreement.largest:.6f} at step {agreement.largest_step}, allowed {tolerance}")
         found[name] = {"switches": level.model_dump(), **asdict(agreement)}
     write_json(

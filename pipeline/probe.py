@@ -9,9 +9,11 @@ from functools import partial
 
 import torch
 
-from gpt2_ladder import benchmark, devices, params_yaml, planning, runtime, training
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import GPTConfig, Params, Switches, UserError
+from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
+from gpt2_ladder.training import devices, loop, runtime
 from pipeline import PROBE, read_environment, run, write_json
 
 
@@ -39,7 +41,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     """
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.has_cuda_habits(device)
     micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)
-    weights = benchmark.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
+    weights = turns.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
     distinct: dict[tuple[GPTConfig, bool, bool], str] = {}
     shapes: dict[tuple[int, bool, bool], tuple[tuple[GPTConfig, bool, bool], str]] = {}
     for name, switches in levels.items():
@@ -56,7 +58,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
             if not (micro_batch := next(fitting, 0)):
                 raise UserError("one row is predicted to be too much")
             step = partial(_take_step, weights, network, bf16, fused, ids, device)
-            _, micro_batch = training.within_memory(step, micro_batch, device)
+            _, micro_batch = loop.within_memory(step, micro_batch, device)
         except UserError as error:
             block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= room), None)
             mend = "not even one token would fit: free memory, or take model: tiny"
@@ -73,7 +75,7 @@ def _predict(network: GPTConfig, bf16: bool, rows: int, block_size: int, *, batc
 
 
 def _take_step(
-    weights: benchmark.Weights,
+    weights: turns.Weights,
     network: GPTConfig,
     bf16: bool,
     fused: bool,
@@ -83,7 +85,7 @@ def _take_step(
 ) -> None:
     model, optimizer = weights.lend(network, fused)
     autocast = runtime.set_precision("bf16" if bf16 else "fp32", device)
-    training.train_step(model, optimizer, (ids, ids), autocast, device, rows)
+    loop.train_step(model, optimizer, (ids, ids), autocast, device, rows)
 
 
 def _halves(number: int) -> Iterator[int]:

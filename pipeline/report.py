@@ -9,7 +9,9 @@ from typing import Any
 
 import altair as alt
 
-from gpt2_ladder import charts, files, params_yaml, report, tracking
+from gpt2_ladder import files, params_yaml
+from gpt2_ladder.reporting import charts, facts
+from gpt2_ladder.running import tracking
 from pipeline import RESULTS, levels, read_json, run
 
 FOLDER = RESULTS / "report"
@@ -19,7 +21,7 @@ def main() -> None:
     params = params_yaml.load()
     gathered = levels.gather(params)
     results, gains, parity, environment = (gathered[name] for name in ("results", "gains", "parity", "environment"))
-    facts = report.facts(
+    content = facts.collect(
         **gathered,
         model=params.model,
         trial=read_json(RESULTS / "trial" / "metrics.json"),
@@ -33,7 +35,7 @@ def main() -> None:
         losses[params.levels[name].group] += [
             {"level": name, "step": int(row["step"]), "loss": float(row["loss"])} for row in rows
         ]
-    pictures: dict[str, alt.TopLevelMixin] = {"ladder": charts.waterfall(report.ladder_steps(gains))}
+    pictures: dict[str, alt.TopLevelMixin] = {"ladder": charts.waterfall(facts.ladder_steps(gains))}
     pictures |= {group: charts.losses(rows, f"{group} levels") for group, rows in losses.items() if rows}
     pictures["parity"] = charts.losses(
         [
@@ -47,9 +49,9 @@ def main() -> None:
     pictures["memory"] = charts.memory({name: found["peak_memory_mib"] for name, found in trained.items()})
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
-    files.write(FOLDER / "ladder.md", report.markdown(facts))
+    files.write(FOLDER / "ladder.md", facts.markdown(content))
     svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
-    files.write(FOLDER / "ladder.html", report.html(facts, svgs))
+    files.write(FOLDER / "ladder.html", facts.html(content, svgs))
     write_losses(losses)
     levels.write(gathered)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}

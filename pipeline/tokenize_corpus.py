@@ -8,8 +8,10 @@ import shutil
 import tiktoken
 import torch
 
-from gpt2_ladder import corpora, data, documents, files, params_yaml, tokenizer
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Data, UserError
+from gpt2_ladder.sources import corpora, documents
+from gpt2_ladder.training import data, tokenizer
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run
 
 

@@ -6,10 +6,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_ladder import data, devices, files, metrics, params_yaml, ranks, runtime, tokenizer, training
-from gpt2_ladder.checkpoints import Checkpoints
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.model import GPT
+from gpt2_ladder.running.checkpoints import Checkpoints
+from gpt2_ladder.training import data, devices, loop, metrics, ranks, runtime, tokenizer
 from pipeline import (
     ENCODER_JSON,
     PROBE,
@@ -85,7 +86,7 @@ def train(
     if before:  # whose times and memory are those of more than one process
         notes = [result["note"], f"interrupted after step {before[-1].step} or later, and gone on from there"]
         result["note"] = "; ".join(filter(None, notes))
-    new_steps = training.train(
+    new_steps = loop.train(
         ranks.averaging(model),
         optimizer,
         data.shares(islice(train_batches, shape.steps - len(before)), ranks.rank(), count),
@@ -94,7 +95,7 @@ def train(
         before[-1].micro_batch if before else micro_batch,
         first_step=len(before),
         learning_rate=partial(
-            training.scheduled, steps=shape.steps, learning_rate=params.size.learning_rate, recipe=recipe
+            loop.scheduled, steps=shape.steps, learning_rate=params.size.learning_rate, recipe=recipe
         ),
         clip_norm=recipe.clip_norm,
     )
@@ -104,7 +105,7 @@ def train(
         # of the training, before validation adds to it, on the device that needed most
         peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(device)))
         own_batches = data.shares(iter(val_batches), ranks.rank(), count)
-        val_loss = ranks.mean(training.evaluate(model, own_batches, autocast, device, steps[-1].micro_batch))
+        val_loss = ranks.mean(loop.evaluate(model, own_batches, autocast, device, steps[-1].micro_batch))
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "loss_first": steps[0].loss,
@@ -138,7 +139,7 @@ def skip(name: str, folder: Path, result: dict[str, Any]) -> None:
     write_json(folder / "metrics.json", {**result, "status": "skipped"} | dict.fromkeys(metrics.MEASURED))
 
 
-def open_validation(shape: Shape) -> tuple[list[training.Batch], int]:
+def open_validation(shape: Shape) -> tuple[list[loop.Batch], int]:
     """Return the batches of the validation, int64 (B, T) twice each, and how many bytes of text their targets are."""
     shard = data.open_shard(VAL_SHARD)
     batches = list(data.first_batches(shard, shape.eval_tokens, shape.batch_size, shape.block_size))

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from gpt2_ladder import devices, progress, ranks, runtime, tracking, training
-from gpt2_ladder.checkpoints import Checkpoints
 from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
-from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT, count_bytes
-from gpt2_ladder.tracking import Tracker
+from gpt2_ladder.running import progress, tracking
+from gpt2_ladder.running.checkpoints import Checkpoints
+from gpt2_ladder.running.tracking import Tracker
+from gpt2_ladder.training import devices, loop, ranks, runtime
+from gpt2_ladder.training.metrics import Step
 
 PLAIN = Recipe()  # of every level
 
@@ -33,7 +34,7 @@ def build(
     model = GPT(params.gpt(switches), params.seed).to(device)
     if switches.compile:
         runtime.compile_model(model)
-    optimizer = training.make_optimizer(model, params.size.learning_rate, params.optimizer, switches.fused_adamw, decay)
+    optimizer = loop.make_optimizer(model, params.size.learning_rate, params.optimizer, switches.fused_adamw, decay)
     return device, model, optimizer
 
 

@@ -2,8 +2,9 @@
 
 import shutil
 
-from gpt2_ladder import hub, params_yaml
+from gpt2_ladder import params_yaml
 from gpt2_ladder.model import GPT
+from gpt2_ladder.sources import hub_format
 from pipeline import RESULTS, TRIAL, run
 from pipeline.train import train
 
@@ -17,7 +18,7 @@ def main() -> None:
 
 
 def keep(model: GPT) -> None:
-    hub.save_gpt(model, TRIAL)
+    hub_format.save_gpt(model, TRIAL)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from gpt2_ladder import artifacts, data, devices, files, hub, params_yaml, pretrained, sampling, tokenizer, verification
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
+from gpt2_ladder.sources import downloads, hub_format, pretrained
+from gpt2_ladder.training import data, devices, tokenizer
+from gpt2_ladder.using import sampling, verification
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
@@ -27,12 +30,12 @@ def main() -> None:
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 
     files.check_sha256(CORPUS, CORPUS_SHA256)
-    artifacts.check_recorded(WEIGHTS / hub.CONFIG, WEIGHTS / hub.WEIGHTS)
+    downloads.check_recorded(WEIGHTS / hub_format.CONFIG, WEIGHTS / hub_format.WEIGHTS)
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
     # in WEIGHTS, because /tmp may be smaller, or memory; what a stage that is killed leaves, the next download removes
-    with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=artifacts.UNFINISHED) as folder:
-        hub.save_gpt(GPT(params.size.gpt(), params.seed), Path(folder))
+    with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=downloads.UNFINISHED) as folder:
+        hub_format.save_gpt(GPT(params.size.gpt(), params.seed), Path(folder))
         random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
     for name, comparison in (("the downloaded weights", weights), ("random weights", random)):
         print(f"{name}: {comparison}", flush=True)
@@ -41,7 +44,7 @@ def main() -> None:
 
     lines, known_loss = [pretrained.STAND_IN_NOTICE, "No samples: random weights write random words."], None
     if not stand_in:
-        model = hub.load_gpt(WEIGHTS, "flash")
+        model = hub_format.load_gpt(WEIGHTS, "flash")
         if params.model == "gpt2":  # llm.c reports the loss of the smallest alone
             known_loss = verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
         choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))

@@ -14,12 +14,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, random_ids, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ladder import model, params_yaml, runtime, training
+from gpt2_ladder import model, params_yaml
 from gpt2_ladder.config import AdamW, Switches
 from gpt2_ladder.model import GPT
+from gpt2_ladder.training import loop, runtime
+from helpers.common import REPOSITORY, random_ids, tiny
 
 CPU = torch.device("cpu")
 LEVELS = params_yaml.load(REPOSITORY / "params.yaml").levels
@@ -60,7 +61,7 @@ def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype | None,
     batch = random_ids(B, T), random_ids(B, T, seed=1)
     autocast = runtime.set_precision(switches.precision, CPU)
     with Recorder() as recorder:
-        training.accumulate(network, batch, autocast, CPU, micro_batch=B)
+        loop.accumulate(network, batch, autocast, CPU, micro_batch=B)
     ((logits, loss),) = outputs
     return recorder, network, (None if logits is None else logits.dtype, loss.dtype)
 
@@ -105,7 +106,7 @@ def with_item(forward: Callable) -> Callable:
     return looks_at_a_value
 
 
-def item_beside_the_network(batch, rows, split=training.split):
+def item_beside_the_network(batch, rows, split=loop.split):
     batch[0].max().item()
     return split(batch, rows)
 
@@ -139,7 +140,7 @@ def wrapped_forward(wrap: Callable) -> AbstractContextManager:
             id="eager attention under flash",
         ),
         pytest.param(wrapped_forward(with_item), id=".item() in the step"),
-        pytest.param(mock.patch.object(training, "split", item_beside_the_network), id=".item() beside the network"),
+        pytest.param(mock.patch.object(loop, "split", item_beside_the_network), id=".item() beside the network"),
         pytest.param(wrapped_forward(in_float32), id="float32 products under bf16"),
         pytest.param(mock.patch.object(runtime, "set_precision", return_value=nullcontext()), id="autocast left off"),
     ],
@@ -177,7 +178,7 @@ def test_a_graph_break_is_found():
 
 def test_the_optimizer_reads_no_value_back_from_parameters_or_gradients():
     network = GPT(tiny())
-    optimizer = training.make_optimizer(network, 1e-3, AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
+    optimizer = loop.make_optimizer(network, 1e-3, AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
     network(random_ids(B, T), random_ids(B, T, seed=1))[1].backward()
     optimizer.step()
     with Recorder() as recorder:

@@ -10,10 +10,10 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import REPOSITORY
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from gpt2_ladder import params_yaml
+from helpers.common import REPOSITORY
 from pipeline import environment
 
 PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
@@ -54,8 +54,8 @@ HELD = {
         "make docs",
         "make schema",
         'make sample PROMPT="Once upon a time"',
-        "python -m pipeline.compare padded bf16",
-        "python -m pipeline.compare benchmarks/runs/xeon-amx.json",
+        "python -m pipeline.tools.compare padded bf16",
+        "python -m pipeline.tools.compare experiments/runs/xeon-amx.json",
     ],
     "test_pipeline.test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back": [
         "dvc commit trial",
@@ -88,14 +88,14 @@ HELD = {
     "names the process; test_ranks.py sends it a SIGTERM": ["python -m pipeline.train"],
     "takes minutes: it measures": [
         "python -m pytest -m long -n 0",
-        "python benchmarks/memory.py",
-        "python benchmarks/determinism.py",
-        "python benchmarks/overheads.py",
-        "python benchmarks/race.py",
-        "python benchmarks/sampling.py",
-        "python benchmarks/scaling.py",
-        "python benchmarks/tokenizing.py",
-        "python benchmarks/reliability.py",
+        "python experiments/memory.py",
+        "python experiments/determinism.py",
+        "python experiments/overheads.py",
+        "python experiments/race.py",
+        "python experiments/sampling.py",
+        "python experiments/scaling.py",
+        "python experiments/tokenizing.py",
+        "python experiments/reliability.py",
     ],
     "the head of a column, whose tests belong to the suite": ["python -m pytest -n 0"],
     "needs two machines; test_ranks.py starts two ranks on one": [

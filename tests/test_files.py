@@ -13,15 +13,18 @@ from pathlib import Path
 import altair as alt
 import pytest
 import torch
-from conftest import REPOSITORY, tiny
 from torch.profiler import ProfilerActivity
 
-from gpt2_ladder import artifacts, charts, data, files, hub
+from gpt2_ladder import files
 from gpt2_ladder.config import UserError
-from gpt2_ladder.metrics import Step
+from gpt2_ladder.measuring.profiling import profile_step
 from gpt2_ladder.model import GPT
-from gpt2_ladder.profiling import profile_step
-from gpt2_ladder.tracking import Tracker
+from gpt2_ladder.reporting import charts
+from gpt2_ladder.running.tracking import Tracker
+from gpt2_ladder.sources import downloads, hub_format
+from gpt2_ladder.training import data
+from gpt2_ladder.training.metrics import Step
+from helpers.common import REPOSITORY, tiny
 from pipeline import report, write_json
 from pipeline.train import skip
 
@@ -39,7 +42,7 @@ def record(folder: Path) -> None:
 WRITERS = {
     "json": (lambda folder: write_json(folder / "gains.json", {"rounds": 8}), ["gains.json"]),
     "provenance": (
-        lambda folder: artifacts.write_provenance(folder / "input.txt", "here", "0" * 64),
+        lambda folder: downloads.write_provenance(folder / "input.txt", "here", "0" * 64),
         ["input.txt.provenance.json"],
     ),
     "shard": (lambda folder: data.write_shard(folder / "train.bin", [1, 2, 3]), ["train.bin", "train.json"]),
@@ -48,7 +51,7 @@ WRITERS = {
         lambda folder: profile_step(lambda: torch.ones(1), [ProfilerActivity.CPU], folder / "trace.json"),
         ["trace.json"],
     ),
-    "weights": (lambda folder: hub.save_gpt(GPT(tiny()), folder), ["config.json", "model.safetensors"]),
+    "weights": (lambda folder: hub_format.save_gpt(GPT(tiny()), folder), ["config.json", "model.safetensors"]),
     "steps": (record, ["steps.csv"]),
     "skipped level": (lambda folder: skip("flash", folder, {"reason": "no compiler"}), ["metrics.json", "steps.csv"]),
     "losses": (lambda _: report.write_losses({"speed": [{"level": "fp32", "step": 0, "loss": 10.9}]}), ["losses.csv"]),

@@ -18,16 +18,19 @@ from unicodedata import category
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, random_ids, tiny
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from gpt2_ladder import data, hellaswag, hub, params_yaml
-from gpt2_ladder.checkpoints import Checkpoints
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
-from gpt2_ladder.metrics import Step
 from gpt2_ladder.model import GPT
+from gpt2_ladder.running.checkpoints import Checkpoints
+from gpt2_ladder.sources import hub_format
+from gpt2_ladder.training import data
+from gpt2_ladder.training.metrics import Step
+from gpt2_ladder.using import grading
+from helpers.common import REPOSITORY, random_ids, tiny
 
 Files = dict[str, bytes]
 UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # what breaks a line, moves a cursor or cannot be printed
@@ -167,10 +170,10 @@ READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
         written(lambda folder: data.write_shard(folder / "train.bin", [1, 2, 3, 50256])),
         lambda folder: data.open_shard(folder / "train.bin"),
     ),
-    "checkpoint": (written(lambda folder: hub.save_gpt(GPT(tiny()), folder)), hub.load_gpt),
+    "checkpoint": (written(lambda folder: hub_format.save_gpt(GPT(tiny()), folder)), hub_format.load_gpt),
     "questions": (
         {"val.jsonl": b'{"ctx": "A boy", "endings": ["runs.", "is", "", "of it \\u00e9"], "label": 3, "ind": 7}\n' * 2},
-        lambda folder: hellaswag.read(folder / "val.jsonl"),
+        lambda folder: grading.read(folder / "val.jsonl"),
     ),
     "training": (written(train_and_save), lambda folder: training(folder).load()),
 }

@@ -14,14 +14,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import REPOSITORY, random_ids
-from test_out_of_memory import Capped
 
-from gpt2_ladder import benchmark, cost, devices, params_yaml, parity, planning, profiling, runtime, training
-from gpt2_ladder.benchmark import Arm
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import CONTROL, Params, Switches
-from gpt2_ladder.gains import ESTIMATOR, Measurement
+from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, turns
+from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
+from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
+from gpt2_ladder.training import devices, loop, runtime
+from helpers.common import REPOSITORY, random_ids
+from helpers.memory import Capped
 from pipeline import benchmark as benchmark_stage
 from pipeline import environment, probe
 
@@ -54,7 +56,7 @@ class Machine:
             and devices.why_skipped(level, self.environment, rehearsal) is None
         }
 
-    def batches(self, count: int) -> list[training.Batch]:
+    def batches(self, count: int) -> list[loop.Batch]:
         shape = (self.shape.batch_size, self.shape.block_size, 50257)
         return [(random_ids(*shape, seed=i), random_ids(*shape, seed=100 + i)) for i in range(count)]
 
@@ -66,9 +68,9 @@ class Machine:
             if switches.compile:
                 runtime.compile_model(model)
             settings = self.params.size.learning_rate, self.params.optimizer, switches.fused_adamw
-            optimizer = training.make_optimizer(model, *settings)
+            optimizer = loop.make_optimizer(model, *settings)
             autocast = runtime.set_precision(switches.precision, self.device)
-            trained = training.train(model, optimizer, self.batches(steps), autocast, self.device, micro_batch)
+            trained = loop.train(model, optimizer, self.batches(steps), autocast, self.device, micro_batch)
             return [step.loss for step in trained]
         finally:
             runtime.set_precision("fp32", self.device)
@@ -92,7 +94,7 @@ def micro_batch(machine: Machine) -> int:
 def arms(machine: Machine, micro_batch: int) -> list[Arm]:
     contestants = {**machine.levels, CONTROL: next(iter(machine.levels.values()))}
     made = benchmark_stage.build_arms(machine.params, contestants, machine.device, micro_batch)
-    list(benchmark.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed))
+    list(turns.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed))
     return made
 
 
@@ -132,7 +134,7 @@ def test_products_are_as_exact_as_their_precision_says(machine, report):
 
 @pytest.mark.gpu
 def test_gains_and_shares_of_the_peak(machine, arms, report):
-    rounds = list(benchmark.measure(arms, machine.batches(4), machine.device, ROUNDS, 120, machine.params.seed))
+    rounds = list(turns.measure(arms, machine.batches(4), machine.device, ROUNDS, 120, machine.params.seed))
     measurement = Measurement(
         estimator=ESTIMATOR,
         model=machine.params.model,
@@ -207,9 +209,9 @@ def test_no_level_pays_with_quality(machine, micro_batch, report):
     baseline = machine.losses(machine.levels[names[0]], steps, micro_batch)
     for name in names[1:]:
         level = machine.levels[name]
-        expected = parity.padding_cost(level.vocab_size, machine.levels[names[0]].vocab_size)
+        expected = loss_parity.padding_cost(level.vocab_size, machine.levels[names[0]].vocab_size)
         losses, tolerance = machine.losses(level, steps, micro_batch), getattr(machine.params.parity, level.precision)
-        found = parity.compare(name, losses, baseline, tolerance, steps, expected)
+        found = loss_parity.compare(name, losses, baseline, tolerance, steps, expected)
         report[name]["loss apart by"] = f"{found.largest:.6f}"
 
 
@@ -221,7 +223,7 @@ def test_nothing_in_a_step_waits_for_the_device(machine, arms):
         try:
             if not machine.rehearsal:
                 torch.cuda.set_sync_debug_mode("error")
-            training.accumulate(arm.model, batch, autocast, machine.device, arm.micro_batch)
+            loop.accumulate(arm.model, batch, autocast, machine.device, arm.micro_batch)
             arm.optimizer.step()
         finally:
             if not machine.rehearsal:

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import REPOSITORY, random_ids, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.model import GPT
+from helpers.common import REPOSITORY, random_ids, tiny
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import Switches, UserError
+from helpers.common import REPOSITORY
 
 PARAMS = REPOSITORY / "params.yaml"
 

@@ -1,10 +1,10 @@
 """The race's bookkeeping: who steps when, on which batch, and what the table says. Speed itself is not tested."""
 
-import processes
 import torch
 
-from benchmarks import race
-from benchmarks.race import Cell
+from experiments import race
+from experiments.race import Cell
+from helpers import processes
 
 
 def counts(cell: Cell):

@@ -1,0 +1,125 @@
+"""A corpus of 1 GB to shards, against tiktoken alone. `PYTHONPATH=src:. python experiments/tokenizing.py`.
+
+Run it after the download stage, from the top of the repository; it works in a temporary folder.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from experiments import pages
+from gpt2_ladder import params_yaml
+from gpt2_ladder.config import Data
+from gpt2_ladder.measuring.gains import gain
+from gpt2_ladder.sources import corpora
+from gpt2_ladder.training import data, tokenizer
+from pipeline import CORPUS, ENCODER_JSON, VOCAB_BPE, environment
+
+MB = 10**6
+
+
+def generate(folder: Path, megabytes: int) -> dict[str, Path]:
+    """Write `megabytes` of tiny Shakespeare's lines, drawn at random, as text files and as parquet."""
+    lines, draw = CORPUS.read_text().splitlines(keepends=True), random.Random(0)
+    paths = {"text": folder / "text", "parquet": folder / "rows.parquet"}
+    paths["text"].mkdir()
+    with pq.ParquetWriter(paths["parquet"], pa.schema([("text", pa.string())])) as rows:
+        for number in range(-(-megabytes // 64)):
+            documents = []
+            for _ in range(min(64, megabytes - 64 * number) * MB // 4000):
+                documents.append("".join(draw.choices(lines, k=145)))  # 4,000 bytes
+            (paths["text"] / f"{number:03}.txt").write_text("".join(documents))
+            rows.write_table(pa.table({"text": documents}))
+    return paths
+
+
+def bare(megabytes: int) -> None:
+    """Have tiktoken encode so much text, from memory, to nowhere."""
+    encoding, text = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON), CORPUS.read_text()[:MB]
+    for _ in range(megabytes):
+        encoding.encode_ordinary(text)
+
+
+class Memory(threading.Thread):
+    """Watches what this process and its new children have in memory, in MiB, proportionally where they share it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.ended, self.others = 0.0, threading.Event(), psutil.Process().children()
+
+    def run(self) -> None:
+        """Look every second."""
+        while not self.ended.wait(1):
+            family = [psutil.Process(), *(one for one in psutil.Process().children() if one not in self.others)]
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                self.most = max(self.most, sum(one.memory_full_info().pss for one in family) / 2**20)
+
+
+def shards(source: str, path: Path, shard_tokens: int) -> tuple[float, float, int]:
+    """Make shards of the corpus at `path`; return the seconds, the most memory in MiB and the tokens."""
+    changes = {"source": source, "path": str(path), "shard_tokens": shard_tokens}
+    settings = Data.model_validate(params_yaml.load().data.model_dump() | changes)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        val, train, further = (Path(folder) / name for name in ("val.bin", "train.bin", "shards"))
+        memory = Memory()
+        memory.start()
+        start = time.perf_counter()
+        corpora.write(settings, VOCAB_BPE.absolute(), ENCODER_JSON.absolute(), val, train, further, PROCESSES)
+        seconds = time.perf_counter() - start
+        memory.ended.set()
+        return seconds, memory.most, len(data.open_shard(val)) + len(data.open_shards(train, further))
+
+
+PROCESSES = torch.get_num_threads()
+
+
+def main() -> None:
+    """Measure both and write the table into docs/PERFORMANCE.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=6)
+    asked = parser.parse_args()
+    part = asked.megabytes // 4
+    rows = ["| corpus | MB/s a process | of tiktoken alone | tokens/s | MiB at a quarter | MiB at the whole |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    with tempfile.TemporaryDirectory(dir=CORPUS.parent) as folder, ProcessPoolExecutor(PROCESSES) as pool:
+        (Path(folder) / "part").mkdir()
+        (Path(folder) / "whole").mkdir()
+        parts = generate(Path(folder).absolute() / "part", part)
+        wholes = generate(Path(folder).absolute() / "whole", asked.megabytes)
+        for source, path in parts.items():
+            ours, theirs, peak = [], [], 0.0
+            for _ in range(asked.rounds):
+                for arm in random.sample(["ours", "theirs"], 2):
+                    if arm == "ours":
+                        seconds, mib, _ = shards(source, path, 10 * MB)
+                        ours.append(seconds)
+                        peak = max(peak, mib)
+                    else:
+                        start = time.perf_counter()
+                        list(pool.map(bare, [part // PROCESSES] * PROCESSES))
+                        theirs.append(time.perf_counter() - start)
+            seconds, mib, tokens = shards(source, wholes[source], 10 * MB)
+            cells = [f"{asked.megabytes / seconds / PROCESSES:.2f}", str(gain(theirs, ours))]
+            rows.append(f"| {source} | {' | '.join(cells)} | {tokens / seconds:,.0f} | {peak:,.0f} | {mib:,.0f} |")
+            print(rows[-1], flush=True)
+    found = environment.describe()
+    rows += ["", f"{asked.rounds} rounds of {part} MB, then {asked.megabytes} MB once. "]
+    rows[-1] += f"{found.device_name}, {PROCESSES} processes, {os.cpu_count()} cores."
+    print("\n".join(rows))
+    pages.put(pages.PERFORMANCE, "tokenizing", "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Ask a network the 10,042 questions of HellaSwag, or the first of them, and count the right endings it finds.
+
+No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all questions take over an hour on two cores.
+"""
+
+from pathlib import Path
+
+from gpt2_ladder import params_yaml
+from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+from gpt2_ladder.sources import downloads, hub_format
+from gpt2_ladder.sources.downloads import Url
+from gpt2_ladder.training import devices, tokenizer
+from gpt2_ladder.using import grading
+from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, check_weights, read_environment, run, write_json
+
+QUESTIONS = Path("data/hellaswag_val.jsonl")
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
+GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag"
+SOURCES = tuple(
+    Url(f"{GITHUB}/{revision}/data/{QUESTIONS.name}")
+    for revision in ("a29ff8e9a04bba4bd6588223785ce105328adc57", "master")
+)
+FOUND = RESULTS / "hellaswag.json"
+
+
+def main(*arguments: str) -> None:
+    params = params_yaml.load()
+    parser = Parser(prog="python -m pipeline.tools.hellaswag", description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help="a folder, as data/gpt2 or models/trial")
+    parser.add_argument("--limit", type=int, help="ask so many only, the first of the file")
+    asked = parser.parse_args(arguments)
+    if asked.limit is not None and asked.limit < 1:
+        raise UserError(f"--limit {asked.limit}: at least one question must be asked")
+    check_weights(asked.model)
+    environment = read_environment()
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    model = hub_format.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()
+    with downloads.alone(QUESTIONS.parent):
+        downloads.fetch(QUESTIONS, SHA256, SOURCES)
+    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    examples = grading.read(QUESTIONS)
+    origin = downloads.read_provenance(*hub_format.weight_files(asked.model))
+    print(f"{asked.model}: {origin['note'] or origin['source']}", flush=True)
+    grades = []
+    chosen = examples[: asked.limit]
+    for right in grading.grade(model, chosen, encoding, device):
+        grades.append(right)
+        if len(grades) % 100 == 0 or len(grades) == len(chosen):
+            (acc, bounds), (acc_norm, norm_bounds) = (grading.accuracy(one) for one in zip(*grades, strict=True))
+            print(
+                f"hellaswag: {len(grades):,}/{len(chosen):,}  acc {acc:.4f} [{bounds[0]:.4f}, {bounds[1]:.4f}]  "
+                f"acc_norm {acc_norm:.4f} [{norm_bounds[0]:.4f}, {norm_bounds[1]:.4f}]",
+                flush=True,
+            )
+    write_json(
+        FOUND,
+        {
+            "model": str(asked.model),
+            **origin,
+            "environment": environment.fingerprint,
+            "n": len(grades),
+            "of": len(examples),
+            "acc": acc,
+            "acc_interval": bounds,
+            "acc_norm": acc_norm,
+            "acc_norm_interval": norm_bounds,
+            "intervals": "95 %, Wilson",
+        },
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Measure the levels: steps in turn, gains, loss parity, cost, memory and profiles."""

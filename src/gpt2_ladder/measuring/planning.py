@@ -1,0 +1,168 @@
+"""What a training step will need, found without computing it: memory, the largest batch, the least time.
+
+A whole step is traced on fake tensors, which have a shape and a type but no storage: a second for any size. What
+cannot be seen this way: a library's workspaces, fragmentation, the driver's own memory. And fusion: a compiled level is
+traced uncompiled, so its memory is an upper bound, and of its time only the matrix products count.
+"""
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from gpt2_ladder.config import AdamW, GPTConfig, UserError
+from gpt2_ladder.measuring.cost import BANDWIDTH, KNOWN_PEAKS
+from gpt2_ladder.model import GPT, count_bytes
+from gpt2_ladder.training import loop, runtime
+
+CPU = torch.device("cpu")  # without a GPU autocast acts on the CPU's fake tensors alone
+LARGEST = 2**50  # bytes of a step that is traced; no machine has as much
+RESERVE = 2**30  # and a tenth of the rest: the driver's context, workspaces, fragmentation
+SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # no value of theirs changes what a step needs
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operator has to do: floating-point operations of matrix products, bytes read and written."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, traced: the most bytes that were alive at once, and the operators of its two parts."""
+
+    peak_bytes: int
+    network: tuple[Operation, ...]
+    optimizer: tuple[Operation, ...]
+
+
+class LiveStorage(TorchDispatchMode):
+    """Counts the bytes of every storage that is alive, real or fake, and remembers their peak and the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.operations: list[Operation] = []
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        new = [self._watch(tensor.untyped_storage()) for tensor in _tensors(out)]
+        if any(new) or func._schema.is_mutable:  # else a view, which moves nothing
+            moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors((args, kwargs, out))}
+            self.operations.append(Operation(_flops(func, args, out), sum(moved.values())))
+        return out
+
+    def _watch(self, storage: torch.UntypedStorage) -> bool:
+        if storage._cdata in self._known:
+            return False
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return True
+
+    def _freed(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+def cuda_habits() -> AbstractContextManager[object]:
+    """Take softmax, and so what it saves for backward, in float32, as CUDA's autocast does and the CPU's does not.
+
+    A TorchFunctionMode would not do: it is off in backward, where a checkpoint computes forward again.
+    """
+    softmax = F.softmax
+    return patch.object(F, "softmax", lambda scores, dim: softmax(scores.float(), dim))
+
+
+@cache
+def trace_step(
+    config: GPTConfig, autocast: bool, batch_size: int, block_size: int, cuda: bool, micro_batches: int = 1
+) -> Step:
+    """Trace a training step of GPT(config) on (batch_size, block_size) ids, with AdamW's state already there.
+
+    `micro_batches`: how many times so many ids, their gradients accumulated; from the second on they are all alive.
+    `cuda`: as on an NVIDIA GPU, where AdamW left alone updates all parameters at once, with a temporary copy of them.
+
+    Raises:
+        UserError: the step takes more than LARGEST bytes; torch could not count much more.
+    """
+    scores = config.n_head * block_size * (config.attention == "eager")
+    least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
+    if least > LARGEST:
+        size = f"{batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
+        size += f"vocab_size {config.vocab_size}"
+        raise UserError(f"a step of {size} takes over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
+    with FakeTensorMode(), LiveStorage() as seen, cuda_habits() if cuda else nullcontext():
+        model = GPT(config, seed=None)
+        optimizer = loop.make_optimizer(model, 1.0, SETTINGS)
+        optimizer.param_groups[0]["foreach"] = cuda
+        ids = torch.zeros(micro_batches * batch_size, block_size, dtype=torch.int64)
+        context = runtime.set_precision("bf16" if autocast else "fp32", CPU)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # creates AdamW's state, as the first step of a training does
+        optimizer.zero_grad()
+        seen.peak, seen.operations = seen.live, []
+        loop.accumulate(model, (ids, ids), context, CPU, micro_batch=batch_size)
+        split = len(seen.operations)
+        optimizer.step()
+        return Step(seen.peak, tuple(seen.operations[:split]), tuple(seen.operations[split:]))
+
+
+def largest_batch(config: GPTConfig, autocast: bool, block_size: int, cuda: bool, free: int) -> int:
+    """Return the largest batch whose traced step fits into `free` bytes less the reserve; 0 where one row does not.
+
+    Beyond the few rows at which the optimizer's step is the peak, memory is linear in the batch: the search begins on
+    the line through 32 and 64 rows.
+    """
+    usable = 0.9 * free - RESERVE
+    low, high = (trace_step(config, autocast, size, block_size, cuda).peak_bytes for size in (32, 64))
+    size = max(1, 32 + int((usable - low) * 32 / (high - low)))
+    while size and trace_step(config, autocast, size, block_size, cuda).peak_bytes > usable:
+        size -= 1
+    return size
+
+
+def least_ms(step: Step, gpu: str, precision: str, compiled: bool) -> float | None:
+    """Return the least milliseconds that `step` can take on `gpu`, by the roofline; None where nobody knows its peaks.
+
+    Every operator takes as long as its arithmetic at the peak, or its bytes at the memory's bandwidth, whichever is
+    longer. Compilation at its best fuses everything between two matrix products into them, so those alone count.
+
+    Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model".
+    """
+    peak, bandwidth = KNOWN_PEAKS.get(gpu, {}).get(precision), BANDWIDTH.get(gpu)
+    if peak is None or bandwidth is None:
+        return None
+    network = [operation for operation in step.network if operation.flops or not compiled]
+    seconds = [max(one.flops / (peak * 1e12), one.bytes / (bandwidth * 1e9)) for one in (*network, *step.optimizer)]
+    return sum(seconds) * 1000
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _flops(func: Any, args: Any, out: Any) -> int:
+    """Return the operations of a matrix product, else 0; a causal flash kernel computes half of the square."""
+    if FLASH in func.__name__:
+        backward = "backward" in func.__name__
+        B, H, T, D = args[1 if backward else 0].shape
+        return (5 if backward else 2) * B * H * T * T * D
+    count = flop_registry.get(func.overloadpacket)
+    return count(*args, out_val=out) if count else 0

@@ -1,0 +1,1 @@
+"""Carry a training from its first step to its last, record it, and resume it."""

@@ -1,0 +1,37 @@
+"""What the user sees of a training: a live line on a terminal, a plain line now and then in a log file."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gpt2_ladder.training.metrics import Step
+
+LOG_LINES = 10  # about so many lines a training where there is no terminal to draw on
+
+
+def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
+    """Pass `steps` through unchanged and show step, loss, tokens/s and the time left of `total` steps."""
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    fastest_ms = math.inf
+    # drawn between steps only: a thread that redraws would take its time from the step that is being measured
+    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
+        task = bar.add_task(title, total=total, values="first step ...")
+        for step in steps:
+            fastest_ms = min(fastest_ms, step.step_ms)
+            values = f"loss {step.loss:7.4f}  {step.tokens_per_second:8,.0f} tokens/s"
+            bar.update(task, advance=1, values=values, refresh=True)
+            if bar.disable and (step.step % max(1, total // LOG_LINES) == 0 or step.step == total - 1):
+                # the first step may hold a compilation, so nothing can be told from it
+                left = f"{fastest_ms / 1000 * (total - step.step - 1):4.0f} s left" if step.step else ""
+                print(f"{title:8}  step {step.step:3}/{total}  {values}  {left}", flush=True)
+            yield step

@@ -1,0 +1,149 @@
+"""Where steps are recorded: a CSV file, flushed line by line, is the truth; a Weights & Biases run mirrors it."""
+
+import csv
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import wandb
+from wandb.sdk.lib.wbauth import read_netrc_auth
+
+from gpt2_ladder import files
+from gpt2_ladder.config import UserError
+from gpt2_ladder.training.metrics import HEADER, Step
+
+PROJECT = "gpt2-ladder"
+MODES = ("online", "offline", "disabled")
+INIT_TIMEOUT_S = 20  # W&B's own default holds a training back for 90 s where there is a key but no network
+FINISH_TIMEOUT_S = 60  # and its end for ever where the server is gone by then
+FAILURES = (Exception, SystemExit)  # W&B may raise anything, and its teardown exits; Ctrl-C still stops a training
+
+
+class Tracker:
+    """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error.
+
+    None for either: record nothing there. Where W&B fails, print one line and train without it.
+    """
+
+    def __init__(self, steps_csv: Path | None, run: wandb.Run | None):
+        if steps_csv:  # a new file: the old one may be a link into DVC's cache
+            files.write(steps_csv, HEADER)
+        self._file = (steps_csv or Path(os.devnull)).open("a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._run = run
+
+    def log(self, step: Step) -> None:
+        """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
+        self._writer.writerow(astuple(step))
+        self._file.flush()
+        values = asdict(step)
+        index = values.pop("step")
+        self._mirror(lambda run: run.log(values, step=index))
+
+    def summarize(self, metrics: Mapping[str, Any]) -> None:
+        """Put the results of the whole training into the run's summary, where W&B's tables compare them."""
+        self._mirror(lambda run: run.summary.update(dict(metrics)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._file.close()
+        self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
+
+    def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            do(self._run)
+        except FAILURES as error:
+            self._run = None
+            print(f"W&B failed ({_named(error)}): results/ holds everything, later steps too", flush=True)
+
+
+def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
+    """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
+
+    WANDB_MODE, WANDB_PROJECT and WANDB_DIR win over what is written here. Return None where W&B is disabled, or cannot
+    start, which one line reports.
+
+    Raises:
+        UserError: WANDB_MODE is none of W&B's words.
+    """
+    mode: Any = os.environ.get("WANDB_MODE")
+    if mode and mode not in MODES:
+        raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
+    if mode == "disabled":
+        return None
+    try:
+        times = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
+        about: dict[str, Any] = {"name": name, "group": group, "job_type": job_type, "tags": tags}
+        init = partial(wandb.init, **about, config=dict(config), project=project(), dir=folder(), settings=times)
+        mode = mode or ("online" if has_key() else "offline")
+        try:
+            run = init(mode=mode)
+        except wandb.errors.Error as error:
+            wandb.teardown()
+            run = init(mode="offline")
+            print(f"W&B cannot be reached or refuses ({_named(error)}): `wandb sync` sends this run later", flush=True)
+        print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
+    except FAILURES as error:
+        print(f"W&B cannot start ({_named(error)}): this run is recorded in results/ alone", flush=True)
+        return None
+    return run
+
+
+def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
+    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, if there is one, and end it.
+
+    Where W&B fails, print one line.
+    """
+    with Tracker(None, run) as tracker:
+        tracker.summarize(results)
+        tracker._mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
+
+
+def project() -> str:
+    """Return the W&B project of all runs."""
+    return os.environ.get("WANDB_PROJECT", PROJECT)
+
+
+def folder() -> Path:
+    """Return where W&B puts its folder, which is called wandb."""
+    # Not the working directory: `dvc exp run --temp` throws that away. DVC_ROOT is the real repository.
+    return Path(os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or ".")
+
+
+def run_group(fingerprint: str) -> str:
+    """Return what the runs of one climb have in common.
+
+    WANDB_RUN_GROUP, else the DVC experiment's name, else the commit and the environment's `fingerprint`.
+    """
+    if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
+        return name
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or no commit yet
+        commit = "uncommitted"
+    return f"{commit}-{fingerprint}"
+
+
+def _named(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def has_key() -> bool:
+    """Tell whether W&B has an API key here: in WANDB_API_KEY, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        # W&B's own reader, because the name of its host has changed over the years and older files hold the older one
+        return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
+    except wandb.errors.AuthenticationError:
+        return True  # a malformed key: wandb.init says what is wrong with it

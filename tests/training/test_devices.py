@@ -1,0 +1,278 @@
+"""What each device can and cannot do, and that nobody else asks which it is."""
+
+import ast
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from importlib import import_module
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt2_ladder import files
+from gpt2_ladder.config import Switches, UserError
+from gpt2_ladder.training import devices
+from helpers.common import REPOSITORY, environment
+from pipeline import ENVIRONMENT, TRIAL, read_environment, write_json
+from pipeline import environment as environment_stage
+
+CPU = torch.device("cpu")
+
+
+def switches(**changes: object) -> Switches:
+    row = {"tie_weights": True, "init": "gpt2", "precision": "fp32", "compile": False, "attention": "eager"}
+    past = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}
+    return Switches.model_validate({**row, "vocab_size": 50257, **past, **changes})
+
+
+def test_a_level_is_skipped_only_where_the_machine_cannot_run_it():
+    assert devices.why_skipped(switches(precision="bf16", compile=True), environment(), False) is None
+    without_compiler = environment(compile_problem="no C++ compiler")
+    assert "no C++ compiler" in (devices.why_skipped(switches(compile=True), without_compiler, True) or "")
+    assert devices.why_skipped(switches(), without_compiler, False) is None
+    old_cpu, old_gpu = environment(bf16=False), environment(bf16=False, device="cuda")
+    assert "bfloat16" in (devices.why_skipped(switches(precision="bf16"), old_cpu, False) or "")
+    assert devices.why_skipped(switches(precision="bf16"), old_cpu, True) is None
+    assert devices.why_skipped(switches(precision="bf16"), old_gpu, False) is None
+    compiled = switches(precision="bf16", compile=True)
+    assert "compute capability 8.0" in (devices.why_skipped(compiled, old_gpu, True) or "")
+
+
+def test_an_allocator_that_is_not_glibc_is_not_passed_over(monkeypatch):
+    caching = switches(allocator="caching")
+    assert devices.why_skipped(caching, environment(), False) is None
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
+    assert "a setting of glibc" in (devices.why_skipped(caching, environment(), False) or "")
+    assert devices.why_skipped(caching, environment(device="cuda"), False) is None
+    assert "caches a GPU's memory" in (devices.what_to_know(caching, environment(device="cuda")) or "")
+    assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("machine", "rehearsal", "device", "message"),
+    [
+        ("cpu", False, "cpu", None),
+        ("gpu", False, "cuda", None),
+        ("gpu", True, "cpu", None),
+        ("cpu", False, "mps", None),
+        ("gpu", False, "mps", None),
+        ("cpu", False, "cuda", r"machine: cpu, but this machine has a GPU \(A processor\): set machine: gpu"),
+        ("cpu", True, "cuda", "machine: cpu, but this machine has a GPU"),
+        ("gpu", False, "cpu", "machine: gpu, but this machine has no GPU .*: set machine: cpu .* or rehearsal: true"),
+        ("cpu", True, "cpu", "set rehearsal: false"),
+        ("gpu", True, "cuda", "set rehearsal: false"),
+    ],
+)
+def test_a_machine_of_the_other_kind_is_refused_unless_it_is_a_rehearsal(machine, rehearsal, device, message):
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        devices.check_machine(machine, rehearsal, environment(device=device))
+
+
+@pytest.mark.parametrize(
+    "stage", ["overfit", "probe", "train untied", "train fp32", "trial", "benchmark"], ids=lambda stage: stage
+)
+def test_every_stage_that_trains_or_measures_compares_the_machine_before_any_work(tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("machine: cpu ", "machine: gpu "))
+    write_json(ENVIRONMENT, environment().model_dump())
+    files.write(TRIAL / "config.json", "of the previous trial")
+    monkeypatch.setattr(devices, "open_device", lambda *_: pytest.fail("the stage began to work"))
+    name, *arguments = stage.split()
+    with pytest.raises(UserError, match="machine: gpu, but this machine has no GPU"):
+        import_module(f"pipeline.{name}").main(*arguments)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"models/trial/config.json", "params.yaml", "results/environment.json"}
+
+
+def test_a_rehearsal_is_named_in_every_table_by_its_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "params.yaml").read_text()
+    rehearsed = text.replace("machine: cpu ", "machine: gpu ").replace("rehearsal: false", "rehearsal: true")
+    (tmp_path / "params.yaml").write_text(rehearsed)
+    environment_stage.main()
+    assert read_environment().device_name.endswith(" (rehearsal of a GPU's shape)")
+    tables = [
+        *(REPOSITORY / "src/gpt2_ladder/reporting/templates").glob("l*.*"),
+        REPOSITORY / "pipeline/tools/compare.py",
+    ]
+    assert len(tables) == 5
+    for table in tables:
+        assert "device_name" in table.read_text()
+
+
+PAGES = """
+import json, resource, sys
+import torch
+from gpt2_ladder import devices
+if sys.argv[1] == "caching":
+    devices.keep_freed_memory(torch.device("cpu"))
+def use():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(100 * 2**20, dtype=torch.uint8)  # freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults = [use() for _ in range(40)]
+print(sum(faults[-10:]))  # the heap finds its shape in the first ten
+"""
+
+
+@pytest.mark.parametrize("allocator", ["system", "caching"])
+def test_memory_that_is_kept_is_not_paged_in_again(allocator):
+    command = [sys.executable, "-c", PAGES, allocator]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    faults = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert faults < 1_000 if allocator == "caching" else faults > 200_000  # 100 MiB are 25,600 pages of 4 KiB
+
+
+def test_a_switch_without_effect_or_hardware_is_noted():
+    assert "no effect" in (devices.what_to_know(switches(precision="tf32"), environment()) or "")
+    assert "emulated" in (devices.what_to_know(switches(precision="bf16"), environment(bf16=False)) or "")
+    assert devices.what_to_know(switches(precision="tf32"), environment(device="cuda")) is None
+    assert "no TF32" in (devices.what_to_know(switches(precision="tf32"), environment(device="cuda", bf16=False)) or "")
+    assert devices.what_to_know(switches(precision="bf16"), environment()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "available", "message"),
+    [
+        ("cuda", False, r"has a GPU, but torch .* cannot use it"),
+        ("cpu", True, r"lists no GPU, but torch .* sees one"),
+    ],
+)
+def test_a_gpu_that_only_nvidia_smi_or_only_torch_sees_is_an_error(monkeypatch, name, available, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    with pytest.raises(UserError, match=message):
+        devices.open_device(name, torch.get_num_threads(), 0, False)
+
+
+def test_peak_memory_covers_what_was_allocated():
+    before = devices.peak_memory_mib(CPU)
+    torch.ones(int(before + 100) * 2**20, dtype=torch.uint8)
+    assert before + 100 <= devices.peak_memory_mib(CPU) < 3 * (before + 100)
+
+
+def test_opening_a_device_seeds_every_generator():
+    drawn = []
+    for seed in (1, 1, 2):
+        devices.open_device("cpu", torch.get_num_threads(), seed, deterministic=False)
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_opening_a_device_takes_the_first_square_root_alone():
+    """Taken by two threads at once, MKL's first one may have half the digits: a race that no test can provoke."""
+
+    class Roots(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            if operator is torch.ops.aten.sqrt.default:
+                sizes.append(arguments[0].numel())
+            return operator(*arguments, **(keywords or {}))
+
+    sizes: list[int] = []
+    with Roots():
+        devices.open_device("cpu", torch.get_num_threads(), 0, deterministic=False)
+    assert sizes == [1]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_gpu_is_asked_by_its_own_functions(monkeypatch, kind):
+    """There is none here: what is asked of torch is recorded instead."""
+    device, asked, gib = torch.device(kind), [], 2**30
+    answers = {
+        "cuda.synchronize": None,
+        "cuda.max_memory_allocated": 3 * gib,
+        "cuda.mem_get_info": (5 * gib, 8 * gib),
+        "cuda.empty_cache": None,
+        "cuda.reset_peak_memory_stats": None,
+        "mps.synchronize": None,
+        "mps.driver_allocated_memory": 3 * gib,
+        "mps.recommended_max_memory": 8 * gib,
+        "mps.empty_cache": None,
+    }
+    for name, value in answers.items():
+        monkeypatch.setattr(f"torch.{name}", lambda *_, name=name, value=value: asked.append(name) or value)
+    devices.synchronize(device)
+    devices.forget_peak_memory(device)
+    assert devices.peak_memory_mib(device) == 3 * 1024
+    assert devices.free_memory(device) == 5 * gib
+    assert f"{kind}.synchronize" in asked
+    assert f"{kind}.empty_cache" in asked
+    assert {name.split(".")[0] for name in asked} == {kind}
+
+
+def test_free_memory_is_what_the_system_has():
+    assert 2**28 < devices.free_memory(CPU) < 2**46
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB)"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_known_in_every_devices_words(error, expected):
+    assert devices.is_out_of_memory(error) is expected
+
+
+def test_so_are_the_words_in_which_a_cpu_really_runs_out():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert devices.is_out_of_memory(caught.value)
+
+
+def test_the_kernel_of_attention_is_torchs_own_choice():
+    q = torch.empty(2, 2, 16, 8, requires_grad=True)
+    assert devices.attention_kernel(q) == "FLASH_ATTENTION"
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        assert devices.attention_kernel(q) == "MATH"
+
+
+def test_math_on_an_nvidia_gpu_is_refused(monkeypatch):
+    class OnGpu:
+        device, shape, dtype = torch.device("cuda"), (16, 12, 1024, 64), torch.bfloat16
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla X")
+    for choice, kernel in ((1, "FLASH_ATTENTION"), (2, "EFFICIENT_ATTENTION"), (3, "CUDNN_ATTENTION")):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, choice=choice, **__: choice)
+        assert devices.attention_kernel(OnGpu()) == kernel
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
+    with pytest.raises(UserError, match=r"only its math kernel for \(16, 12, 1024, 64\) in torch.bfloat16 on Tesla X"):
+        devices.attention_kernel(OnGpu())
+
+
+DEVICES = {"cpu", "cuda", "mps"}
+
+
+def asks_for_a_device(source: str) -> list[int]:
+    """The lines that compare something with a device's name, or use torch.cuda or torch.mps."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+            lines += [node.lineno] * bool(words & DEVICES)
+        elif isinstance(node, ast.Attribute) and node.attr in DEVICES:
+            lines += [node.lineno] * (isinstance(node.value, ast.Name) and node.value.id == "torch")
+    return lines
+
+
+def test_only_the_adapter_asks_which_device_it_is():
+    for path in [*(REPOSITORY / "src" / "gpt2_ladder").glob("*.py"), *(REPOSITORY / "pipeline").glob("*.py")]:
+        assert bool(asks_for_a_device(path.read_text())) == (path.name == "devices.py"), path
+    assert asks_for_a_device("x = 1 if device.type == 'mps' else 2")
+    assert asks_for_a_device("torch.cuda.synchronize()")
+
+
+def test_deterministic_algorithms_are_switched_on_and_off_again(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    devices.set_deterministic(True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    devices.set_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()

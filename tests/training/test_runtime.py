@@ -1,0 +1,46 @@
+"""Precision and compilation."""
+
+import pytest
+import torch
+
+from gpt2_ladder.model import GPT
+from gpt2_ladder.training import runtime
+from helpers.common import random_ids, tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def restore_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("before", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "matmul", "dtype"),
+    [("fp32", "ieee", torch.float32), ("tf32", "tf32", torch.float32), ("bf16", "ieee", torch.bfloat16)],
+)
+def test_a_precision_sets_the_matmul_mode_and_the_dtype_of_products_whatever_was_set_before(
+    before, precision, matmul, dtype
+):
+    runtime.set_precision(before, CPU)
+    context = runtime.set_precision(precision, CPU)
+    for _ in range(2):  # the context is entered anew at every step
+        with context:
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert runtime.float32_matmul_precision() == matmul
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(KeyError, match="fp8"):
+        runtime.set_precision("fp8", CPU)
+
+
+def test_a_compiled_model_keeps_its_parameter_names_and_its_output():
+    plain, compiled = GPT(tiny(n_layer=1)), GPT(tiny(n_layer=1))
+    runtime.compile_model(compiled)
+    torch.testing.assert_close(compiled(random_ids())[0], plain(random_ids())[0], rtol=0, atol=1e-6)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert runtime.compile_cache() in ("cold", "warm")

@@ -1,0 +1,165 @@
+"""A folder for the hub: transformers reads of it what we wrote, and its card says what is known and no more."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+
+from gpt2_ladder import files
+from gpt2_ladder.config import UserError
+from gpt2_ladder.model import GPT
+from gpt2_ladder.sources import hub_format
+from gpt2_ladder.using import sharing
+from gpt2_ladder.using.verification import RELATIVE_TOLERANCE
+from helpers.common import REPOSITORY, random_ids, tiny
+from pipeline import write_json
+from pipeline.tools import share
+
+TEXT = "Hello  world,\n\n\tnaïve e\u0301 東京 🎉\u00a0don't <|endoftext|> Next<|endoftext|>  \x00\r\n 'll 123 "
+PADDED, REAL = 50304, 50257
+
+
+@pytest.fixture
+def write(tmp_path, bpe_files):
+    """A function that writes a network into a folder for the hub, and returns the folder."""
+
+    def make(model: GPT, card: str = "", name: str = "shared") -> Path:
+        vocab_bpe, encoder_json = bpe_files
+        sharing.write_folder(tmp_path / name, model, card, encoder_json, vocab_bpe)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, bpe_files) -> Path:
+    """A folder with what the command needs, but for a trained trial."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/bpe").symlink_to(bpe_files[0].parent)
+    (tmp_path / "params.yaml").write_bytes((REPOSITORY / "params.yaml").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trim", [True, False])
+def test_padded_or_trimmed_the_real_ids_have_the_same_logits_here_and_in_transformers(write, tied, trim):
+    model, ids = GPT(tiny(vocab_size=PADDED, tie_weights=tied)), random_ids(vocab_size=REAL)
+    folder = write(sharing.trimmed(model) if trim else model)
+    expected = model(ids)[0][..., :REAL]
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), hub_format.load_gpt(folder)
+    assert isinstance(theirs, GPT2LMHeadModel)
+    assert theirs.config.vocab_size == ours.config.vocab_size == (REAL if trim else PADDED)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (REAL - 1, REAL - 1)
+    assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == ours.config.tie_weights == tied
+    largest = expected.abs().max().item()  # two orders of summation round differently in float32
+    for logits in (theirs(ids).logits, ours(ids)[0]):
+        torch.testing.assert_close(logits[..., :REAL], expected, rtol=0, atol=RELATIVE_TOLERANCE * largest)
+
+
+def test_the_tokens_are_tiktokens(write, encoding):
+    tokenizer = AutoTokenizer.from_pretrained(write(GPT(tiny(vocab_size=REAL))))
+    ids = encoding.encode(TEXT, allowed_special="all")
+    assert tokenizer(TEXT)["input_ids"] == ids
+    assert tokenizer.decode(ids) == TEXT
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.model_max_length) == (REAL, REAL - 1, 32)
+
+
+def test_the_pipeline_writes_text_and_never_draws_a_padded_row(write):
+    model = GPT(tiny(vocab_size=PADDED, tie_weights=False))
+    with torch.no_grad():  # the last LayerNorm gives ones, so that the padded rows' logits are 16, all others below 1
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1)
+        model.lm_head.weight[REAL:] = 1
+    write_text = pipeline("text-generation", str(write(model)))
+    ids = write_text("The", max_new_tokens=8, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    assert len(ids) == 1 + 8
+    assert max(ids) < REAL
+    assert write_text("The", max_new_tokens=8)[0]["generated_text"].startswith("The")
+
+
+def test_a_folder_that_cannot_be_finished_is_not_there(write, tmp_path, monkeypatch):
+    def full(path: Path, content: str | bytes) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(GPT(tiny(vocab_size=REAL)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (lambda target: target.touch(), "is not a folder"),
+        (lambda target: target.symlink_to("elsewhere"), "is not a folder"),
+        (lambda target: target.mkdir() or (target / "mine").touch(), "nothing is overwritten"),
+    ],
+    ids=["a file", "a link", "a file in it"],
+)
+def test_nothing_is_overwritten(write, tmp_path, put, message):
+    put(tmp_path / "shared")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match=message):
+        write(GPT(tiny(vocab_size=REAL)))
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_empty_folder_is_filled_and_readable_by_all_who_may(write, tmp_path):
+    (tmp_path / "shared").mkdir()
+    folder = write(GPT(tiny(vocab_size=REAL)), "card")
+    (tmp_path / "plain").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
+        *("tokenizer_config.json", "vocab.json"),
+    }
+
+
+def test_another_network_gets_a_card_that_says_what_is_not_known(project, capsys):
+    hub_format.save_gpt(GPT(tiny(vocab_size=PADDED)), Path("found here"))
+    share.main("to/my net", "found here", "--trim")
+    card = ModelCard.load(Path("to/my net/README.md"))
+    facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    assert card.data.to_dict() == facts
+    assert "is not known to whoever wrote this card" in card.text
+    assert "a local file; nothing beside it says where it comes from" in card.text
+    assert "the rows that padded its vocabulary in training were cut off" in card.text
+    assert "Training" not in card.text
+    assert "none has been chosen for these weights" in card.text
+    assert "hf upload OWNER/'my net' 'to/my net' ." in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_is_not_gpt2s_is_refused(project):
+    hub_format.save_gpt(GPT(tiny()), Path("other"))
+    with pytest.raises(UserError, match="other: vocab_size 97 is below GPT-2's 50257"):
+        share.main("to", "other")
+
+
+def test_a_trial_that_was_not_trained_or_was_skipped_is_not_shared(project):
+    with pytest.raises(UserError, match=r"models/trial: holds no network \(none has been trained, or it was not pul"):
+        share.main("to")
+    write_json(Path("results/trial/metrics.json"), {"status": "skipped", "reason": "no bfloat16 here"})
+    with pytest.raises(UserError, match=r"models/trial: holds no network \(no bfloat16 here\); `dvc repro trial`"):
+        share.main("to")
+    assert not Path("to").exists()
+
+
+def test_what_dvc_knows_nothing_of_is_not_described(project):
+    hub_format.save_gpt(GPT(tiny(vocab_size=REAL)), Path("models/trial"))
+    with pytest.raises(UserError, match="dvc status cannot tell of which run the network is: ERROR: "):
+        share.main("to")
+
+
+def test_generation_settings_are_those_that_transformers_reads(write):
+    folder = write(GPT(tiny(vocab_size=PADDED)))
+    settings = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert settings.suppress_tokens == list(range(REAL, PADDED))
+    assert settings.pad_token_id == settings.eos_token_id == REAL - 1
+    plain = write(GPT(tiny(vocab_size=REAL)), name="plain") / "generation_config.json"
+    assert "suppress_tokens" not in json.loads(plain.read_text())
