@@ -20,7 +20,7 @@ from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Swi
 from gpt2_ladder.measuring import cost, profiling, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.profiling import Operator
-from gpt2_ladder.measuring.turns import Arm, Elsewhere
+from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.training import data, devices, loop, metrics, runtime
 from pipeline import (
     BENCHMARK,
@@ -58,7 +58,7 @@ def main(*arguments: str) -> None:
     kinds = sorted({matmul_kind(switches.precision) for switches in levels.values()})
     matmuls = kinds if devices.peak_is_measured(environment.device) else []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # started for the first level that needs it
-        arms = seat(params, contestants, environment, device, micro_batch, process)
+        arms = place_arms(params, contestants, environment, device, micro_batch, process)
         for name in turns.warm_up(arms, batches[0], device, params.seed):
             print(f"benchmark: warming up {name}", flush=True)
         for one in turns.measure(arms, batches, device, rounds, seconds, params.seed, matmuls):
@@ -90,23 +90,23 @@ def read_contestants() -> tuple[dict[str, Switches], int]:
     return {**levels, CONTROL: levels[parity["baseline"]]}, parity["micro_batch"]
 
 
-def seat(
+def place_arms(
     params: Params,
     contestants: dict[str, Switches],
     environment: Environment,
     device: torch.device,
     micro_batch: int,
     process: ProcessPoolExecutor,
-) -> list[Arm | Elsewhere]:
+) -> list[Arm | RemoteArm]:
     """Return an arm for each of `contestants`: here, or in `process` where it would change the others' memory."""
     alone = {name for name, switches in contestants.items() if devices.needs_own_process(switches, environment)}
     here = {name: switches for name, switches in contestants.items() if name not in alone}
     built = {arm.name: arm for arm in build_arms(params, here, device, micro_batch)}
-    return [Elsewhere(name, process, open_alone) if name in alone else built[name] for name in contestants]
+    return [RemoteArm(name, process, open_arm) if name in alone else built[name] for name in contestants]
 
 
 @cache
-def open_alone(name: str) -> Arm:
+def open_arm(name: str) -> Arm:
     """Return the arm of level `name`, whose switches set the whole of this process; one process, one set of them."""
     params, environment = params_yaml.load(), read_environment()
     contestants, micro_batch = read_contestants()
@@ -127,12 +127,12 @@ def build_arms(params: Params, contestants: dict[str, Switches], device: torch.d
     return arms
 
 
-def profile(arms: list[Arm | Elsewhere], batch: loop.Batch, device: torch.device) -> None:
+def profile(arms: list[Arm | RemoteArm], batch: loop.Batch, device: torch.device) -> None:
     """Take one more step of every arm under the profiler; write the costs of its operators, and a trace of it."""
     shutil.rmtree(TRACES, ignore_errors=True)
     TRACES.mkdir()
     costs = {
-        arm.name: arm.do(profile_arm, batch, device, TRACES / f"{arm.name}.json.gz")
+        arm.name: arm.run(profile_arm, batch, device, TRACES / f"{arm.name}.json.gz")
         for arm in arms
         if arm.name != CONTROL
     }

@@ -20,7 +20,7 @@ PINNED = (
 
 def main() -> None:
     params = params_yaml.load()
-    with downloads.alone(CORPUS.parent):
+    with downloads.download_lock(CORPUS.parent):
         for path, sha256, sources in PINNED:
             downloads.fetch(path, sha256, sources)
         pretrained.fetch(WEIGHTS, params.pretrained, params.model, params.size, params.seed)

@@ -39,7 +39,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     Raises:
         UserError: one row is too much; it says what would fit.
     """
-    shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.has_cuda_habits(device)
+    shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.allocates_like_cuda(device)
     micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)
     weights = turns.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
     distinct: dict[tuple[GPTConfig, bool, bool], str] = {}

@@ -56,7 +56,7 @@ def train(
     result: dict[str, Any] = {
         "status": "trained",
         "reason": devices.why_skipped(switches, environment, params.run_slow_levels),
-        "note": devices.what_to_know(switches, environment),
+        "note": devices.note_for(switches, environment),
         "environment": environment.fingerprint,
         "devices": count,
     }
@@ -71,7 +71,7 @@ def train(
     tokens = recipe.tokens_per_step or shape.batch_size * shape.block_size
     shuffled_by = params.seed if params.data.shuffle else None
     batches = data.Batches(shards, shape.batch_size, shape.block_size, shuffled_by)
-    train_batches = data.joined(batches, tokens // (shape.batch_size * shape.block_size))
+    train_batches = data.concatenate(batches, tokens // (shape.batch_size * shape.block_size))
     val_batches, val_bytes = open_validation(shape)
     micro_batch = shape.batch_size if group == "quality" else read_json(PROBE)["micro_batch"]
     device, model, optimizer = trainer.build(params, switches, environment, recipe.decay, count)
@@ -87,15 +87,15 @@ def train(
         notes = [result["note"], f"interrupted after step {before[-1].step} or later, and gone on from there"]
         result["note"] = "; ".join(filter(None, notes))
     new_steps = loop.train(
-        ranks.averaging(model),
+        ranks.average_gradients(model),
         optimizer,
-        data.shares(islice(train_batches, shape.steps - len(before)), ranks.rank(), count),
+        data.local_rows(islice(train_batches, shape.steps - len(before)), ranks.rank(), count),
         autocast,
         device,
         before[-1].micro_batch if before else micro_batch,
         first_step=len(before),
         learning_rate=partial(
-            loop.scheduled, steps=shape.steps, learning_rate=params.size.learning_rate, recipe=recipe
+            loop.learning_rate_at, steps=shape.steps, learning_rate=params.size.learning_rate, recipe=recipe
         ),
         clip_norm=recipe.clip_norm,
     )
@@ -104,7 +104,7 @@ def train(
         step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
         # of the training, before validation adds to it, on the device that needed most
         peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(device)))
-        own_batches = data.shares(iter(val_batches), ranks.rank(), count)
+        own_batches = data.local_rows(iter(val_batches), ranks.rank(), count)
         val_loss = ranks.mean(loop.evaluate(model, own_batches, autocast, device, steps[-1].micro_batch))
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

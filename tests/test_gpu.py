@@ -128,7 +128,7 @@ def test_products_are_as_exact_as_their_precision_says(machine, report):
     assert errors["fp32"] < 1e-6 < 1e-3 < errors["bf16"] < 1e-2  # 24 and 8 bits
     if machine.rehearsal:
         assert errors["tf32"] == errors["fp32"]
-    elif devices.what_to_know(machine.params.levels["tf32"], machine.environment) is None:
+    elif devices.note_for(machine.params.levels["tf32"], machine.environment) is None:
         assert 1e-5 < errors["tf32"] < errors["bf16"]  # 11 bits
 
 
@@ -174,11 +174,11 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
     for arm in arms[:-1]:
         switches, network = machine.levels[arm.name], machine.params.gpt(machine.levels[arm.name])
         arm.optimizer.zero_grad()
-        devices.forget_peak_memory(machine.device)
+        devices.reset_peak_memory(machine.device)
         before = devices.peak_memory_mib(machine.device)
         arm.step(machine.batches(1)[0], machine.device)
         measured = devices.peak_memory_mib(machine.device)
-        cuda = devices.has_cuda_habits(machine.device)
+        cuda = devices.allocates_like_cuda(machine.device)
         rows, pieces = micro_batch, 1 if micro_batch == machine.shape.batch_size else 2
         bf16, block_size = switches.precision == "bf16", machine.shape.block_size
         step = planning.trace_step(network, bf16, rows, block_size, cuda, pieces)
@@ -244,12 +244,12 @@ def little_memory(machine: Machine, share: float) -> Iterator[None]:
     """Leave only `share` of what a step with the whole batch needs, on top of what is held now."""
     switches = machine.levels["fp32"]
     shape = (machine.shape.batch_size, machine.shape.block_size)
-    step = planning.trace_step(machine.params.gpt(switches), False, *shape, devices.has_cuda_habits(machine.device))
+    step = planning.trace_step(machine.params.gpt(switches), False, *shape, devices.allocates_like_cuda(machine.device))
     if machine.rehearsal:
         with Capped(step.peak_bytes * share):
             yield
         return
-    devices.forget_peak_memory(machine.device)
+    devices.reset_peak_memory(machine.device)
     _, total = torch.cuda.mem_get_info()
     wanted = (torch.cuda.memory_allocated() + step.peak_bytes * share) / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, wanted))  # a small card is too small as it is

@@ -35,7 +35,7 @@ def main(*arguments: str) -> None:
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     model = hub_format.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()
-    with downloads.alone(QUESTIONS.parent):
+    with downloads.download_lock(QUESTIONS.parent):
         downloads.fetch(QUESTIONS, SHA256, SOURCES)
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     examples = grading.read(QUESTIONS)

@@ -31,7 +31,7 @@ def main(*arguments: str) -> None:
     else:
         environment = read_environment()
         device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-        cuda, free = devices.has_cuda_habits(device), devices.free_memory(device)
+        cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
         where = f"{environment.device_name}, {free / GIB:.1f} GiB free"
         gpus = (environment.device_name,) if environment.device_name in cost.KNOWN_PEAKS else SHOWN
     if cuda and params.machine != "gpu":

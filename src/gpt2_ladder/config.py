@@ -23,7 +23,7 @@ class UserError(ValueError):
     """Something the user can mend. Stages print it as one line, without a traceback, and exit with 1."""
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return `text`, part of it from a file, with line feeds and whatever else a terminal obeys written out."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 

@@ -10,7 +10,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from gpt2_ladder.config import Params, UserError, shown
+from gpt2_ladder.config import Params, UserError, printable
 
 LONGEST_VALUE = 1000  # characters; Python refuses to print an integer of four times as many
 DEEPEST = 8  # ruamel.yaml takes seconds for some thousand lists in each other, and then Python's whole stack
@@ -44,17 +44,19 @@ def load(path: Path | str = "params.yaml") -> Params:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {shown(' '.join(str(error.problem).split())):.500}") from None
+        raise UserError(
+            f"{path}:{line}: not valid YAML: {printable(' '.join(str(error.problem).split())):.500}"
+        ) from None
     except UserError:
         raise
     except (YAMLError, ValueError) as error:  # the latter for 2001-99-99
-        raise UserError(f"{path}: not valid YAML: {shown(' '.join(str(error).split())):.500}") from None
+        raise UserError(f"{path}: not valid YAML: {printable(' '.join(str(error).split())):.500}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path}: expected a map of settings, got {type(document).__name__}")
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        raise UserError("\n".join(shown(_explain(path, document, mistake)) for mistake in error.errors())) from None
+        raise UserError("\n".join(printable(_explain(path, document, mistake)) for mistake in error.errors())) from None
 
 
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:

@@ -119,12 +119,12 @@ def where(arm: Arm) -> tuple[str, int, int]:
 
 def test_an_arm_elsewhere_steps_in_one_process_of_its_own():
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        alone = turns.Elsewhere("alone", process, open_here)
+        alone = turns.RemoteArm("alone", process, open_here)
         contestants = [alone, *arms(1)]
         assert sorted(turns.warm_up(contestants, BATCHES[0], CPU, seed=0)) == ["alone"] * 2 + ["arm0"] * 2
         found = measure(contestants)
         assert all(one.step_ms["alone"] > 0 for one in found)
-        first, second = alone.do(where), alone.do(where)
+        first, second = alone.run(where), alone.run(where)
     assert first == second  # the same arm in the same process
     assert first[0] == "alone"
     assert first[1] != os.getpid()
@@ -132,9 +132,9 @@ def test_an_arm_elsewhere_steps_in_one_process_of_its_own():
 
 def test_an_error_elsewhere_arrives_here():
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        alone = turns.Elsewhere("alone", process, open_here)
+        alone = turns.RemoteArm("alone", process, open_here)
         with pytest.raises(ValueError, match="batch_size"):
-            alone.do(turns.step_as_compiled, (random_ids(time=32), random_ids(time=31)), CPU)
+            alone.run(turns.step_as_compiled, (random_ids(time=32), random_ids(time=31)), CPU)
 
 
 def test_time_ends_the_rounds_but_some_there_are(monkeypatch):

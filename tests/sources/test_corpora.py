@@ -65,7 +65,7 @@ def expected(encoding, documents):
     return ids[1:]
 
 
-def joined(encoding, parts):
+def concatenate(encoding, parts):
     """Return the tokens of `parts`, one after the other."""
     return [one for part in parts for one in encoding.encode_ordinary(part)]
 
@@ -99,7 +99,7 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(encoding, text, size):
         patch.setattr(documents, "PIECE", size)
         parts = [*documents.parts("a.txt", [text])]
     assert "".join(parts) == text
-    assert joined(encoding, parts) == encoding.encode_ordinary(text)
+    assert concatenate(encoding, parts) == encoding.encode_ordinary(text)
 
 
 def test_of_white_space_in_ascii_only_two_line_feeds_are_in_one_token(encoding):
@@ -123,7 +123,7 @@ def test_of_white_space_in_ascii_only_two_line_feeds_are_in_one_token(encoding):
 )
 def test_a_million_white_space_characters_become_the_tokens_of_the_whole(checkout, encoding, source, run, count):
     text, some = f"a{run}b", f"a{run[:300_000]}b"
-    assert joined(encoding, documents.parts("", [some])) == encoding.encode_ordinary(some)  # this much tiktoken can
+    assert concatenate(encoding, documents.parts("", [some])) == encoding.encode_ordinary(some)
     path = Path(f"raw.{source}")
     path.write_bytes(text.encode() if source == "text" else parquet(text=["one", text, "two"]))
     write(made(source=source, path=str(path), shard_tokens=10**7))
@@ -146,7 +146,7 @@ def test_text_without_blanks_is_cut_where_letters_digits_and_signs_meet(encoding
     monkeypatch.setattr(documents, "PIECE", 100)
     parts = [*documents.parts("a.txt", [text])]
     assert max(map(len, parts)) <= 200
-    assert joined(encoding, parts) == encoding.encode_ordinary(text)
+    assert concatenate(encoding, parts) == encoding.encode_ordinary(text)
 
 
 def test_a_long_word_is_searched_for_cuts_at_most_twice(monkeypatch):

@@ -19,7 +19,7 @@ import torch
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
-from gpt2_ladder.measuring.turns import Arm, Elsewhere
+from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.training import data, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY, measurement
@@ -303,8 +303,8 @@ def test_an_allocator_is_measured_in_a_process_of_its_own_on_a_cpu_alone():
     params, device = params_with(model="tiny"), torch.device("cpu")
     levels = {name: params.levels[name] for name in ("chunked", "allocator")}
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # nothing is asked of it
-        for where, kinds in (("cpu", [Arm, Elsewhere]), ("cuda", [Arm, Arm])):
-            arms = benchmark_stage.seat(params, levels, machine(device=where), device, 2, process)
+        for where, kinds in (("cpu", [Arm, RemoteArm]), ("cuda", [Arm, Arm])):
+            arms = benchmark_stage.place_arms(params, levels, machine(device=where), device, 2, process)
             assert [arm.name for arm in arms] == ["chunked", "allocator"]
             assert [type(arm) for arm in arms] == kinds
 

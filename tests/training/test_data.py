@@ -174,6 +174,6 @@ def test_joined_batches_are_the_same_rows_in_the_same_order():
     shard = np.arange(100, dtype="<u2")
     three = [*islice(data.Batches(shard, 2, 8), 3)]
     for count in (1, 3):
-        together = next(data.joined(data.Batches(shard, 2, 8), count))
+        together = next(data.concatenate(data.Batches(shard, 2, 8), count))
         for ids, parts in zip(together, zip(*three[:count], strict=True), strict=True):
             assert torch.equal(ids, torch.cat(parts))

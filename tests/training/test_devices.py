@@ -46,7 +46,7 @@ def test_an_allocator_that_is_not_glibc_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
     assert "a setting of glibc" in (devices.why_skipped(caching, environment(), False) or "")
     assert devices.why_skipped(caching, environment(device="cuda"), False) is None
-    assert "caches a GPU's memory" in (devices.what_to_know(caching, environment(device="cuda")) or "")
+    assert "caches a GPU's memory" in (devices.note_for(caching, environment(device="cuda")) or "")
     assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
 
 
@@ -127,11 +127,11 @@ def test_memory_that_is_kept_is_not_paged_in_again(allocator):
 
 
 def test_a_switch_without_effect_or_hardware_is_noted():
-    assert "no effect" in (devices.what_to_know(switches(precision="tf32"), environment()) or "")
-    assert "emulated" in (devices.what_to_know(switches(precision="bf16"), environment(bf16=False)) or "")
-    assert devices.what_to_know(switches(precision="tf32"), environment(device="cuda")) is None
-    assert "no TF32" in (devices.what_to_know(switches(precision="tf32"), environment(device="cuda", bf16=False)) or "")
-    assert devices.what_to_know(switches(precision="bf16"), environment()) is None
+    assert "no effect" in (devices.note_for(switches(precision="tf32"), environment()) or "")
+    assert "emulated" in (devices.note_for(switches(precision="bf16"), environment(bf16=False)) or "")
+    assert devices.note_for(switches(precision="tf32"), environment(device="cuda")) is None
+    assert "no TF32" in (devices.note_for(switches(precision="tf32"), environment(device="cuda", bf16=False)) or "")
+    assert devices.note_for(switches(precision="bf16"), environment()) is None
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_gpu_is_asked_by_its_own_functions(monkeypatch, kind):
     for name, value in answers.items():
         monkeypatch.setattr(f"torch.{name}", lambda *_, name=name, value=value: asked.append(name) or value)
     devices.synchronize(device)
-    devices.forget_peak_memory(device)
+    devices.reset_peak_memory(device)
     assert devices.peak_memory_mib(device) == 3 * 1024
     assert devices.free_memory(device) == 5 * gib
     assert f"{kind}.synchronize" in asked

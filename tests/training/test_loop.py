@@ -46,12 +46,12 @@ def test_parameters_gradients_and_optimizer_state_stay_float32_under_bf16():
 
 def test_the_learning_rate_rises_and_then_falls_along_a_cosine_to_a_tenth():
     cosine = Recipe(schedule="cosine", lr_warmup_steps=2)
-    rates = [loop.scheduled(step, 7, 2.0, cosine) for step in range(7)]
+    rates = [loop.learning_rate_at(step, 7, 2.0, cosine) for step in range(7)]
     # by hand: 1/2, 1, then 0.1 + 0.9 (1 + cos(pi k / 4)) / 2 for k = 0 ... 4, each times 2
     down = [0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]
     assert rates == pytest.approx([2 * share for share in (0.5, 1.0, 1.0, *down)])
-    assert [loop.scheduled(step, 7, 2.0, Recipe()) for step in range(7)] == [2.0] * 7
-    assert loop.scheduled(0, 1, 2.0, Recipe(schedule="cosine")) == 2.0
+    assert [loop.learning_rate_at(step, 7, 2.0, Recipe()) for step in range(7)] == [2.0] * 7
+    assert loop.learning_rate_at(0, 1, 2.0, Recipe(schedule="cosine")) == 2.0
 
 
 def test_weight_decay_can_leave_biases_and_layernorms_alone():

@@ -80,7 +80,7 @@ def test_memory_that_runs_out_in_the_middle_halves_from_there_on():
 def test_nothing_is_kept_of_the_step_that_did_not_fit(monkeypatch):
     """Counted from the second attempt on."""
     memory = Capped((peak(8) + peak(4)) / 2)
-    monkeypatch.setattr(loop, "forget_peak_memory", lambda _: setattr(memory, "peak", memory.live))
+    monkeypatch.setattr(loop, "reset_peak_memory", lambda _: setattr(memory, "peak", memory.live))
     train(memory)
     assert memory.refused == 1
     assert memory.peak <= peak(4)

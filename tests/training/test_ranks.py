@@ -199,8 +199,8 @@ def test_every_token_goes_to_exactly_one_rank(count):
     shard = np.arange(4 * 8 * 6 + 1, dtype=np.uint16)  # each token its own place in the text
     of_ranks = []
     for rank in range(count):
-        batches = data.joined(data.Batches(shard, 4, 8), 2)
-        share = data.shares(batches, rank, count)
+        batches = data.concatenate(data.Batches(shard, 4, 8), 2)
+        share = data.local_rows(batches, rank, count)
         of_ranks.append([next(share) for _ in range(3)])
     for step in range(3):
         x, y = (torch.cat([share[step][which] for share in of_ranks]) for which in (0, 1))
@@ -230,7 +230,7 @@ def test_gradients_are_sent_with_the_last_rows_only():
             assert sent == sorted(set(sent)) != []  # each bucket once
     finally:
         ranks.leave()
-    assert ranks.averaging(model) is model  # alone, nothing is wrapped
+    assert ranks.average_gradients(model) is model  # alone, nothing is wrapped
 
 
 def test_devices_that_are_not_there_are_named(monkeypatch):

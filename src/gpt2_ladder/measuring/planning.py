@@ -80,7 +80,7 @@ class LiveStorage(TorchDispatchMode):
         self.live -= size
 
 
-def cuda_habits() -> AbstractContextManager[object]:
+def softmax_like_cuda() -> AbstractContextManager[object]:
     """Take softmax, and so what it saves for backward, in float32, as CUDA's autocast does and the CPU's does not.
 
     A TorchFunctionMode would not do: it is off in backward, where a checkpoint computes forward again.
@@ -107,7 +107,7 @@ def trace_step(
         size = f"{batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
         size += f"vocab_size {config.vocab_size}"
         raise UserError(f"a step of {size} takes over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
-    with FakeTensorMode(), LiveStorage() as seen, cuda_habits() if cuda else nullcontext():
+    with FakeTensorMode(), LiveStorage() as seen, softmax_like_cuda() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = loop.make_optimizer(model, 1.0, SETTINGS)
         optimizer.param_groups[0]["foreach"] = cuda

@@ -43,13 +43,13 @@ class Arm:
         finally:
             runtime.set_precision("fp32", device)
 
-    def do(self, work: Callable[..., Result], *arguments: Any) -> Result:
+    def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Return `work(arm, *arguments)`."""
         return work(self, *arguments)
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class RemoteArm:
     """An arm in a process of its own, because one of its switches, the allocator, sets the whole process.
 
     Attributes:
@@ -62,7 +62,7 @@ class Elsewhere:
     process: ProcessPoolExecutor
     open: Callable[[str], Arm]
 
-    def do(self, work: Callable[..., Result], *arguments: Any) -> Result:
+    def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Return `work(arm, *arguments)`, done there while this process waits."""
         return self.process.submit(_do, self.open, self.name, work, arguments).result()
 
@@ -106,7 +106,7 @@ class Weights:
 
 
 def warm_up(
-    arms: Sequence[Arm | Elsewhere], batch: loop.Batch, device: torch.device, seed: int, steps: int = 2
+    arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, steps: int = 2
 ) -> Iterator[str]:
     """Take `steps` untimed steps of every arm, the first of which compiles; yield the name before each.
 
@@ -116,11 +116,11 @@ def warm_up(
     for _ in range(steps):
         for arm in dice.sample(arms, len(arms)):
             yield arm.name
-            arm.do(Arm.step, batch, device)
+            arm.run(Arm.step, batch, device)
 
 
 def measure(
-    arms: Sequence[Arm | Elsewhere],
+    arms: Sequence[Arm | RemoteArm],
     batches: Sequence[loop.Batch],
     device: torch.device,
     rounds: int,
@@ -147,6 +147,6 @@ def measure(
         if index >= MINIMUM_ROUNDS and elapsed * (index + 1) / index > seconds:
             return
         order = dice.sample(arms, len(arms))
-        step_ms = {arm.name: arm.do(step_as_compiled, batch, device) for arm in order}
+        step_ms = {arm.name: arm.run(step_as_compiled, batch, device) for arm in order}
         peaks = {precision: matmul_tflops(precision, device) for precision in matmuls}
         yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
-from gpt2_ladder.config import UserError, shown
+from gpt2_ladder.config import UserError, printable
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.data import Batches
@@ -110,7 +110,7 @@ class Checkpoints:
             torch.set_rng_state(tensors["generator"])
             steps = [_step(row) for row in tensors["steps"].tolist()]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = shown(" ".join(str(error).split()))[:500]
+            reason = printable(" ".join(str(error).split()))[:500]
             mend = f"remove {self.folder} to train from the start"
             raise UserError(f"{path}: a damaged checkpoint ({reason}); {mend}") from None
         print(f"{self.name}: goes on after step {steps[-1].step}, from {state}", flush=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from gpt2_ladder.config import UserError, shown
+from gpt2_ladder.config import UserError, printable
 
 Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
 PIECE = 2**17  # characters
@@ -113,4 +113,6 @@ def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {shown(' '.join(str(error).split())):.300}") from None
+        raise UserError(
+            f"{path}: not a readable parquet file: {printable(' '.join(str(error).split())):.300}"
+        ) from None

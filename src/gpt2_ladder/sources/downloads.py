@@ -56,7 +56,7 @@ class Unreachable(SourceError):
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def download_lock(folder: Path) -> Iterator[None]:
     """Keep the downloads of other processes out of `folder` meanwhile; wait for one that is under way, and say so.
 
     What a download that was killed has left there is removed first.
@@ -110,13 +110,13 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
     )
 
 
-def patiently(call: Callable[[], Any], may_pass: Callable[[Exception], bool | float]) -> Any:
-    """Return what `call` does; call again after a growing pause where `may_pass` tells so of the error: thrice in all.
+def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
+    """Return what `call` returns; after a transient error wait and call again, ATTEMPTS times in all.
 
-    `may_pass` may name a pause in seconds instead.
+    `is_transient` may name a pause in seconds instead.
     """
     stamina.instrumentation.set_on_retry_hooks([_announce])
-    return stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(may_pass, call)
+    return stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(is_transient, call)
 
 
 def hidden(text: object) -> str:
@@ -190,14 +190,14 @@ def _ask(call: Callable[[], object]) -> None:
         SourceError: an answer, but not the file.
     """
     try:
-        patiently(call, _may_pass)
+        retry(call, _is_transient)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Unreachable(_cause(error)) from None
     except (requests.RequestException, ValueError) as error:  # ValueError is pooch's word for a wrong hash
         raise SourceError(_cause(error)) from None
 
 
-def _may_pass(error: Exception) -> bool | float:
+def _is_transient(error: Exception) -> bool | float:
     """Tell whether to ask a server again: after the usual pause, after the seconds it wants, or not at all.
 
     A name that does not resolve and a port where nobody listens leave it to the next source at once. A wrong hash is

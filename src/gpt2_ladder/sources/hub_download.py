@@ -43,7 +43,7 @@ def fetch(
         huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision, local_dir=folder
     )
     try:
-        return downloads.patiently(fetch_once, _may_pass)
+        return downloads.retry(fetch_once, _is_transient)
     except Exception as error:  # it believes the hub's addresses, sizes and pauses, so a wrong word may raise anything
         if files.disk_is_full(error):
             raise
@@ -62,7 +62,7 @@ def _hide(record: logging.LogRecord) -> bool:
     return True
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Tell what is worth another call of huggingface_hub's.
 
     It tries again itself, and goes on where it was, after a time-out, a cut connection and a 429; not so after a reset,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
-from gpt2_ladder.config import GPTConfig, UserError, shown
+from gpt2_ladder.config import GPTConfig, UserError, printable
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -66,7 +66,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
     except (OSError, ValidationError, SafetensorError) as error:
-        reason = shown(" ".join(str(error).split()))
+        reason = printable(" ".join(str(error).split()))
         raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason:.500}") from None
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:

@@ -197,14 +197,14 @@ class Batches:
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
 
-def joined(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def concatenate(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the rows of `count` batches after another as one batch, int64 (count * B, T) twice."""
     while several := list(islice(batches, count)):
         xs, ys = zip(*several, strict=True)
         yield torch.cat(xs), torch.cat(ys)
 
 
-def shares(batches: Iterator[tuple[Tensor, Tensor]], rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def local_rows(batches: Iterator[tuple[Tensor, Tensor]], rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield those rows of each of `batches` that `rank` of `count` trains on, int64 (B / count, T) twice."""
     for x, y in batches:
         yield x.chunk(count)[rank], y.chunk(count)[rank]

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity
 
 from gpt2_ladder.config import Environment, Switches, UserError
 
-MEND_DRIVER = "mend the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
+FIX_DRIVER = "mend the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
 
@@ -33,9 +33,9 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
     torch.set_num_threads(threads)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts; CUDA itself: the fastest first
     if name == "cpu" and torch.cuda.is_available():
-        raise UserError(f"nvidia-smi lists no GPU, but torch {torch.__version__} sees one: {MEND_DRIVER}")
+        raise UserError(f"nvidia-smi lists no GPU, but torch {torch.__version__} sees one: {FIX_DRIVER}")
     if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[name]:
-        raise UserError(f"this machine has a GPU, but torch {torch.__version__} cannot use it: {MEND_DRIVER}")
+        raise UserError(f"this machine has a GPU, but torch {torch.__version__} cannot use it: {FIX_DRIVER}")
     torch.manual_seed(seed)
     set_deterministic(deterministic)
     # MKL chooses a function's kernel at its first call. Made by two threads at once, that call can take one with half
@@ -125,7 +125,7 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
 
 
-def forget_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Give cached memory back and, on an NVIDIA GPU, count the peak anew from here."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -205,7 +205,7 @@ def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
 
 
-def has_cuda_habits(device: torch.device) -> bool:
+def allocates_like_cuda(device: torch.device) -> bool:
     """Tell whether a step's memory is that of an NVIDIA GPU: what differs is in planning.trace_step."""
     return device.type == "cuda"
 
@@ -251,7 +251,7 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
     return "no bfloat16 in hardware here, it would be slower than float32; run_slow_levels: true trains it"
 
 
-def what_to_know(switches: Switches, environment: Environment) -> str | None:
+def note_for(switches: Switches, environment: Environment) -> str | None:
     """Return what a reader must know about a level trained at `switches` here, or None where there is nothing."""
     notes = []
     if switches.precision == "tf32" and environment.device != "cuda":

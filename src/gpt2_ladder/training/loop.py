@@ -15,7 +15,7 @@ from gpt2_ladder import config
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import metrics, ranks
-from gpt2_ladder.training.devices import forget_peak_memory, is_out_of_memory, synchronize
+from gpt2_ladder.training.devices import is_out_of_memory, reset_peak_memory, synchronize
 from gpt2_ladder.training.metrics import Step
 
 Batch = tuple[Tensor, Tensor]
@@ -43,7 +43,7 @@ def make_optimizer(
     )
 
 
-def scheduled(step: int, steps: int, learning_rate: float, recipe: config.Recipe) -> float:
+def learning_rate_at(step: int, steps: int, learning_rate: float, recipe: config.Recipe) -> float:
     """Return the learning rate of `step`, from 0, of `steps`.
 
     It rises linearly to `learning_rate` over the warm-up, and then stays, or falls along half a cosine to a tenth at
@@ -76,7 +76,7 @@ def accumulate(
     total = torch.zeros((), device=device)
     parts = list(split(batch, micro_batch))
     for number, (x, y, share) in enumerate(parts, 1):
-        with ranks.keeping_apart(model, number < len(parts)):
+        with ranks.no_sync_if(model, number < len(parts)):
             with autocast:
                 loss = model(x, y)[1]  # the logits are let go: held until the step ends, they would add to its peak
             (loss * share).backward()
@@ -179,7 +179,7 @@ def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch
             raise UserError(f"out of memory with one row at a time ({reason}); `make plan` says what fits here")
         print(f"out of memory with {micro_batch} rows at a time, on with {micro_batch // 2} ({reason})", flush=True)
         micro_batch //= 2
-        forget_peak_memory(device)
+        reset_peak_memory(device)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def averaging(model: nn.Module) -> nn.Module:
+def average_gradients(model: nn.Module) -> nn.Module:
     """Return `model` such that backward leaves the mean of all ranks' gradients, and with the weights of rank 0."""
     if count() == 1:
         return model
@@ -32,7 +32,7 @@ def averaging(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-def keeping_apart(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+def no_sync_if(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
     """Return a context for forward and backward in which, if `wanted`, gradients are added up here and not yet sent."""
     return model.no_sync() if wanted and isinstance(model, DistributedDataParallel) else nullcontext()
 

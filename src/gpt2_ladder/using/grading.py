@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2_ladder.config import UserError, shown
+from gpt2_ladder.config import UserError, printable
 from gpt2_ladder.model import GPT
 
 IGNORED = -100  # what F.cross_entropy takes for a target that does not count
@@ -49,7 +49,7 @@ def read(path: Path) -> list[Example]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "line"
-            raise UserError(f"{path}:{number}: not a HellaSwag example: {where}: {shown(first['msg'])}") from None
+            raise UserError(f"{path}:{number}: not a HellaSwag example: {where}: {printable(first['msg'])}") from None
     if not examples:
         raise UserError(f"{path}: there is no example in it")
     return examples
