@@ -74,7 +74,7 @@ def main() -> None:
         for attention in ("eager", "flash"):
             for precision in ("fp32", "bf16"):
                 config = GPTConfig(**sizes, attention=attention)
-                predicted = planning.trace_step(config, precision == "bf16", *SHAPE, cuda=False).peak_bytes / MIB
+                predicted = planning.trace_step(config, precision, *SHAPE, cuda=False).peak_bytes / MIB
                 found = []
                 for what in ("allocated", "resident"):
                     command = [sys.executable, __file__, size, attention, precision, what]

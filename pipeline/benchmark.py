@@ -175,7 +175,7 @@ def summarize(params: Params, levels: dict[str, Switches], measurement: Measurem
 
 def matmul_kind(precision: str) -> str:
     """Return the type of operand whose bare product is the peak for `precision` where the peak is measured: no TF32."""
-    return "bf16" if precision == "bf16" else "fp32"
+    return runtime.PRECISIONS[precision].operand
 
 
 def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:

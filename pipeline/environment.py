@@ -1,6 +1,6 @@
-"""Write down what the numbers depend on besides the code: device, torch, threads, capabilities. Imports no torch.
+"""Record what the numbers depend on besides the code: device, torch, threads, capabilities.
 
-This stage runs at every `dvc repro`; the stages that use its output run again only if its content has changed.
+This stage runs at every `dvc repro`, so it imports no torch. Stages that read its output run again only if it changes.
 """
 
 import ctypes
@@ -21,28 +21,28 @@ from pipeline import ENVIRONMENT, run, write_json
 
 PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
-VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # what a CPU's products run on, the best first
-UNTRIED = "torch's compiler for Apple's GPUs is young, and nobody has tried it with this project"
-# What Inductor needs of the compiler. Including Python.h instead of looking for it would take four times as long.
+VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # instructions for matrix products, best first
+# What Inductor needs of the compiler. Including Python.h instead of only checking for it takes four times as long.
 PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.h>\n"
 
 
 def main() -> None:
     params = params_yaml.load()  # a mistake in params.yaml stops the pipeline here
     warn_about_git()
-    found = describe()
+    environment = describe()
     if params.rehearsal:  # in the name, which every table shows
-        found = found.model_copy(update={"device_name": f"{found.device_name} (rehearsal of a GPU's shape)"})
-    print(f"{found.device}: {found.device_name}, {found.threads} threads, torch {found.torch}")
-    write_json(ENVIRONMENT, found.model_dump())
+        name = f"{environment.device_name} (rehearsal of a GPU's shape)"
+        environment = environment.model_copy(update={"device_name": name})
+    print(f"{environment.device}: {environment.device_name}, {environment.threads} threads, torch {environment.torch}")
+    write_json(ENVIRONMENT, environment.model_dump())
 
 
 def warn_about_git() -> None:
-    """Print how to fix the states of a Git repository in which DVC loses experiments or commits, or stops."""
+    """Print a warning and its fix for each state of the Git repository in which DVC loses experiments or commits."""
     git = ["git", "-C", os.environ.get("DVC_ROOT", ".")]  # `dvc exp run --temp` runs this stage in a copy
     try:
-        shallow, head = _ask([*git, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD"]).split()
-        names = {*_ask([*git, "config", "--list", "--name-only"]).split(), *os.environ}
+        shallow, head = _output([*git, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD"]).split()
+        names = {*_output([*git, "config", "--list", "--name-only"]).split(), *os.environ}
     except (OSError, subprocess.CalledProcessError, ValueError):  # no Git, repository or commit: DVC reports these
         return
     if shallow == "true":
@@ -54,23 +54,21 @@ def warn_about_git() -> None:
 
 
 def describe() -> Environment:
-    """Look at this machine without importing torch, which would cost seconds at every `dvc repro`."""
+    """Describe this machine without importing torch, which takes seconds."""
     torch_version = version("torch")
     device_name, cpu_flags, cores = _cpu()
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    bf16, problem = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"}), None
-    links_torch = platform.system() != "Darwin"  # what Inductor compiles for a CPU
+    device: Literal["cpu", "cuda"] = "cpu"
+    bf16 = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    links_torch = platform.system() != "Darwin"  # code that Inductor compiles for a CPU
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if visible not in ("", "-1"):  # by which every GPU is hidden, Apple's too
-        if not torch_version.endswith("+cpu") and (gpu := _nvidia_gpu(visible)):
-            device, device_name, bf16, links_torch = "cuda", gpu[0], gpu[1] >= AMPERE, False
-        elif apple := _apple_gpu():
-            device, device_name, bf16, problem = "mps", apple, True, UNTRIED  # Metal has bfloat16 since macOS 14
+    hidden = visible in ("", "-1") or torch_version.endswith("+cpu")
+    if not hidden and (gpu := _nvidia_gpu(visible)):
+        device, device_name, bf16, links_torch = "cuda", gpu[0], gpu[1] >= AMPERE, False
     return Environment(
         device=device,
         device_name=device_name,
         bf16=bf16,
-        compile_problem=problem or compile_problem(links_torch=links_torch),
+        compile_problem=compile_problem(links_torch=links_torch),
         threads=_threads(cores),
         python=platform.python_version(),
         torch=torch_version,
@@ -79,7 +77,7 @@ def describe() -> Environment:
 
 
 def compile_problem(compiler: str | None = None, links_torch: bool = True) -> str | None:
-    """Return why torch.compile cannot work here, found by building a library as Inductor will; None where it can."""
+    """Build a library as Inductor does and return why torch.compile cannot work here, or None if it can."""
     compiler = compiler or os.environ.get("CXX", "g++")
     try:
         user = getpass.getuser()
@@ -101,7 +99,7 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=headers), tempfile.TemporaryDirectory(dir=cache) as folder:
             (Path(folder) / "probe.cpp").write_text(PROBE)
-            # from inside the folder, so that its random name is in no message: a message that changes retrains all
+            # in the folder, so that no message contains its random name: a changed message retrains every level
             result = subprocess.run([compiler, *args], cwd=folder, capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 ctypes.CDLL(f"{folder}/probe.so")
@@ -109,7 +107,7 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
     except OSError as error:
         if error.filename == compiler:
             return f"no C++ compiler: '{compiler}': {error.strerror}; install g++ (apt install g++)"
-        reason = error.strerror or "no library in it can be loaded, as after mounting it with noexec"
+        reason = error.strerror or "it holds libraries that cannot be loaded, as if mounted with noexec"
         return f"Inductor's folder cannot be used: {reason}; set TORCHINDUCTOR_CACHE_DIR (or TMPDIR) to another"
     if "Python.h" in result.stderr:
         return "Python.h is missing; install Python's headers (apt install python3-dev)"
@@ -118,49 +116,42 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
 
 
 def _nvidia_gpu(index: str) -> tuple[str, float] | None:
-    """Return name and compute capability of GPU `index`, None where nvidia-smi shows none."""
+    """Return name and compute capability of GPU `index`, or None if nvidia-smi shows none."""
     command = ["nvidia-smi", f"--id={index}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        name, capability = _ask(command).rsplit(", ", 1)
+        name, capability = _output(command).rsplit(", ", 1)
         return name, float(capability)
-    except (OSError, subprocess.CalledProcessError, ValueError):  # none, or a driver too old to know the field
+    except (OSError, subprocess.CalledProcessError, ValueError):  # no GPU, or a driver too old to know the field
         return None
 
 
-def _apple_gpu() -> str | None:
-    """Return the chip's name on a Mac with Apple's own, None elsewhere."""
-    if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
-        return None
-    return _ask(["sysctl", "-n", "machdep.cpu.brand_string"])
-
-
-def _ask(command: list[str]) -> str:
+def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu() -> tuple[str, set[str], int]:
     """Return the processor's name, its instruction set flags, and how many cores (not hyperthreads) we may use.
 
-    The name ends in the best of VECTORS: one model may have AMX or, in a virtual machine, be denied it.
+    The name ends in the best of VECTORS, because a virtual machine may hide AMX of the same model.
     """
-    line = r"^(model name|flags|Features)[ \t]*: *(\S.*)$"  # of any block: not every one is a processor's
+    line = r"^(model name|flags|Features)[ \t]*: *(\S.*)$"  # in any block: some blocks describe no processor
     fields = dict(re.findall(line, _read(PROC / "cpuinfo"), re.MULTILINE))
     flags = (fields.get("flags") or fields.get("Features", "")).split()  # x86, Arm
     name = fields.get("model name") or platform.processor() or platform.machine()
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = {_read(SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in usable}
-    return ", ".join([name, *(one for one in VECTORS if one in flags)][:2]), set(flags), len(siblings)
+    return ", ".join([name, *(vector for vector in VECTORS if vector in flags)][:2]), set(flags), len(siblings)
 
 
 def _threads(cores: int) -> int:
-    """Return the first number of OMP_NUM_THREADS; if it is empty, `cores`, but no more than the cgroup's CPU quota."""
+    """Return the first number in OMP_NUM_THREADS, or `cores` limited by the cgroup's CPU quota if it is not set."""
     if value := os.environ.get("OMP_NUM_THREADS", "").strip():
         if not (number := re.match(r"0*[1-9]\d{0,3}(?=\s*(,|$))", value)):
             raise UserError(f"OMP_NUM_THREADS={value}: set it to a number of threads, 1 to 9999, or unset it")
         return int(number[0])
     for controllers, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):(.*)$", _read(PROC / "self/cgroup"), re.MULTILINE):
-        folder = SYS / f"fs/cgroup{'/cpu' if controllers else ''}{path}"  # of version 1 or 2
-        for group in (folder, *folder.parents):  # each one's limit holds; inside a container only the root may exist
+        folder = SYS / f"fs/cgroup{'/cpu' if controllers else ''}{path}"  # version 1 or 2
+        for group in (folder, *folder.parents):  # every level's limit holds; a container may only show the root
             limit = _read(group / "cpu.max") or _read(group / "cpu.cfs_quota_us") + _read(group / "cpu.cfs_period_us")
             if quota := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", limit):  # "max" and -1 mean no limit
                 cores = min(cores, -(-int(quota[1]) // int(quota[2])))

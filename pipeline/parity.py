@@ -10,9 +10,8 @@ from typing import Any
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Level, UserError
 from gpt2_ladder.measuring import loss_parity
+from gpt2_ladder.training.runtime import PRECISIONS
 from pipeline import PARITY, RESULTS, read_environment, read_metrics, run, write_json
-
-MATMUL_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}  # what runtime.py must have recorded
 
 
 def main() -> None:
@@ -51,10 +50,10 @@ def check_matmul_precision(name: str, level: Level, recorded: str) -> None:
 
     On a CPU TF32 changes nothing, so no loss could tell.
     """
-    if recorded != MATMUL_PRECISION[level.precision]:
+    if recorded != PRECISIONS[level.precision].float32_matmul:
         raise UserError(
             f"parity: level '{name}' was trained with {recorded} matrix products where precision {level.precision} "
-            f"means {MATMUL_PRECISION[level.precision]}; mend runtime.set_precision"
+            f"means {PRECISIONS[level.precision].float32_matmul}; mend runtime.set_precision"
         )
 
 

@@ -1,10 +1,11 @@
-"""Find how many rows of a batch fit into memory at once: one whole step of every speed level, before any is trained.
+"""Find the micro-batch: how many rows of a batch fit into memory at once, tried with one step of every speed level.
 
-Levels that are compared train with the same micro-batch: the largest that fits all of them, and the benchmark, which
-holds them all. Compiled levels are tried uncompiled; compilation would take minutes, and fuses memory away.
+All speed levels train with the same micro-batch, and so does the benchmark, which holds all of them: the largest that
+fits. Compiled levels are tried uncompiled, because compilation takes minutes and only lowers the memory.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +16,20 @@ from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.training import devices, loop, runtime
 from pipeline import PROBE, read_environment, run, write_json
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What decides how much memory a level needs."""
+
+    network: GPTConfig
+    precision: str
+    fused: bool
+
+    @property
+    def shared(self) -> tuple[int, bool, bool]:
+        """Levels that agree in these share weights and optimizer state in turns.Weights."""
+        return self.network.vocab_size, self.network.tie_weights, self.fused
 
 
 def main() -> None:
@@ -34,58 +49,47 @@ def main() -> None:
 def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: torch.device) -> int:
     """Return the largest of batch_size, half of it, and so on, at which a step of each of `levels` fits into memory.
 
-    What is predicted not to fit is not tried: a CPU does not refuse memory, the system kills who asks for too much.
+    A step that is predicted not to fit is not tried: a CPU refuses no memory, the system kills the process instead.
 
     Raises:
-        UserError: one row is too much; it says what would fit.
+        UserError: not even one row fits; the message names the largest block_size that would.
     """
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.allocates_like_cuda(device)
     micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)
     weights = turns.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
-    distinct: dict[tuple[GPTConfig, bool, bool], str] = {}
-    shapes: dict[tuple[int, bool, bool], tuple[tuple[GPTConfig, bool, bool], str]] = {}
+    names: dict[Kind, str] = {}
     for name, switches in levels.items():
-        network, bf16, fused = params.gpt(switches), switches.precision == "bf16", switches.fused_adamw
-        distinct.setdefault((network, bf16, fused), name)
-        shapes.setdefault((network.vocab_size, network.tie_weights, fused), ((network, bf16, fused), name))
-    # one of every shape first, so that all weights and AdamW's state exist when the others take their step
-    held = sum(count_bytes(network, 4) for (network, _, _), _ in shapes.values())
-    for (network, bf16, fused), name in (*shapes.values(), *distinct.items()):
-        room = free - (held - count_bytes(network, 4))
-        need = partial(_predict, network, bf16, batch_size=shape.batch_size, cuda=cuda)
+        operand = runtime.PRECISIONS[switches.precision].operand
+        names.setdefault(Kind(params.gpt(switches), operand, switches.fused_adamw), name)
+    first = {kind.shared: kind for kind in reversed(names)}
+    # one of every set of weights first, so that all of them exist, with AdamW's state, when the others are tried
+    total = sum(count_bytes(kind.network, 4) for kind in first.values())
+    for kind in (*reversed(first.values()), *names):
+        available = free - (total - count_bytes(kind.network, 4))
+        need = partial(_predict, kind, batch_size=shape.batch_size, cuda=cuda)
         try:
-            fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= room)
+            fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= available)
             if not (micro_batch := next(fitting, 0)):
                 raise UserError("one row is predicted to be too much")
-            step = partial(_take_step, weights, network, bf16, fused, ids, device)
-            _, micro_batch = loop.within_memory(step, micro_batch, device)
+            _, micro_batch = loop.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
         except UserError as error:
-            block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= room), None)
-            mend = "not even one token would fit: free memory, or take model: tiny"
+            block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= available), None)
+            fix = "not even one token would fit: free memory, or set model: tiny"
             if block_size:
-                mend = f"machines.{params.machine}.block_size: {block_size} would fit"
-            raise UserError(f"probe: level '{name}', {free / 2**30:.1f} GiB free: {error}; {mend}") from None
+                fix = f"machines.{params.machine}.block_size: {block_size} would fit"
+            raise UserError(f"probe: level '{names[kind]}', {free / 2**30:.1f} GiB free: {error}; {fix}") from None
     return micro_batch
 
 
-def _predict(network: GPTConfig, bf16: bool, rows: int, block_size: int, *, batch_size: int, cuda: bool) -> int:
+def _predict(kind: Kind, rows: int, block_size: int, *, batch_size: int, cuda: bool) -> int:
     """Return the bytes of a step that takes `rows` of `batch_size` rows at a time."""
     micro_batches = 1 if rows == batch_size else 2
-    return planning.trace_step(network, bf16, rows, block_size, cuda, micro_batches).peak_bytes
+    return planning.trace_step(kind.network, kind.precision, rows, block_size, cuda, micro_batches).peak_bytes
 
 
-def _take_step(
-    weights: turns.Weights,
-    network: GPTConfig,
-    bf16: bool,
-    fused: bool,
-    ids: torch.Tensor,
-    device: torch.device,
-    rows: int,
-) -> None:
-    model, optimizer = weights.lend(network, fused)
-    autocast = runtime.set_precision("bf16" if bf16 else "fp32", device)
-    loop.train_step(model, optimizer, (ids, ids), autocast, device, rows)
+def _step(weights: turns.Weights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
+    model, optimizer = weights.lend(kind.network, kind.fused)
+    loop.train_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
 
 
 def _halves(number: int) -> Iterator[int]:

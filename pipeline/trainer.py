@@ -44,7 +44,7 @@ def attention_kernel(
     """Return which kernel attends at `switches` to `rows` x `block_size` tokens; None where it is written out."""
     if switches.attention == "eager":
         return None
-    size, kind = params.size, torch.bfloat16 if switches.precision == "bf16" else torch.float32
+    size, kind = params.size, runtime.PRECISIONS[switches.precision].dtype
     shape = (rows, size.n_head, block_size, size.n_embd // size.n_head)  # (B, H, T, D)
     return devices.attention_kernel(torch.empty(shape, dtype=kind, device=device, requires_grad=True))
 

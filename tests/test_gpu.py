@@ -180,8 +180,8 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
         measured = devices.peak_memory_mib(machine.device)
         cuda = devices.allocates_like_cuda(machine.device)
         rows, pieces = micro_batch, 1 if micro_batch == machine.shape.batch_size else 2
-        bf16, block_size = switches.precision == "bf16", machine.shape.block_size
-        step = planning.trace_step(network, bf16, rows, block_size, cuda, pieces)
+        block_size = machine.shape.block_size
+        step = planning.trace_step(network, switches.precision, rows, block_size, cuda, pieces)
         # all arms' weights are there before: of the step it is the growth that counts
         held = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
         predicted = before + step.peak_bytes / 2**20 - held
@@ -243,8 +243,8 @@ def test_deterministic_runs_are_the_same_to_the_bit(machine, micro_batch, report
 def little_memory(machine: Machine, share: float) -> Iterator[None]:
     """Leave only `share` of what a step with the whole batch needs, on top of what is held now."""
     switches = machine.levels["fp32"]
-    shape = (machine.shape.batch_size, machine.shape.block_size)
-    step = planning.trace_step(machine.params.gpt(switches), False, *shape, devices.allocates_like_cuda(machine.device))
+    shape, cuda = (machine.shape.batch_size, machine.shape.block_size), devices.allocates_like_cuda(machine.device)
+    step = planning.trace_step(machine.params.gpt(switches), switches.precision, *shape, cuda)
     if machine.rehearsal:
         with Capped(step.peak_bytes * share):
             yield

@@ -9,7 +9,7 @@ from rich.table import Table
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring import cost, planning
-from gpt2_ladder.training import devices
+from gpt2_ladder.training import devices, runtime
 from pipeline import Parser, read_environment, run
 
 SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
@@ -48,9 +48,9 @@ def main(*arguments: str) -> None:
         table.add_column(title, justify="right")
     for name, level in params.levels.items():
         if level.group == "speed":
-            network, bf16 = params.gpt(level), level.precision == "bf16"
-            step = planning.trace_step(network, bf16, B, T, cuda)
-            largest = planning.largest_batch(network, bf16, T, cuda, free)
+            network, operand = params.gpt(level), runtime.PRECISIONS[level.precision].operand
+            step = planning.trace_step(network, operand, B, T, cuda)
+            largest = planning.largest_batch(network, operand, T, cuda, free)
             times = [planning.least_ms(step, gpu, level.precision, level.compile) for gpu in gpus]
             table.add_row(
                 name,

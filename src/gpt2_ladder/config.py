@@ -285,7 +285,7 @@ class Params(Switches):
 class Environment(Strict):
     """What the environment stage found out about this machine; a level re-runs when any of it changes."""
 
-    device: Literal["cpu", "cuda", "mps"]
+    device: Literal["cpu", "cuda"]
     device_name: str
     bf16: bool
     compile_problem: str | None  # why torch.compile cannot work here, None where it can

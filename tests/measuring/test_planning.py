@@ -17,9 +17,9 @@ LOGITS = 16 * 1024 * 50257 * 4 / GIB
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
 
 
-def gpt2_step(batch_size: int = 16, autocast: bool = True, **changes: object) -> planning.Step:
+def gpt2_step(batch_size: int = 16, precision: str = "bf16", **changes: object) -> planning.Step:
     """A step of GPT-2 at T=1024 on a GPU."""
-    return planning.trace_step(GPTConfig(**{**GPT2, **changes}), autocast, batch_size, 1024, cuda=True)
+    return planning.trace_step(GPTConfig(**{**GPT2, **changes}), precision, batch_size, 1024, cuda=True)
 
 
 @pytest.mark.parametrize(
@@ -56,18 +56,18 @@ def test_what_is_alive_is_counted_once_and_forgotten():
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_fake_step_holds_what_a_real_one_holds(monkeypatch, attention, autocast):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fake_step_holds_what_a_real_one_holds(monkeypatch, attention, precision):
     config = tiny(attention=attention, n_positions=64)
-    fake = planning.trace_step.__wrapped__(config, autocast, 4, 64, cuda=False)
+    fake = planning.trace_step.__wrapped__(config, precision, 4, 64, cuda=False)
     monkeypatch.setattr(planning, "FakeTensorMode", nullcontext)
-    real = planning.trace_step.__wrapped__(config, autocast, 4, 64, cuda=False)
+    real = planning.trace_step.__wrapped__(config, precision, 4, 64, cuda=False)
     assert fake.peak_bytes == real.peak_bytes
     assert [one.flops for one in fake.network] == [one.flops for one in real.network]
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
@@ -76,28 +76,28 @@ def test_a_fake_step_holds_what_a_real_one_holds(monkeypatch, attention, autocas
     ],
     ids=["tiny", "mid"],
 )
-def test_the_predicted_peak_is_what_torch_allocates(sizes, shape, autocast, attention):
+def test_the_predicted_peak_is_what_torch_allocates(sizes, shape, precision, attention):
     config = GPTConfig(**sizes, attention=attention)
-    measured = allocated_peak(config, "bf16" if autocast else "fp32", *shape)
-    assert planning.trace_step(config, autocast, *shape, cuda=False).peak_bytes == pytest.approx(measured, rel=0.01)
-    one_row_more = planning.trace_step(config, autocast, shape[0] + 1, shape[1], cuda=False).peak_bytes
+    measured = allocated_peak(config, precision, *shape)
+    assert planning.trace_step(config, precision, *shape, cuda=False).peak_bytes == pytest.approx(measured, rel=0.01)
+    one_row_more = planning.trace_step(config, precision, shape[0] + 1, shape[1], cuda=False).peak_bytes
     assert one_row_more != pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("attention", "autocast", "batch_size", "gib"),
+    ("attention", "precision", "batch_size", "gib"),
     [
-        ("eager", False, 16, 31.8 - LOGITS),
-        ("eager", False, 4, 9.0 - LOGITS / 4),
-        ("eager", True, 16, 29.5),
-        ("eager", True, 4, 8.6),
-        ("flash", True, 16, 16.0),
-        ("flash", True, 4, 5.2),
+        ("eager", "fp32", 16, 31.8 - LOGITS),
+        ("eager", "fp32", 4, 9.0 - LOGITS / 4),
+        ("eager", "bf16", 16, 29.5),
+        ("eager", "bf16", 4, 8.6),
+        ("flash", "bf16", 16, 16.0),
+        ("flash", "bf16", 4, 5.2),
     ],
 )
-def test_gpt2_on_a_gpu_needs_what_torchs_own_tracker_predicts(attention, autocast, batch_size, gib):
+def test_gpt2_on_a_gpu_needs_what_torchs_own_tracker_predicts(attention, precision, batch_size, gib):
     """The figures are of torch.distributed's MemTracker, on fake tensors too; its float32 step kept the logits."""
-    step = gpt2_step(batch_size, autocast, attention=attention)
+    step = gpt2_step(batch_size, precision, attention=attention)
     assert step.peak_bytes / GIB == pytest.approx(gib, abs=0.06)
 
 
@@ -130,9 +130,9 @@ def test_a_checkpointed_softmax_is_as_wide_in_backward_as_in_forward():
 
 def test_the_largest_batch_fits_and_one_more_row_does_not():
     config, free = GPTConfig(**GPT2), 24 * GIB
-    largest = planning.largest_batch(config, False, 1024, True, free)
-    assert gpt2_step(largest, False).peak_bytes <= 0.9 * free - GIB < gpt2_step(largest + 1, False).peak_bytes
-    assert planning.largest_batch(config, False, 1024, True, 2 * GIB) == 0
+    largest = planning.largest_batch(config, "fp32", 1024, True, free)
+    assert gpt2_step(largest, "fp32").peak_bytes <= 0.9 * free - GIB < gpt2_step(largest + 1, "fp32").peak_bytes
+    assert planning.largest_batch(config, "fp32", 1024, True, 2 * GIB) == 0
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_largest_batch_fits_and_one_more_row_does_not():
 )
 def test_the_roofline_of_gpt2_is_that_of_an_independent_count(attention, precision, ms):
     """At B=16, T=1024 on A100-80 and H100, as an earlier count, independent of this code, gave it."""
-    step = gpt2_step(autocast=precision == "bf16", attention=attention)
+    step = gpt2_step(precision=precision, attention=attention)
     for gpu, expected in zip(("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"), ms, strict=True):
         found = planning.least_ms(step, gpu, precision, compiled=False)
         assert found == pytest.approx(expected, rel=0.05)

@@ -137,7 +137,7 @@ LEVELS = {name: tiny_params().levels[name] for name in ("fp32", "bf16", "flash",
 def need(rows: int, block_size: int = 64) -> int:
     """What the fp32 level takes that accumulates so many rows at a time, with the padded level's weights beside it."""
     params = tiny_params()
-    step = planning.trace_step(params.gpt(LEVELS["fp32"]), False, rows, block_size, False, micro_batches=2)
+    step = planning.trace_step(params.gpt(LEVELS["fp32"]), "fp32", rows, block_size, False, micro_batches=2)
     return step.peak_bytes + count_bytes(params.gpt(LEVELS["padded"]), 4)
 
 

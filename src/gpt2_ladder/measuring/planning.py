@@ -91,7 +91,7 @@ def softmax_like_cuda() -> AbstractContextManager[object]:
 
 @cache
 def trace_step(
-    config: GPTConfig, autocast: bool, batch_size: int, block_size: int, cuda: bool, micro_batches: int = 1
+    config: GPTConfig, precision: str, batch_size: int, block_size: int, cuda: bool, micro_batches: int = 1
 ) -> Step:
     """Trace a training step of GPT(config) on (batch_size, block_size) ids, with AdamW's state already there.
 
@@ -112,7 +112,7 @@ def trace_step(
         optimizer = loop.make_optimizer(model, 1.0, SETTINGS)
         optimizer.param_groups[0]["foreach"] = cuda
         ids = torch.zeros(micro_batches * batch_size, block_size, dtype=torch.int64)
-        context = runtime.set_precision("bf16" if autocast else "fp32", CPU)
+        context = runtime.set_precision(precision, CPU)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # creates AdamW's state, as the first step of a training does
@@ -124,16 +124,16 @@ def trace_step(
         return Step(seen.peak, tuple(seen.operations[:split]), tuple(seen.operations[split:]))
 
 
-def largest_batch(config: GPTConfig, autocast: bool, block_size: int, cuda: bool, free: int) -> int:
+def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool, free: int) -> int:
     """Return the largest batch whose traced step fits into `free` bytes less the reserve; 0 where one row does not.
 
     Beyond the few rows at which the optimizer's step is the peak, memory is linear in the batch: the search begins on
     the line through 32 and 64 rows.
     """
     usable = 0.9 * free - RESERVE
-    low, high = (trace_step(config, autocast, size, block_size, cuda).peak_bytes for size in (32, 64))
+    low, high = (trace_step(config, precision, size, block_size, cuda).peak_bytes for size in (32, 64))
     size = max(1, 32 + int((usable - low) * 32 / (high - low)))
-    while size and trace_step(config, autocast, size, block_size, cuda).peak_bytes > usable:
+    while size and trace_step(config, precision, size, block_size, cuda).peak_bytes > usable:
         size -= 1
     return size
 

@@ -41,7 +41,7 @@ class Arm:
         try:
             return loop.train_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)[1]
         finally:
-            runtime.set_precision("fp32", device)
+            runtime.set_precision(runtime.DEFAULT, device)
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Return `work(arm, *arguments)`."""

@@ -1,47 +1,79 @@
-"""How the process computes: precision and compilation. The only file that acts on these words.
+"""How the process computes: precision and compilation. The only file that acts on fp32, tf32 and bf16.
 
-Everything here that changes torch's state changes it for the whole process: a training stage is one process.
+Changes to torch's state hold for the whole process.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+DEFAULT = "fp32"
 
-def set_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Set how float32 matmuls are computed and return the context for forward and loss, reusable at every step.
 
-    fp32: IEEE float32 products. tf32: 10-bit mantissas in the products, tensors stay float32. bf16: matmuls run in
-    bfloat16 inside the context; parameters, gradients and optimizer state stay float32.
+@dataclass(frozen=True)
+class Precision:
+    """One row of PRECISIONS.
 
-    The matmul precision holds for the process, so call this again before a step at another precision.
+    Attributes:
+        float32_matmul: how products of float32 matrices are computed: "ieee", or "tf32" with 10-bit mantissas.
+        autocast: type of matrix products in forward and loss; None: they stay float32. Parameters, gradients and the
+            optimizer's state are always float32.
+        operand: the precision whose operands have the same type, without TF32. Both need the same memory.
     """
-    wanted = {"fp32": "highest", "tf32": "high", "bf16": "highest"}[precision]
+
+    float32_matmul: str
+    autocast: torch.dtype | None
+    operand: str
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products use TF32."""
+        return self.float32_matmul == "tf32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of a matrix product's operands."""
+        return self.autocast or torch.float32
+
+
+PRECISIONS = {
+    "fp32": Precision("ieee", None, "fp32"),
+    "tf32": Precision("tf32", None, "fp32"),
+    "bf16": Precision("ieee", torch.bfloat16, "bf16"),
+}
+
+
+def set_precision(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """Set how float32 matrices are multiplied and return the context for forward and loss, reusable at every step.
+
+    The setting holds for the process: call this again before a step at another precision.
+    """
+    precision = PRECISIONS[name]
     # This call keeps torch's old and new flags consistent. The generic torch.backends.fp32_precision is silently
-    # ignored once anything, torch.compile among it, has pinned the matmul's own flag.
-    torch.set_float32_matmul_precision(wanted)
-    resolved = float32_matmul_precision()
-    if resolved != {"highest": "ieee", "high": "tf32"}[wanted]:
-        raise RuntimeError(f"float32 matmuls run in {resolved} where precision {precision} asks for {wanted}")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    # ignored once anything, torch.compile included, has set the flag of matrix products.
+    torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+    if (actual := float32_matmul_precision()) != precision.float32_matmul:
+        raise RuntimeError(f"float32 products run in {actual}, but precision {name} needs {precision.float32_matmul}")
+    return torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast is not None)
 
 
 def float32_matmul_precision() -> str:
-    """Return "ieee" or "tf32": how torch now computes float32 matmuls on CUDA, read back from torch itself."""
+    """Return how torch now multiplies float32 matrices on CUDA: "ieee" or "tf32"."""
     return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile `model` in place at its first call: one graph for one shape, or an error.
+    """Compile `model` in place at its first call, as one graph for one shape; raise where that is impossible.
 
-    In place, because `torch.compile(model)` would rename every parameter to `_orig_mod.*`.
+    In place, because `torch.compile(model)` renames every parameter to `_orig_mod.*`.
     """
     model.compile(dynamic=False, fullgraph=True)
 
 
 def compile_cache() -> str:
-    """Return "warm" if every graph compiled so far in this process came from Inductor's cache on disk, else "cold"."""
+    """Return "warm" if all graphs of this process came from Inductor's disk cache, else "cold"."""
     counters = torch._dynamo.utils.counters
     misses = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
