@@ -12,7 +12,8 @@ from helpers.common import REPOSITORY
 SOURCE = REPOSITORY / "src" / "gpt2_ladder"
 FLOORS = (  # each imports from the floors below it only; a room (a folder) also from itself
     {"config"},
-    {"files", "params_yaml", "model"},
+    {"files"},
+    {"params_yaml", "model"},
     {"training"},
     {"running", "measuring", "sources"},
     {"reporting"},

@@ -1,41 +1,44 @@
 """Every setting of params.yaml as a strict, frozen pydantic model; params_yaml.py reads the file.
 
-This module never imports torch: it is read at the start of every stage, and importing torch costs seconds.
+Every stage reads this module first, so it never imports torch, which takes seconds.
 """
 
 import hashlib
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
-MINIMUM_ROUNDS = 6  # the median of five lies outside all of them once in 16 times: no interval of theirs holds 95 %
+MINIMUM_ROUNDS = 6  # the true median lies outside all of five values once in 16 times, so five give no 95 % interval
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Tokens = Annotated[int, Field(gt=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+LevelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class UserError(ValueError):
-    """Something the user can mend. Stages print it as one line, without a traceback, and exit with 1."""
+    """An error the user can fix. Stages print it as one line, without a traceback, and exit with 1."""
 
 
-def printable(text: str) -> str:
-    """Return `text`, part of it from a file, with line feeds and whatever else a terminal obeys written out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raise the ValueError that params_yaml.py shows with the line of `key`, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{key} = {value}: {rule}")
 
 
 class Strict(BaseModel):
-    """The rule of this file: no coercion, no change after loading, no unknown key."""
+    """Base of all settings: no type coercion, no change after loading, no unknown key."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Switches(Strict):
-    """The switches of the ladder; each level sets all of them. The last three go past the seed."""
+    """The switches of the ladder. The last three go past the seed."""
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]
@@ -49,13 +52,13 @@ class Switches(Strict):
 
 
 class Level(Switches):
-    """One row of the ladder. Quality levels share one shape everywhere, speed levels the machine's shape."""
+    """One row of the ladder. Quality levels train at the shape `quality`, speed levels at the machine's shape."""
 
     group: Literal["quality", "speed"]
 
 
 class Shape(Strict):
-    """How much is trained: `steps` batches of (batch_size, block_size) tokens, the first `warmup_steps` not timed."""
+    """Train `steps` batches of (batch_size, block_size) tokens, the first `warmup_steps` of them untimed."""
 
     batch_size: Count
     block_size: Tokens
@@ -64,11 +67,11 @@ class Shape(Strict):
     eval_tokens: Tokens
 
     @model_validator(mode="after")
-    def _something_is_left_to_measure(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}: must be below steps ({self.steps})")
-        if self.eval_tokens % (self.batch_size * self.block_size):
-            raise ValueError(f"eval_tokens = {self.eval_tokens}: must be a multiple of batch_size * block_size")
+    def _check(self) -> Self:
+        warmup = self.warmup_steps
+        _require(warmup < self.steps, "warmup_steps", warmup, f"must be below steps ({self.steps})")
+        multiple = not self.eval_tokens % (self.batch_size * self.block_size)
+        _require(multiple, "eval_tokens", self.eval_tokens, "must be a multiple of batch_size * block_size")
         return self
 
 
@@ -81,14 +84,13 @@ class Size(Strict):
     n_positions: Tokens
 
     @model_validator(mode="after")
-    def _heads_share_the_channels(self) -> Self:
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd = {self.n_embd}: must be a multiple of n_head ({self.n_head})")
+    def _check(self) -> Self:
+        _require(not self.n_embd % self.n_head, "n_embd", self.n_embd, f"must be a multiple of n_head ({self.n_head})")
         return self
 
 
 class GPTConfig(Size):
-    """What `GPT` needs to know, and nothing else; by default OpenAI's choices."""
+    """The arguments of `GPT`; the defaults are OpenAI's choices."""
 
     vocab_size: Count = GPT2_VOCAB_SIZE
     tie_weights: bool = True
@@ -99,11 +101,10 @@ class GPTConfig(Size):
 
 
 class ModelSize(Size):
-    """One row of `models`: a size, and what training it needs.
+    """One row of `models`: a size and its training settings.
 
     Attributes:
-        activation_checkpointing: keep a block's input alone for backward and compute the rest of it again, which trades
-            time for memory. It belongs to the size, so that all levels of a ladder have it or none.
+        activation_checkpointing: keep only each block's input for backward and recompute the rest, to save memory.
     """
 
     learning_rate: PositiveFloat
@@ -116,7 +117,7 @@ class ModelSize(Size):
 
 
 class AdamW(Strict):
-    """torch.optim.AdamW's settings, the same at every level. The learning rate belongs to the model's size."""
+    """Settings of torch.optim.AdamW, the same at every level. The learning rate belongs to the model's size."""
 
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # strict mode refuses a YAML list for a tuple
     eps: PositiveFloat
@@ -124,14 +125,14 @@ class AdamW(Strict):
 
 
 class Recipe(Strict):
-    """What training goes on to do after the seed, in the trial alone; by default nothing, as in every level.
+    """Training techniques beyond the seed. Only the trial uses them; levels use the defaults.
 
     Attributes:
-        clip_norm: the largest norm that a step's gradient may have; None: any.
-        schedule: of the learning rate over the training: constant, or a cosine down to a tenth.
-        lr_warmup_steps: how many steps the learning rate takes to rise to its full value.
-        decay: what weight decay acts on: all parameters, or matrices only and neither biases nor LayerNorms.
-        tokens_per_step: how many tokens' gradients one step accumulates; None: those of one batch.
+        clip_norm: largest norm of a step's gradient; None: no clipping.
+        schedule: of the learning rate: constant, or a cosine down to a tenth.
+        lr_warmup_steps: steps in which the learning rate rises to its full value.
+        decay: weight decay acts on all parameters, or on matrices only (no biases, no LayerNorms).
+        tokens_per_step: tokens whose gradients are accumulated for one step; None: those of one batch.
     """
 
     clip_norm: PositiveFloat | None = None
@@ -142,23 +143,23 @@ class Recipe(Strict):
 
 
 class Pretrained(Strict):
-    """Where GPT-2's published weights come from: the hub, a folder, or nowhere (a random stand-in)."""
+    """Source of GPT-2's published weights: the hub, a folder, or a random stand-in."""
 
     source: Literal["auto", "openai", "stand-in"]
     folder: str | None
 
 
 class Data(Strict):
-    """What is trained on.
+    """The training text.
 
     Attributes:
-        source: tiny Shakespeare, whose last tenth is for validation; text files, each a document; parquet files, each
-            row a document; or FineWeb-Edu's sample of 10 billion tokens. Of these the first tokens are for validation.
-        path: of `text` and `parquet`: a file, or a folder of them.
-        column: of `parquet`: where the text is.
-        val_tokens: how many tokens are for validation.
-        shard_tokens: how many tokens lie in a file; only the last one holds fewer.
-        shuffle: train on the blocks of block_size tokens in an order drawn from the seed, not in that of the text.
+        source: tiny Shakespeare; text files, a document each; parquet files, a document a row; or FineWeb-Edu's sample
+            of 10 billion tokens.
+        path: file or folder of `text` and `parquet`.
+        column: the column of `parquet` files that holds the text.
+        val_tokens: the first tokens, for validation; of tiny Shakespeare, the last tenth is.
+        shard_tokens: tokens in a shard; the last one holds the rest.
+        shuffle: train on the blocks of block_size tokens in a random order, drawn from the seed.
     """
 
     source: Literal["tiny-shakespeare", "text", "parquet", "fineweb-edu"]
@@ -170,14 +171,14 @@ class Data(Strict):
 
 
 class Rounds(Strict):
-    """How long the benchmark takes steps in turn: `rounds`, or as many as fit into `seconds`, but MINIMUM_ROUNDS."""
+    """Length of the benchmark: `rounds`, or as many as fit into `seconds`, at least MINIMUM_ROUNDS."""
 
     rounds: Annotated[int, Field(ge=MINIMUM_ROUNDS, lt=2**63)]
     seconds: PositiveFloat
 
 
 class Tolerances(Strict):
-    """How many nats a loss may be from the baseline's, by precision, in the first `steps` steps."""
+    """Largest difference in nats from the baseline's loss in the first `steps` steps, by precision."""
 
     steps: Count
     fp32: PositiveFloat
@@ -186,15 +187,20 @@ class Tolerances(Strict):
 
 
 class Peaks(Strict):
-    """TFLOP/s of dense matrix products by precision; null: look the GPU up, or measure the CPU."""
+    """TFLOP/s of dense matrix products by precision; None: look the GPU up, or measure the CPU."""
 
     fp32: PositiveFloat | None
     tf32: PositiveFloat | None
     bf16: PositiveFloat | None
 
 
+def _allow_sparse_rows(schema: dict[str, Any]) -> None:
+    """Let the JSON schema of `levels` accept rows that leave keys to `defaults`."""
+    schema["additionalProperties"] = Level.model_json_schema() | {"required": []}
+
+
 class Params(Switches):
-    """The whole of params.yaml; the inherited switches are the knobs of the trial."""
+    """The whole of params.yaml. The inherited switches are those of the trial."""
 
     model: Model
     machine: Literal["cpu", "gpu"]
@@ -215,50 +221,46 @@ class Params(Switches):
     parity: Tolerances
     peak_tflops: Peaks
     models: dict[Model, ModelSize]
-    levels: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Level]
+    defaults: Level
+    levels: Annotated[dict[LevelName, Level], Field(json_schema_extra=_allow_sparse_rows)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_rows(cls, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill the keys that a row of `levels` lacks from `defaults`."""
+        defaults, levels = document.get("defaults"), document.get("levels")
+        if not (isinstance(defaults, Mapping) and isinstance(levels, Mapping)):
+            return {**document}
+        rows = {name: {} if row is None else row for name, row in levels.items()}
+        rows = {name: {**defaults, **row} if isinstance(row, Mapping) else row for name, row in rows.items()}
+        return {**document, "levels": rows}
 
     @model_validator(mode="after")
-    def _the_parts_fit_together(self) -> Self:
-        for name, key, table, rows in (
-            ("model", self.model, "models", self.models),
-            ("machine", self.machine, "machines", self.machines),
-            ("machine", self.machine, "benchmark", self.benchmark),
-        ):
-            if key not in rows:
-                raise ValueError(f"{name} = {key}: {table} describes only {', '.join(rows) or 'nothing'}")
-        for name, shape in (("quality", self.quality), (f"machines.{self.machine}", self.shape("speed"))):
-            if shape.block_size > self.size.n_positions:
-                raise ValueError(
-                    f"{name}.block_size = {shape.block_size}: is over models.{self.model}.n_positions "
-                    f"({self.size.n_positions})"
-                )
-        tokens, shape = self.recipe.tokens_per_step, self.shape("speed")
-        if shape.batch_size % self.devices:
-            raise ValueError(
-                f"devices = {self.devices}: machines.{self.machine}.batch_size ({shape.batch_size}) must be a multiple "
-                "of it, because every device trains as many rows of a batch"
-            )
-        if tokens and tokens % (shape.batch_size * shape.block_size):
-            raise ValueError(
-                f"recipe.tokens_per_step = {tokens}: must be a multiple of machines.{self.machine}'s batch_size * "
-                f"block_size ({shape.batch_size * shape.block_size})"
-            )
-        if self.recipe.lr_warmup_steps >= shape.steps:
-            raise ValueError(
-                f"recipe.lr_warmup_steps = {self.recipe.lr_warmup_steps}: must be below "
-                f"machines.{self.machine}.steps ({shape.steps})"
-            )
-        if CONTROL in self.levels:
-            raise ValueError(
-                f"levels.{CONTROL} = {CONTROL}: that is what the benchmark calls the baseline's second arm"
-            )
-        if self.data.source in ("tiny-shakespeare", "fineweb-edu") and self.data.path != CORPUS:
-            raise ValueError(f"data.path = {self.data.path}: {self.data.source} does not read it; leave it {CORPUS}")
-        source = self.pretrained.source
-        if source == "openai" and self.model == "tiny":
-            raise ValueError(f"pretrained.source = openai: no weights for model: {self.model}; use auto or stand-in")
-        if self.pretrained.folder is not None and (source == "stand-in" or self.model == "tiny"):
-            raise ValueError(f"pretrained.folder = {self.pretrained.folder}: not read with these source and model")
+    def _check(self) -> Self:
+        for table, name in (("models", "model"), ("machines", "machine"), ("benchmark", "machine")):
+            rows, key = getattr(self, table), getattr(self, name)
+            _require(key in rows, name, key, f"{table} only has {', '.join(rows) or 'no rows'}")
+        machine, shape = f"machines.{self.machine}", self.shape("speed")
+        rule = f"must be at most models.{self.model}.n_positions ({self.size.n_positions})"
+        for name, size in (("quality", self.quality.block_size), (machine, shape.block_size)):
+            _require(size <= self.size.n_positions, f"{name}.block_size", size, rule)
+        rule = f"must divide {machine}.batch_size ({shape.batch_size})"
+        _require(not shape.batch_size % self.devices, "devices", self.devices, rule)
+        tokens, batch_tokens = self.recipe.tokens_per_step, shape.batch_size * shape.block_size
+        rule = f"must be a multiple of {machine}'s batch_size * block_size ({batch_tokens})"
+        _require(not (tokens or 0) % batch_tokens, "recipe.tokens_per_step", tokens, rule)
+        warmup = self.recipe.lr_warmup_steps
+        rule = f"must be below {machine}.steps ({shape.steps})"
+        _require(warmup < shape.steps, "recipe.lr_warmup_steps", warmup, rule)
+        rule = "the benchmark uses this name for the baseline's second arm; rename the level"
+        _require(CONTROL not in self.levels, f"levels.{CONTROL}", CONTROL, rule)
+        path, rule = self.data.path, f"{self.data.source} does not read it; leave it at {CORPUS}"
+        _require(self.data.source in ("text", "parquet") or path == CORPUS, "data.path", path, rule)
+        source, folder, tiny = self.pretrained.source, self.pretrained.folder, self.model == "tiny"
+        rule = f"there are no weights for model {self.model}; use auto or stand-in"
+        _require(source != "openai" or not tiny, "pretrained.source", source, rule)
+        rule = "not read with this source and model; leave it empty"
+        _require(folder is None or not (source == "stand-in" or tiny), "pretrained.folder", folder, rule)
         return self
 
     @property
@@ -268,27 +270,25 @@ class Params(Switches):
 
     @property
     def switches(self) -> Switches:
-        """The trial's knobs alone."""
+        """The switches of the trial."""
         return Switches(**{name: getattr(self, name) for name in Switches.model_fields})
 
     def shape(self, group: Literal["quality", "speed"]) -> Shape:
-        """Return the shape at which the levels of `group` train; the trial trains at the speed levels' shape."""
+        """Return the shape of the levels of `group`; the trial has that of the speed levels."""
         return self.quality if group == "quality" else self.machines[self.machine]
 
     def gpt(self, switches: Switches) -> GPTConfig:
         """Return the network of the chosen size with `switches` applied."""
-        return self.size.gpt().model_copy(
-            update=switches.model_dump(include={"vocab_size", "tie_weights", "init", "attention", "chunked_loss"})
-        )
+        return self.size.gpt().model_copy(update=switches.model_dump(include=set(GPTConfig.model_fields)))
 
 
 class Environment(Strict):
-    """What the environment stage found out about this machine; a level re-runs when any of it changes."""
+    """The machine as the environment stage describes it; a level runs again if any of it changes."""
 
     device: Literal["cpu", "cuda"]
     device_name: str
     bf16: bool
-    compile_problem: str | None  # why torch.compile cannot work here, None where it can
+    compile_problem: str | None  # why torch.compile cannot work here; None: it can
     threads: Count
     python: str
     torch: str
@@ -296,5 +296,5 @@ class Environment(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """A short name for exactly this environment; every level's metrics carry it."""
+        """A short hash of this environment; every level's metrics carry it."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:7]

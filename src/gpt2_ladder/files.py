@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpt2_ladder.config import UserError
 
+ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # environment variable: the file in which a rank leaves its error
 LARGEST_JSON = 2**20  # bytes; what describes a shard or a network takes less than a thousand
 
 
@@ -47,6 +48,11 @@ def write(path: Path, content: str | bytes) -> None:
     """Write `content`, text as UTF-8, to `path`: whole, or not at all."""
     with replacing(path) as (temporary,):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path`; raise ValueError for NaN and infinity, which are not JSON."""
+    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -86,6 +92,11 @@ def forget_damaged(paths: Iterable[Path]) -> None:
         if cached.exists() and file_md5(str(cached)) != md5:
             cached.unlink()
             print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
+
+
+def printable(text: str) -> str:
+    """Return `text`, which may come from a file, with control characters escaped so that no terminal obeys them."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

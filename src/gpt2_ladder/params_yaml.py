@@ -1,4 +1,4 @@
-"""params.yaml -> Params, or one line for each mistake in it: file, line, key, value, and the mend."""
+"""Read params.yaml into Params, or print one line for each mistake: file, line, key, value and the fix."""
 
 import difflib
 from pathlib import Path
@@ -10,64 +10,75 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from gpt2_ladder.config import Params, UserError, printable
+from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.files import printable
 
-LONGEST_VALUE = 1000  # characters; Python refuses to print an integer of four times as many
-DEEPEST = 8  # ruamel.yaml takes seconds for some thousand lists in each other, and then Python's whole stack
+MAX_LENGTH = 1000  # characters of a value; Python refuses to print an integer of four times as many
+MAX_DEPTH = 8  # ruamel.yaml takes seconds for thousands of nested lists, and overflows Python's stack
 
 
 def load(path: Path | str = "params.yaml") -> Params:
-    """Read and validate the whole of `path`.
+    """Read and validate `path`.
 
     Raises:
         UserError: one line a mistake, each with file, line, key, value, what is allowed, and the nearest known key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        depth = 0
-        for event in YAML().parse(text):
-            where, value = f"{path}:{event.start_mark.line + 1}", getattr(event, "value", None) or ""
-            if getattr(event, "anchor", None):
-                raise UserError(
-                    f"{where}: YAML anchor or alias {event.anchor!r:.80}: write the values out, "
-                    "DVC would not see that a row changes with another"
-                )
-            if value == "<<" or getattr(event, "tag", None) or getattr(event, "version", None):
-                raise UserError(f"{where}: '<<', '!' and '%YAML' are not read here: write the values out")
-            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-            if depth > DEEPEST:
-                raise UserError(f"{where}: more than {DEEPEST} maps and lists in each other; settings need 3")
-            if len(value) > LONGEST_VALUE:
-                raise UserError(f"{where}: {value[:20]!r}... is longer than any value here can be")
+        _check_syntax(path, text)
         document = YAML().load(text)  # YAML 1.2, so that 6e-4 is a number as it is for DVC; PyYAML reads a string
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(
-            f"{path}:{line}: not valid YAML: {printable(' '.join(str(error.problem).split())):.500}"
-        ) from None
+        problem = printable(" ".join(str(error.problem).split()))
+        raise UserError(f"{path}:{line}: not valid YAML: {problem:.500}") from None
     except UserError:
         raise
-    except (YAMLError, ValueError) as error:  # the latter for 2001-99-99
+    except (YAMLError, ValueError) as error:  # ValueError: an impossible date such as 2001-99-99
         raise UserError(f"{path}: not valid YAML: {printable(' '.join(str(error).split())):.500}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path}: expected a map of settings, got {type(document).__name__}")
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        raise UserError("\n".join(printable(_explain(path, document, mistake)) for mistake in error.errors())) from None
+        mistakes = [mistake for mistake in error.errors() if not _is_inherited(document, mistake["loc"])]
+        raise UserError("\n".join(printable(_explain(path, document, mistake)) for mistake in mistakes)) from None
+
+
+def _check_syntax(path: Path | str, text: str) -> None:
+    """Raise UserError for YAML that is valid but not allowed here: anchors, tags, long values, deep nesting."""
+    depth = 0
+    for event in YAML().parse(text):
+        where, value = f"{path}:{event.start_mark.line + 1}", getattr(event, "value", None) or ""
+        if getattr(event, "anchor", None):
+            raise UserError(
+                f"{where}: YAML anchor or alias {event.anchor!r:.80}: write the values out, "
+                "because DVC does not see that a row changes with another"
+            )
+        if value == "<<" or getattr(event, "tag", None) or getattr(event, "version", None):
+            raise UserError(f"{where}: '<<', '!' and '%YAML' are not supported: write the values out")
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: maps and lists are nested more than {MAX_DEPTH} deep; settings need 3")
+        if len(value) > MAX_LENGTH:
+            raise UserError(f"{where}: {value[:20]!r}... is longer than any value here can be")
+
+
+def _is_inherited(document: CommentedMap, loc: tuple[int | str, ...]) -> bool:
+    """Return whether the mistake at `loc` is a row's copy of one in `defaults`, which is reported there."""
+    if len(loc) != 3 or loc[0] != "levels" or loc[2] == "[key]":
+        return False
+    return loc[2] not in (document["levels"][loc[1]] or {})
 
 
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
-    """One line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
+    """Return one line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
     keys = list(mistake["loc"])
-    if (
-        keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden"
-    ):  # pydantic's mark, unless the file has such a key
+    if keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden":  # pydantic's mark for a wrong key
         keys.pop()
     message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":  # our own validators write: key = value: what is wrong
+    if mistake["type"] == "value_error":  # raised by config.py as "key = value: what is wrong"
         keys += message.split(" = ")[0].split(".")
         message = message.partition(" = ")[2]
     node, line = document, 1
@@ -89,7 +100,7 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
 
 
 def _known_keys(parents: list[Any]) -> list[str]:
-    """Return the keys that are allowed below `parents`, looked up in the JSON schema of params.yaml."""
+    """Return the keys that are allowed below `parents`, from the JSON schema of params.yaml."""
     schema = Params.model_json_schema()
     node = schema
     for key in parents:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
-from gpt2_ladder.config import UserError, printable
+from gpt2_ladder.config import UserError
+from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.data import Batches

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from gpt2_ladder.config import UserError, printable
+from gpt2_ladder.config import UserError
+from gpt2_ladder.files import printable
 
 Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
 PIECE = 2**17  # characters

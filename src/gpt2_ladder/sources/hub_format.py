@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
-from gpt2_ladder.config import GPTConfig, UserError, printable
+from gpt2_ladder.config import GPTConfig, UserError
+from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -20,7 +20,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2_ladder.config import UserError, printable
+from gpt2_ladder.config import UserError
+from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 
 IGNORED = -100  # what F.cross_entropy takes for a target that does not count
