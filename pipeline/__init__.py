@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 try:
     from gpt2_ladder import config, files
     from gpt2_ladder.config import Environment, UserError
+    from gpt2_ladder.files import ERROR_FILE
+    from gpt2_ladder.files import write_json as write_json
 
     version("torch"), version("ruamel.yaml")  # another environment may have pydantic, but rarely both of these
 except ModuleNotFoundError:
@@ -35,7 +37,6 @@ BENCHMARK = RESULTS / "benchmark.json"
 GAINS = RESULTS / "gains.json"
 PROFILE = RESULTS / "profile.json"
 TRACES = Path("profiles")
-ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # the variable by which a rank is told where to leave its error
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,8 +108,3 @@ def read_json(path: Path) -> Any:
 def read_metrics(level: str) -> Any:
     """Return what the training of `level` wrote down."""
     return read_json(RESULTS / "levels" / level / "metrics.json")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path`; NaN and infinity, which are not JSON, raise ValueError."""
-    files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,20 +1,42 @@
-"""Train once on the top-level knobs of params.yaml and its recipe, at the speed levels' shape; keep the network."""
+"""Train once on the trial's switches and recipe in params.yaml, at the speed levels' shape, and keep the network."""
 
 import shutil
 
 from gpt2_ladder import params_yaml
+from gpt2_ladder.config import Params
 from gpt2_ladder.model import GPT
+from gpt2_ladder.running.run import Inputs, Job
+from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import hub_format
-from pipeline import RESULTS, TRIAL, run
-from pipeline.train import train
+from gpt2_ladder.training import devices
+from pipeline import (
+    ENCODER_JSON,
+    PROBE,
+    RESULTS,
+    SHARDS,
+    TRAIN_SHARD,
+    TRIAL,
+    VAL_SHARD,
+    read_environment,
+    read_json,
+    run,
+)
 
 
 def main() -> None:
-    params = params_yaml.load()
-    trained = train(params, "trial", "trial", params.switches, "speed", RESULTS / "trial", params.recipe, keep)
-    if not trained:
+    params, environment = params_yaml.load(), read_environment()
+    devices.check_machine(params.machine, params.rehearsal, environment)
+    inputs, micro_batch = Inputs(TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON), read_json(PROBE)["micro_batch"]
+    if not run_job(make_job(params), params, environment, inputs, micro_batch, keep):
         shutil.rmtree(TRIAL, ignore_errors=True)
-        TRIAL.mkdir(parents=True, exist_ok=True)  # DVC wants the output to exist; there is no network to put into it
+        TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
+
+
+def make_job(params: Params) -> Job:
+    """Return the trial's training."""
+    return Job(
+        "trial", "trial", params.switches, params.shape("speed"), params.recipe, params.devices, RESULTS / "trial"
+    )
 
 
 def keep(model: GPT) -> None:

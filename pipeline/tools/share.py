@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+from gpt2_ladder.running.run import describe
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, tokenizer
 from gpt2_ladder.using import sharing
@@ -28,8 +29,8 @@ from pipeline import (
     check_weights,
     read_environment,
     run,
-    trainer,
 )
+from pipeline.trial import make_job
 
 # what a commit must hold to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
@@ -93,7 +94,7 @@ def read_run() -> dict[str, Any]:
     # not where they lie on this machine
     inputs = {name.removeprefix(f"{root}/"): found for name, found in read.items()}
     digest = hashlib.sha256("".join(read.values()).encode())
-    settings = trainer.describe("trial", params, params.switches, shape, environment, recipe, params.devices)
+    settings = describe(make_job(params), params, environment)
     return {
         "result": result,
         "shape": shape,

@@ -1,4 +1,4 @@
-"""A stage on several devices: the same command again, once a device, by torchrun."""
+"""Run a stage on several devices: start the same command once for each device, with torchrun."""
 
 import os
 import sys
@@ -11,32 +11,24 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import ERROR_FILE
 from gpt2_ladder.training import devices
-from pipeline import ERROR_FILE
 
-MAX_RESTARTS = 3  # of all ranks, where one dies
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # for every rank
+MAX_RESTARTS = 3  # of all ranks, after one of them died
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # set for every rank
 
 
 def on_ranks(count: int, device: str) -> bool:
-    """Run this very command on `count` ranks, and return True; False in a rank, and where one process does.
+    """Run this command on `count` ranks and return True; return False in a rank, or if one process is enough.
 
-    A rank that torchrun's user started is known by RANK and WORLD_SIZE, as one from here.
+    RANK and WORLD_SIZE mark a rank, whether it was started here or by the user's torchrun.
 
     Raises:
-        UserError: as many devices are not there, or torchrun was told another number of ranks.
+        UserError: this machine has too few devices, or torchrun started another number of ranks.
     """
     if "RANK" in os.environ:
-        needed = TORCHRUN if count > 1 else TORCHRUN[:2]  # one process joins no others
-        values = {name: os.environ.get(name, "") for name in needed}
-        if wrong := [name for name, value in values.items() if not (value.isdecimal() or (value and "ADDR" in name))]:
-            raise UserError(f"{', '.join(wrong)}: not as torchrun sets it, but RANK is set; unset RANK or use torchrun")
-        if int(os.environ["WORLD_SIZE"]) != count:
-            raise UserError(
-                f"torchrun started {os.environ['WORLD_SIZE']} ranks where {count} are to train: `devices` in "
-                "params.yaml is how many train a speed level and the trial; quality levels train on one, without it"
-            )
-        if Path(os.environ.get(ERROR_FILE, "")).is_file():  # restarted after an error that only the user can mend
+        _check_rank(count)
+        if Path(os.environ.get(ERROR_FILE, "")).is_file():  # restarted after an error that only the user can fix
             sys.exit(0)
         if os.environ["RANK"] != "0":
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  until the process ends
@@ -47,7 +39,7 @@ def on_ranks(count: int, device: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         error = Path(folder) / "error"
         os.environ[ERROR_FILE] = str(error)
-        # otherwise ranks that are started again find the addresses of the dead ones in the store that they share
+        # without this, restarted ranks find the addresses of the dead ones in the store that they share
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         config = LaunchConfig(
             min_nodes=1,
@@ -69,3 +61,16 @@ def on_ranks(count: int, device: str) -> bool:
         if error.exists():
             raise UserError(error.read_text())
     return True
+
+
+def _check_rank(count: int) -> None:
+    """Raise UserError unless torchrun's variables are valid and say that `count` ranks train."""
+    needed = TORCHRUN if count > 1 else TORCHRUN[:2]  # a single process joins no others
+    values = {name: os.environ.get(name, "") for name in needed}
+    if wrong := [name for name, value in values.items() if not (value.isdecimal() or (value and "ADDR" in name))]:
+        raise UserError(f"RANK is set, but {', '.join(wrong)} is not as torchrun sets it; unset RANK or use torchrun")
+    if int(os.environ["WORLD_SIZE"]) != count:
+        raise UserError(
+            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but {count} must train: set `devices` in params.yaml "
+            "to the number of ranks for speed levels and the trial; train quality levels without torchrun"
+        )

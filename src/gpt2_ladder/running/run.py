@@ -1,140 +1,298 @@
-"""What the three training stages (overfit, train, trial) share: build, follow, record."""
+"""Carry one training through: build it, resume it, follow its steps, summarize it."""
 
 import math
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt2_ladder import files
 from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.model import GPT, count_bytes
-from gpt2_ladder.running import progress, tracking
+from gpt2_ladder.running import launch, progress, tracking
 from gpt2_ladder.running.checkpoints import Checkpoints
 from gpt2_ladder.running.tracking import Tracker
-from gpt2_ladder.training import devices, loop, ranks, runtime
+from gpt2_ladder.training import data, devices, loop, metrics, ranks, runtime, tokenizer
 from gpt2_ladder.training.metrics import Step
 
-PLAIN = Recipe()  # of every level
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        name: the level's name, "trial" or "overfit".
+        job_type: W&B's job type: "train", "trial" or "overfit".
+        switches: of the ladder.
+        shape: batches, steps and validation.
+        recipe: techniques beyond the seed.
+        devices: number of GPUs, or processes on a CPU, that share each batch.
+        folder: where steps.csv and metrics.json go.
+    """
+
+    name: str
+    job_type: str
+    switches: Switches
+    shape: Shape
+    recipe: Recipe
+    devices: int
+    folder: Path
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens whose gradients make one step."""
+        return self.recipe.tokens_per_step or self.shape.batch_size * self.shape.block_size
 
 
-def build(
-    params: Params, switches: Switches, environment: Environment, decay: str = "all", count: int = 1
-) -> tuple[torch.device, GPT, torch.optim.Optimizer]:
-    """Return the device, of `count` ranks this one's, the network with `switches` on it, seeded, and its optimizer."""
+@dataclass(frozen=True)
+class Inputs:
+    """The files that a training reads: shards, the folder of further shards, and GPT-2's encoding."""
+
+    train: Path
+    shards: Path
+    val: Path
+    encoder_json: Path
+
+
+@dataclass(frozen=True)
+class Built:
+    """The parts of a training that are on its device, and the attention kernel that it uses."""
+
+    device: torch.device
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    autocast: AbstractContextManager[object]
+    attention_kernel: str | None
+
+
+def run(
+    job: Job,
+    params: Params,
+    environment: Environment,
+    inputs: Inputs,
+    micro_batch: int,
+    keep: Callable[[GPT], None] = lambda model: None,
+) -> bool:
+    """Train `job`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
+
+    `micro_batch` rows of a batch go through the network at a time, on each device. Return False if this machine cannot
+    train it: both files then hold the reason and no number.
+    """
+    reason = devices.why_skipped(job.switches, environment, params.run_slow_levels)
+    note = devices.note_for(job.switches, environment)
+    result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
+    result |= {"environment": environment.fingerprint, "devices": job.devices}
+    if reason:
+        skip(job, result)
+        return False
+    if launch.on_ranks(job.devices, environment.device):
+        return True
+    if note:
+        print(f"{job.name}: {note}", flush=True)
+    corpus, shape = data.open_shards(inputs.train, inputs.shards), job.shape
+    batches = data.Batches(corpus, shape.batch_size, shape.block_size, params.seed if params.data.shuffle else None)
+    validation = _open_validation(inputs, shape)
+    built = build(job, params, environment, micro_batch)
+    settings = describe(job, params, environment)
+    saved = None
+    if params.checkpoint_every:
+        decisive = {**settings, "micro_batch": micro_batch, "corpus": corpus.sha256}
+        saved = Checkpoints(job.name, decisive, built.model, built.optimizer, batches, params.checkpoint_every)
+    earlier = saved.load() if saved else []
+    if earlier:
+        micro_batch = earlier[-1].micro_batch
+        interrupted = f"resumed after step {earlier[-1].step}: times and memory are those of several processes"
+        result["note"] = "; ".join(filter(None, [note, interrupted]))
+    new_steps = _train(job, params, built, batches, len(earlier), micro_batch)
+    with open_tracker(job, settings) as tracker:
+        steps = follow(chain(earlier, new_steps), tracker, job, len(earlier), saved)
+        epochs_seen = shape.steps * job.tokens_per_step / batches.tokens
+        result |= _summarize(job, built, steps, validation, epochs_seen)
+        tracker.summarize(result)
+    if ranks.rank() == 0:
+        files.write_json(job.folder / "metrics.json", result)
+        keep(built.model)
+        if saved:
+            saved.forget()
+    ranks.leave()
+    return True
+
+
+def skip(job: Job, result: Mapping[str, Any]) -> None:
+    """Print why `job` is skipped, and write its files in their usual form but without any number."""
+    print(f"{job.name}: skipped. {result['reason']}", flush=True)
+    files.write(job.folder / "steps.csv", metrics.HEADER)
+    files.write_json(job.folder / "metrics.json", {**result, **dict.fromkeys(metrics.MEASURED)})
+
+
+def build(job: Job, params: Params, environment: Environment, micro_batch: int) -> Built:
+    """Open the device, of several ranks this rank's, and put a seeded network and its optimizer on it.
+
+    Raises:
+        UserError: weights, gradients and AdamW's state do not fit into memory, or flash attention has no kernel.
+    """
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    if count > 1:
+    if job.devices > 1:
         device = devices.join_ranks(device, environment.threads)
+    switches, config = job.switches, params.gpt(job.switches)
     if switches.allocator == "caching":
         devices.keep_freed_memory(device)
-    need = count_bytes(params.gpt(switches), 4)  # weights, gradients, AdamW's two moments
+    need = count_bytes(config, 4)  # weights, gradients, AdamW's two moments
     devices.check_memory(device, need, f"training {params.model} with vocab_size {switches.vocab_size}")
-    model = GPT(params.gpt(switches), params.seed).to(device)
+    model = GPT(config, params.seed).to(device)
     if switches.compile:
         runtime.compile_model(model)
-    optimizer = loop.make_optimizer(model, params.size.learning_rate, params.optimizer, switches.fused_adamw, decay)
-    return device, model, optimizer
+    size, fused = params.size, switches.fused_adamw
+    optimizer = loop.make_optimizer(model, size.learning_rate, params.optimizer, fused, job.recipe.decay)
+    kernel = None
+    if switches.attention == "flash":
+        shape = (micro_batch, size.n_head, job.shape.block_size, size.n_embd // size.n_head)  # (B, H, T, D)
+        dtype = runtime.PRECISIONS[switches.precision].dtype
+        kernel = devices.attention_kernel(torch.empty(shape, dtype=dtype, device=device, requires_grad=True))
+    return Built(device, model, optimizer, runtime.set_precision(switches.precision, device), kernel)
 
 
-def attention_kernel(
-    params: Params, switches: Switches, rows: int, block_size: int, device: torch.device
-) -> str | None:
-    """Return which kernel attends at `switches` to `rows` x `block_size` tokens; None where it is written out."""
-    if switches.attention == "eager":
-        return None
-    size, kind = params.size, runtime.PRECISIONS[switches.precision].dtype
-    shape = (rows, size.n_head, block_size, size.n_embd // size.n_head)  # (B, H, T, D)
-    return devices.attention_kernel(torch.empty(shape, dtype=kind, device=device, requires_grad=True))
-
-
-def describe(
-    name: str,
-    params: Params,
-    switches: Switches,
-    shape: Shape,
-    environment: Environment,
-    recipe: Recipe = PLAIN,
-    count: int = 1,
-) -> dict[str, Any]:
-    """Return the resolved configuration of one training: what W&B compares runs by, and a checkpoint belongs to."""
+def describe(job: Job, params: Params, environment: Environment) -> dict[str, Any]:
+    """Return all settings of `job`: W&B compares runs by them, and a checkpoint belongs to them."""
     return {
-        **switches.model_dump(),
-        **shape.model_dump(),
+        **job.switches.model_dump(),
+        **job.shape.model_dump(),
         **params.size.model_dump(),
         **params.optimizer.model_dump(),
-        **recipe.model_dump(),
-        **{"level": name, "model": params.model, "machine": params.machine, "seed": params.seed},
-        **{"deterministic": params.deterministic, "devices": count},
+        **job.recipe.model_dump(),
+        **{"level": job.name, "model": params.model, "machine": params.machine, "seed": params.seed},
+        **{"deterministic": params.deterministic, "devices": job.devices},
         **{"data": params.data.source, "shuffle": params.data.shuffle},
         "environment": environment.model_dump(),
     }
 
 
-def open_tracker(job_type: str, described: dict[str, Any], csv: Path) -> Tracker:
-    """Return a Tracker that writes to `csv` and to a new W&B run with the configuration that `describe` returned.
-
-    That of a rank other than the first writes nowhere.
-    """
+def open_tracker(job: Job, settings: Mapping[str, Any]) -> Tracker:
+    """Return a Tracker that writes steps.csv and a new W&B run with `settings`; ranks other than 0 write nothing."""
     if ranks.rank():
         return Tracker(None, None)
-    found = Environment.model_validate(described["environment"])
-    tags = [described["model"], found.device, described["precision"], described["attention"]]
-    run = tracking.start_run(described["level"], job_type, tags, described, tracking.run_group(found.fingerprint))
-    return Tracker(csv, run)
+    environment = Environment.model_validate(settings["environment"])
+    tags = [settings["model"], environment.device, settings["precision"], settings["attention"]]
+    group = tracking.run_group(environment.fingerprint)
+    return Tracker(job.folder / "steps.csv", tracking.start_run(job.name, job.job_type, tags, settings, group))
 
 
 def follow(
-    steps: Iterable[Step], tracker: Tracker, title: str, total: int, resumed: int = 0, saved: Checkpoints | None = None
+    steps: Iterable[Step], tracker: Tracker, job: Job, resumed: int = 0, saved: Checkpoints | None = None
 ) -> list[Step]:
-    """Carry a training through: show and record each of its `total` steps, and save as `saved` asks; return them all.
+    """Show and record every step, save checkpoints to `saved`, and return all steps.
 
     The first `resumed` of `steps` were taken, and saved, before an interruption.
 
     Raises:
-        UserError: loss or gradient are no longer numbers, or a signal asked to stop; what is saved by then stays.
+        UserError: loss or gradient is not finite, or a signal stopped the training; saved checkpoints stay.
     """
-    seen: list[Step] = []
-    with stopping(saved is not None) as signals:
-        for step in progress.show(steps, title, total):
+    done: list[Step] = []
+    with catch_signals(saved is not None) as caught:
+        for step in progress.show(steps, job.name, job.shape.steps):
             tracker.log(step)
-            seen.append(step)
+            done.append(step)
             if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
                 raise UserError(
-                    f"{title}: at step {step.step} the loss is {step.loss}, the gradient's norm {step.grad_norm}; "
-                    f"lower models.*.learning_rate{_last_good(saved)}"
+                    f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
+                    f"{step.grad_norm}; lower models.*.learning_rate{_last_checkpoint(saved)}"
                 )
-            if saved and len(seen) > resumed:
-                asked = [name for names in ranks.gather(signals) for name in names]  # all of them stop after one step
-                if asked or len(seen) % saved.every == 0:
+            if saved and len(done) > resumed:
+                signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at one step
+                if signals or len(done) % saved.every == 0:
                     if ranks.rank() == 0:
-                        saved.save(seen)
-                    ranks.gather(None)  # nobody stops before it is there
-                if asked and len(seen) < total:
-                    raise UserError(f"{title}: stopped by {asked[0]} after step {step.step}{_last_good(saved)}")
-    return seen
+                        saved.save(done)
+                    ranks.gather(None)  # wait until it is saved
+                if signals and len(done) < job.shape.steps:
+                    stopped = f"stopped by {signals[0]} after step {step.step}"
+                    raise UserError(f"{job.name}: {stopped}{_last_checkpoint(saved)}")
+    return done
 
 
 @contextmanager
-def stopping(wanted: bool) -> Iterator[list[str]]:
-    """Have SIGTERM and Ctrl-C, if `wanted`, wait for the end of a step; yield those that came. A second one kills."""
-    came: list[str] = []
+def catch_signals(enabled: bool) -> Iterator[list[str]]:
+    """Collect the names of SIGTERM and Ctrl-C, so that a step can finish; a second signal kills the process."""
+    caught: list[str] = []
 
     def note(number: int, _: object) -> None:
-        came.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, handlers[number])
 
-    before: dict[int, Any] = {}
-    for kind in (signal.SIGTERM, signal.SIGINT) if wanted else ():
-        before[kind] = signal.signal(kind, note)
+    handlers: dict[int, Any] = {}
+    for kind in (signal.SIGTERM, signal.SIGINT) if enabled else ():
+        handlers[kind] = signal.signal(kind, note)
     try:
-        yield came
+        yield caught
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _last_good(saved: Checkpoints | None) -> str:
+def _train(
+    job: Job, params: Params, built: Built, batches: data.Batches, first_step: int, micro_batch: int
+) -> Iterator[Step]:
+    """Yield the steps of `job` from `first_step` on, each over this rank's rows."""
+    count = job.tokens_per_step // (job.shape.batch_size * job.shape.block_size)
+    steps = islice(data.concatenate(batches, count), job.shape.steps - first_step)
+    rate = partial(
+        loop.learning_rate_at, steps=job.shape.steps, learning_rate=params.size.learning_rate, recipe=job.recipe
+    )
+    return loop.train(
+        ranks.average_gradients(built.model),
+        built.optimizer,
+        data.local_rows(steps, ranks.rank(), job.devices),
+        built.autocast,
+        built.device,
+        micro_batch,
+        first_step=first_step,
+        learning_rate=rate,
+        clip_norm=job.recipe.clip_norm,
+    )
+
+
+def _open_validation(inputs: Inputs, shape: Shape) -> tuple[list[loop.Batch], int]:
+    """Return the validation batches, a pair of int64 (B, T) each, and the bytes of text that their targets encode."""
+    shard = data.open_shard(inputs.val)
+    batches = list(data.first_batches(shard, shape.eval_tokens, shape.batch_size, shape.block_size))
+    return batches, tokenizer.count_bytes((y.numpy() for _, y in batches), inputs.encoder_json)
+
+
+def _summarize(
+    job: Job, built: Built, steps: Sequence[Step], validation: tuple[list[loop.Batch], int], epochs_seen: float
+) -> dict[str, Any]:
+    """Validate and return metrics.MEASURED of a finished training; all ranks must call this together."""
+    shape, compiled = job.shape, job.switches.compile
+    step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
+    # before validation, which would add to it, and on the device that needed most
+    peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
+    batches, text_bytes = validation
+    local_batches = data.local_rows(iter(batches), ranks.rank(), job.devices)
+    local_loss = loop.evaluate(built.model, local_batches, built.autocast, built.device, steps[-1].micro_batch)
+    val_loss = ranks.mean(local_loss)
+    return {
+        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
+        "loss_first": steps[0].loss,
+        "loss_last": steps[-1].loss,
+        "val_loss": val_loss,
+        "bits_per_byte": metrics.bits_per_byte(val_loss, shape.eval_tokens, text_bytes),
+        "epochs_seen": epochs_seen,
+        "step_ms": step_ms,
+        "tokens_per_second": metrics.tokens_per_second(job.tokens_per_step, step_ms),
+        "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if compiled else None,
+        "compile_cache": runtime.compile_cache() if compiled else None,
+        "peak_memory_mib": peak_memory_mib,
+        "micro_batch": steps[-1].micro_batch,
+        "attention_kernel": built.attention_kernel,
+        "float32_matmul_precision": runtime.float32_matmul_precision(),
+    }
+
+
+def _last_checkpoint(saved: Checkpoints | None) -> str:
     newest = saved.newest() if saved else None
-    return f"; the last good checkpoint, from which the next run goes on, is {newest}" if newest else ""
+    return f"; the next run resumes from the last good checkpoint, {newest}" if newest else ""
