@@ -22,7 +22,7 @@ ROWS = [
     ("a checkpoint flipped, cut, gone or half-written", "the checkpoint: refused by its name, or passed over",
      "tests/running/test_checkpoints.py -k 'damaged or being_written'"),
     ("a loss or gradient that is no number", "the steps since the last good checkpoint",
-     "tests/running/test_checkpoints.py tests/stages/test_stages.py -k no_number"),
+     "tests/running/test_checkpoints.py tests/stages/test_train.py -k no_number"),
     ("SIGKILL or an error while an output is replaced", "the new output; the one of before is whole",
      "tests/test_files.py -k 'killed_in or cannot_be_written or disk_is_full'"),
     ("a disk that fills up (tmpfs)", "the new output; the one of before is whole", "tests/stages/test_full_disk.py"),

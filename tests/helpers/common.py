@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2_ladder import files
-from gpt2_ladder.config import Environment, GPTConfig
+from gpt2_ladder import files, params_yaml
+from gpt2_ladder.config import Environment, GPTConfig, Params
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
 from helpers.climbing import REPOSITORY
 from pipeline import CORPUS, ENCODER_JSON, VOCAB_BPE, tokenize_corpus, verify
@@ -28,6 +28,11 @@ def environment(**changes: object) -> Environment:
     """A machine that does not exist."""
     found = {"device": "cpu", "device_name": "A processor", "bf16": True, "compile_problem": None, "threads": 2}
     return Environment.model_validate({**found, "python": "3", "torch": "2", "platform": "Linux", **changes})
+
+
+def params_with(**changes: object) -> Params:
+    """Return this repository's settings with some top-level values changed."""
+    return params_yaml.load(REPOSITORY / "params.yaml").model_copy(update=changes)
 
 
 def measurement(**step_ms: list[float]) -> Measurement:

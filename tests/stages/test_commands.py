@@ -1,0 +1,122 @@
+"""Commands: a stage that is started wrong, and make, which passes its variables on as they were typed."""
+
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers.common import REPOSITORY
+from pipeline import run
+
+STAGES = sorted(path.stem for path in REPOSITORY.glob("pipeline/*.py") if "run(main)" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "python_path", "module"),
+    [
+        *((["-m", f"pipeline.{name}", "bf16"], "", name) for name in STAGES),
+        (["-mpipeline.train", "bf16"], "", "train"),
+        (["-S", "-m", "pipeline.train", "bf16"], "src", "train"),  # -S: no installed packages, no environment
+        *(([f"pipeline/{name}.py", "bf16"], path, name) for name in ("environment", "train") for path in ("", "src")),
+    ],
+)
+def test_a_stage_that_is_started_wrong_prints_the_command_that_works(command, python_path, module):
+    environment = {"PYTHONPATH": python_path, "PATH": os.environ["PATH"]}
+    command = [sys.executable, *command]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    right = f"make .venv/installed && source .venv/bin/activate && PYTHONPATH=src python -m pipeline.{module} bf16"
+    assert result.stderr == f"error: run this from the top of the repository: {right}\n"
+    assert result.returncode == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_without_arguments_refuses_them(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", [f"pipeline/{name}.py"])
+    main = importlib.import_module(f"pipeline.{name}").main
+    if main.__code__.co_flags & inspect.CO_VARARGS:
+        return
+    with pytest.raises(SystemExit, match=rf"^error: --help x: python -m pipeline\.{name} takes no arguments$"):
+        run(main, "--help", "x")
+
+
+def test_the_command_line_reaches_a_stage():
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    command = [sys.executable, "-m", "pipeline.environment", "x"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert result.stderr == "error: x: python -m pipeline.environment takes no arguments\n"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that runs make with this repository's Makefile; python and dvc only print their arguments."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/installed").touch()
+    for name, prints in (("python", "[%s]"), ("dvc", "")):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\nprintf '{prints}' \"$@\"\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+
+    def call(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command, environment = ["make", "--silent", *arguments], {"PATH": os.environ["PATH"], **variables}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    return call
+
+
+ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["sample", f"PROMPT={ODD}"], f"sample][--prompt={ODD}]"),
+        (["sample", "PROMPT=-x", "OPTIONS=--hub 'a $b' --seed 1"], "sample][--prompt=-x][--hub][a $b][--seed][1]"),
+        (["sample"], "sample][--prompt=]"),
+        (["plan", "MEMORY=24 GiB"], "plan][--memory=24 GiB]"),
+        (["plan", "MEMORY="], "plan][--memory=]"),
+        (["plan"], "plan]"),
+        (["hellaswag", "MODEL=bob's net", "LIMIT=5 0"], "hellaswag][bob's net][--limit=5 0]"),
+        (["hellaswag", "MODEL="], "hellaswag][]"),
+        (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
+        (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
+    ],
+)
+def test_make_passes_a_value_on_as_it_was_typed(make, arguments, printed):
+    result = make(*arguments)
+    assert result.stdout.removeprefix("[-m][pipeline.").removeprefix("tools.") == printed, result.stderr
+
+
+def test_make_passes_a_variable_of_the_environment_on_as_it_is(make):
+    assert make("sample", PROMPT="It costs $5").stdout == "[-m][pipeline.tools.sample][--prompt=It costs $5]"
+
+
+@pytest.mark.parametrize("target", ["plan", "hellaswag", "sample"])
+def test_make_prints_why_dvc_fails_and_hides_its_other_output(make, tmp_path, target):
+    (tmp_path / ".venv/bin/dvc").write_text(f'#!/bin/sh\nexec {sys.executable} -m dvc "$@"\n')
+    result = make(target)
+    assert "ERROR: you are not inside of a DVC repository" in result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    (tmp_path / ".venv/bin/dvc").write_text("#!/bin/sh\necho Stage x did not change\n")
+    assert make(target).stdout.startswith(f"[-m][pipeline.tools.{target}]")
+
+
+def test_an_old_python_is_refused_before_anything_is_installed(tmp_path):
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
+    old_python = tmp_path / "old-python"
+    old_python.write_text(  # this interpreter, which claims to be 3.9.2
+        "#!/bin/sh\n"
+        "[ $1 = --version ] && echo Python 3.9.2 && exit\n"
+        f'exec {sys.executable} -c "import sys; sys.version_info = (3, 9, 2); $2"\n'
+    )
+    old_python.chmod(0o755)
+    command = ["make", "test", f"PYTHON={old_python}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: Python 3.9.2: Python 3.11 or newer is needed" in result.stdout + result.stderr
+    assert not (tmp_path / ".venv").exists()

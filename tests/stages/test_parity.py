@@ -1,0 +1,57 @@
+"""The parity stage: which trainings it compares, and which it refuses to compare."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt2_ladder import params_yaml
+from gpt2_ladder.config import UserError
+from helpers.common import environment, params_with
+from pipeline import ENVIRONMENT, parity, write_json
+
+
+def metrics_of(level: str) -> Path:
+    return Path(f"results/levels/{level}/metrics.json")
+
+
+@pytest.fixture
+def two_trained(tmp_path, monkeypatch):
+    """A folder in which 8 devices have trained fp32, with two rows at a time, and bf16, with one."""
+    monkeypatch.chdir(tmp_path)
+    params, machine = params_with(), environment()
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
+    write_json(ENVIRONMENT, machine.model_dump())
+    same = {"environment": machine.fingerprint, "devices": 8, "float32_matmul_precision": "ieee"}
+    for name, level in params.levels.items():
+        if level.group == "speed":
+            micro_batch = {"fp32": 2, "bf16": 1}.get(name)
+            status = "trained" if micro_batch else "skipped"
+            write_json(metrics_of(name), {**same, "status": status, "micro_batch": micro_batch})
+            metrics_of(name).with_name("steps.csv").write_text("step,loss\n0,10.9\n1,9.9\n")
+
+
+def test_all_levels_are_measured_with_the_smallest_micro_batch(two_trained):
+    parity.main()
+    assert json.loads(Path("results/parity.json").read_text())["micro_batch"] == 1
+
+
+def test_losses_of_different_numbers_of_devices_or_machines_are_not_compared(two_trained):
+    other = environment(threads=4).fingerprint
+    for change, message in (
+        ({"devices": 1}, "trained on different numbers of devices: fp32 on 8, bf16 on 1; `dvc repro`"),
+        ({"environment": other}, f"the results of bf16 are from environment {other}"),
+    ):
+        write_json(metrics_of("bf16"), json.loads(metrics_of("fp32").read_text()) | change)
+        with pytest.raises(UserError, match=message):
+            parity.main()
+
+
+def test_a_level_trained_with_the_wrong_matmul_precision_is_refused():
+    """Its losses would agree, so only the recorded setting shows it."""
+    level = params_with().levels["bf16"]
+    parity.check_matmul_precision("bf16", level, "ieee")
+    with pytest.raises(
+        UserError, match="level 'bf16' was trained with tf32 matrix products where precision bf16 means"
+    ):
+        parity.check_matmul_precision("bf16", level, "tf32")

@@ -1,0 +1,46 @@
+"""The tools that are no stage: compare and plan."""
+
+import pytest
+
+from gpt2_ladder import params_yaml
+from gpt2_ladder.config import UserError
+from helpers.common import REPOSITORY, measurement, params_with
+from pipeline import BENCHMARK, write_json
+from pipeline.tools import compare, plan
+
+
+def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_json(BENCHMARK, measurement(fp32=[300.0] * 4, bf16=[150.0] * 4).model_dump())
+    compare.main("bf16", "fp32")
+    assert "bf16 over fp32: 2.00 [2.00, 2.00] times as fast, faster; A processor, 2 threads" in capsys.readouterr().out
+    write_json(tmp_path / "there.json", measurement(fp32=[30.0] * 4, bf16=[10.0] * 4).model_dump())
+    compare.main(str(tmp_path / "there.json"))
+    assert "| bf16  |             150 |           2.00 [2.00, 2.00] |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(BENCHMARK, measurement(fp32=[300.0] * 4).model_dump())
+    with pytest.raises(UserError, match="level 'fp16' was not measured; there are fp32"):
+        compare.main("fp16", "fp32")
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("other.json", ""):
+        with pytest.raises(UserError, match=rf"{name or '.'}: not a benchmark\.json of this project"):
+            compare.main(name)
+    with pytest.raises(UserError, match="0 arguments: give two levels"):
+        compare.main()
+
+
+def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    params = params_with(model="tiny")
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
+    plan.main("--memory", "2GiB")
+    table = capsys.readouterr().out
+    assert "an NVIDIA GPU with 2GiB free" in table
+    assert all(f" {name} " in table for name in ("fp32", "tf32", "bf16", "compile", "flash", "padded"))
+    assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
+    for memory in ("much", "", "24", f"{10**400}GiB"):
+        with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, as in 24GiB"):
+            plan.main("--memory", memory)

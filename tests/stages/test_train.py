@@ -1,0 +1,76 @@
+"""The stages that train: overfit and train."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gpt2_ladder import config, params_yaml
+from gpt2_ladder.config import UserError
+from gpt2_ladder.training import data, metrics
+from gpt2_ladder.training.metrics import Step
+from helpers.common import REPOSITORY
+from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, trainer, write_json
+from pipeline import train as train_stage
+from pipeline.train import train
+
+
+def test_a_level_that_cannot_run_here_writes_the_reason_and_does_not_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = params_yaml.load(REPOSITORY / "params.yaml")
+    machine = environment.describe().model_copy(update={"compile_problem": "no C++ compiler"})
+    write_json(ENVIRONMENT, machine.model_dump())
+    assert train(params, "flash", "train", params.levels["flash"], "speed", tmp_path / "flash") is False
+    result = json.loads((tmp_path / "flash" / "metrics.json").read_text())
+    assert (result["status"], result["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
+    assert {result[name] for name in metrics.MEASURED} == {None}
+    rows = (tmp_path / "flash" / "steps.csv").read_text()
+    assert rows == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+
+
+@pytest.mark.parametrize(("tokens_per_step", "epochs"), [(None, 10), (128, 20)])
+def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens_per_step, epochs):
+    data.write_shard(TRAIN_SHARD, list(range(125)))  # one batch of 4 x 16 tokens; the rest of an epoch is not used
+    document = params.model_dump() | {"checkpoint_every": None}
+    document["machines"]["cpu"] |= {"batch_size": 4, "block_size": 16, "steps": 10, "eval_tokens": 64}
+    document["recipe"]["tokens_per_step"] = tokens_per_step
+    changed = config.Params.model_validate(document)
+    loaders, make = [], data.Batches
+    monkeypatch.setattr(data, "Batches", lambda *arguments: loaders.append(make(*arguments)) or loaders[-1])
+    assert train(changed, "trial", "trial", changed.switches, "speed", Path("results"), changed.recipe)
+    assert json.loads(Path("results/metrics.json").read_text())["epochs_seen"] == epochs
+    assert loaders[0].position == {"epoch": epochs, "batch": 0}
+
+
+@pytest.mark.parametrize("names", [["fp16"], [], ["fp32", "bf16"]])
+def test_an_unknown_level_is_refused(monkeypatch, names):
+    monkeypatch.chdir(REPOSITORY)
+    message = f"level '{' '.join(names)}' is not in params.yaml: run python -m pipeline.train LEVEL with one of untied,"
+    with pytest.raises(UserError, match=message):
+        train_stage.main(*names)
+
+
+def test_a_loss_that_is_no_number_stops_the_training():
+    logged = []
+    recorder = SimpleNamespace(log=logged.append)
+    steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
+    with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan, the gradient's norm 1\.0; lower models"):
+        trainer.follow(steps, recorder, "bf16", total=3)
+    assert len(logged) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (10.0, 0.001, "not within 0.3"),
+        (math.nan, 0.001, "not within 0.3"),
+        (10.98, 0.006, "over the bound 0.005"),
+        (10.98, math.nan, "over the bound 0.005"),
+    ],
+)
+def test_the_overfit_stage_fails_where_a_loss_is_out_of_bounds(first, last, message):
+    overfit.check(10.98, 0.003, 50257, 0.005)
+    with pytest.raises(UserError, match=message):
+        overfit.check(first, last, 50257, 0.005)
