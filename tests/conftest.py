@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import torch
 from filelock import FileLock
 
 from gpt2_ladder import params_yaml
@@ -37,9 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide a GPU from all but the gpu tests: what the others assert of numbers and devices holds on a CPU."""
+    """Hide a GPU from all but the gpu tests, and let every process compute and compile in one thread.
+
+    Two workers share two cores. Threads of OpenMP spin while they wait, which takes up to five times the CPU time.
+    """
     if config.option.markexpr != "gpu" or config.option.rehearse:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
