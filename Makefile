@@ -17,7 +17,7 @@ export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 $(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-gpu check docs schema pins
+.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check docs schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -49,6 +49,10 @@ plots: .venv/installed
 
 test: .venv/installed
 	python -m pytest
+
+# The inner loop: without the tests of the whole pipeline, of killed processes, and of the GPU tests' rehearsal
+test-fast: .venv/installed
+	python -m pytest -m "not gpu and not long and not slow"
 
 # What this machine's GPU shows, in a few minutes, and gpu-report.md: please send it back
 test-gpu: .venv/installed

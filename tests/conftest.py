@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the climb and end with what waits for it, so that the second worker has something to do meanwhile."""
+    """Put the climb first and the other tests that need it last, so that no worker waits for it."""
     places = {"test_pipeline.py": 0, "test_experiments.py": 2, "test_team.py": 2}
     items.sort(key=lambda item: places.get(item.path.name, 1))
 

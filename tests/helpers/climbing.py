@@ -1,4 +1,4 @@
-"""A climb of the real pipeline under real DVC, on the tiny model, in a repository of its own."""
+"""Run the real pipeline under real DVC, on the tiny model, in a repository of its own."""
 
 import json
 import os
@@ -10,10 +10,11 @@ from pathlib import Path
 from dvc.utils.serialize import modify_yaml
 
 REPOSITORY = Path(__file__).parents[2]
-SECRET = "5ec2e7" * 7  # as long as a key of W&B's
+LEVELS = ("untied", "init", "fp32", "bf16", "allocator")  # two quality levels, baseline, cast, every switch at once
+SECRET = "5ec2e7" * 7  # as long as a W&B key
 ADDRESS = f"https://user:{SECRET}@127.0.0.1:9/ladder.git"
-NO_SECRET = "a note that is planted and may be found"
-PLANTED = {  # around a climb
+NO_SECRET = "a note in the environment that may be recorded"
+PLANTED = {  # the environment of the climb
     **dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET),
     **dict.fromkeys(("HF_ENDPOINT", "WANDB_BASE_URL", "WANDB_HTTPS_PROXY"), ADDRESS),
     **{"WANDB_MODE": "offline", "WANDB_NOTES": NO_SECRET},
@@ -21,15 +22,17 @@ PLANTED = {  # around a climb
 
 
 def call(folder: Path, *command: str, exit_code: int = 0, stderr: bool = False) -> str:
-    """Run a command with this interpreter's environment first on PATH; return what it printed, its errors if wanted."""
+    """Run a command in `folder` with this Python's programs first on PATH; return its stdout, or its stderr."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_"))},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",  # what is asserted of numbers below holds on a CPU
+        "CUDA_VISIBLE_DEVICES": "",  # the expected numbers are a CPU's
         "NETRC": str(folder / "no-netrc"),
         **{"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "commit.gpgsign", "GIT_CONFIG_VALUE_0": "false"},
         **{
-            f"GIT_{who}_{what}": f"{what.lower()}@test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+            f"GIT_{role}_{field}": f"{field.lower()}@test"
+            for role in ("AUTHOR", "COMMITTER")
+            for field in ("NAME", "EMAIL")
         },
     }
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -38,18 +41,19 @@ def call(folder: Path, *command: str, exit_code: int = 0, stderr: bool = False) 
 
 
 def get_back(clone: Path) -> None:
-    """What the README says about getting back to the committed state."""
+    """Return to the committed state with the README's commands."""
     call(clone, "git", "restore", "params.yaml", "dvc.lock", "results", "docs/levels")
     call(clone, "dvc", "checkout")
     assert call(clone, "git", "status", "--porcelain") == ""
 
 
 def wandb_runs(clone: Path) -> int:
+    """Count the offline runs in W&B's folder."""
     return len(list(clone.glob("wandb/offline-run-*")))
 
 
 def stages_that_ran(output: str) -> set[str]:
-    """The names of the stages, without the dvc.yaml that they are in."""
+    """Return the names of the stages in DVC's output, without the dvc.yaml that they are in."""
     return {line.split("'")[1].split(":")[-1] for line in output.splitlines() if line.startswith("Running stage '")}
 
 
@@ -63,22 +67,23 @@ def set_param(folder: Path, key: str, value: object) -> None:
 
 
 def read_metrics(clone: Path, name: str) -> dict:
+    """Return the metrics of the trial or, for "levels/NAME", of a level."""
     return json.loads((clone / "results" / name / "metrics.json").read_text())
 
 
 def climb(folder: Path) -> str:
-    """Fill `folder` with this repository's files as they are now, choose the tiny model, climb and commit."""
+    """Fill `folder` with this repository's current files, run LEVELS with the tiny model, commit; return the output."""
     listed = call(REPOSITORY, "git", "ls-files", "--cached", "--others", "--exclude-standard")
     for name in listed.splitlines():
         if (REPOSITORY / name).exists() and not name.startswith("results/") and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
-    set_param(folder, "model", "tiny")
-    set_param(folder, "quality.eval_tokens", 512)
-    for name, value in {"block_size": 64, "eval_tokens": 512, "steps": 4, "warmup_steps": 1}.items():
-        set_param(folder, f"machines.cpu.{name}", value)
-    set_param(folder, "benchmark.cpu.rounds", 6)
-    set_param(folder, "profile", False)
+    with modify_yaml(folder / "params.yaml") as params:
+        params |= {"model": "tiny", "profile": False}
+        params["levels"] = {name: params["levels"][name] for name in LEVELS}
+        params["quality"]["eval_tokens"] = 512
+        params["machines"]["cpu"] |= {"block_size": 64, "eval_tokens": 512, "steps": 4, "warmup_steps": 1}
+        params["benchmark"]["cpu"]["rounds"] = 6
     call(folder, "git", "init", "--quiet")
     call(folder, "git", "add", ".")
     call(folder, "git", "commit", "--quiet", "--message", "Start")

@@ -81,16 +81,17 @@ def test_no_git_warning_where_dvc_works_or_reports_the_problem(repository, tmp_p
 
 def test_dvc_runs_the_stage_only_from_the_repository_root(repository):
     assert "does not exist" in call(repository / "pipeline", "dvc", "repro", exit_code=255, stderr=True)
-    found = call(repository, "dvc", "exp", "run")
-    assert "Running stage 'pipeline/environment-stage/dvc.yaml:environment'" in found
-    assert "warning" not in found
+    for options in ((), ("--temp",)):  # this one runs it in a copy
+        output = call(repository, "dvc", "exp", "run", *options)
+        assert "Running stage 'pipeline/environment-stage/dvc.yaml:environment'" in output
+        assert "warning" not in output
 
 
 def test_an_experiment_in_a_copy_warns_about_the_real_repository(repository):
     call(repository, "git", "clone", "--quiet", "--depth", "1", f"file://{repository}", "../shallow")
-    found = call(repository.with_name("shallow"), "dvc", "exp", "run", "--temp")
-    assert "run `git fetch --unshallow`" in found
-    assert "HEAD" not in found
+    output = call(repository.with_name("shallow"), "dvc", "exp", "run", "--temp")
+    assert "run `git fetch --unshallow`" in output
+    assert "HEAD" not in output
 
 
 def test_dvc_links_its_cache_and_copies_where_it_cannot_link(repository, tmp_path):

@@ -12,6 +12,7 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.training import data, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
+from helpers.memory import Capped
 from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, trainer, write_json
 from pipeline import train as train_stage
 from pipeline.train import train
@@ -42,6 +43,38 @@ def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens
     assert train(changed, "trial", "trial", changed.switches, "speed", Path("results"), changed.recipe)
     assert json.loads(Path("results/metrics.json").read_text())["epochs_seen"] == epochs
     assert loaders[0].position == {"epoch": epochs, "batch": 0}
+
+
+def test_tf32_is_set_and_changes_no_loss_on_a_cpu(params):
+    results = {}
+    for name in ("fp32", "tf32"):
+        train(params, name, "train", params.levels[name], "speed", Path(name))
+        results[name] = json.loads(Path(name, "metrics.json").read_text())
+    assert {name: result["float32_matmul_precision"] for name, result in results.items()} == {
+        "fp32": "ieee",
+        "tf32": "tf32",
+    }
+    assert results["tf32"]["note"]
+    assert results["tf32"]["loss_last"] == results["fp32"]["loss_last"]
+
+
+def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params):
+    with Capped(float("inf")) as memory:
+        train(params, "fp32", "train", params.levels["fp32"], "speed", Path("whole"))
+    with Capped(memory.peak - 2**20):
+        train(params, "fp32", "train", params.levels["fp32"], "speed", Path("halved"))
+    whole, halved = (json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "halved"))
+    assert (whole["micro_batch"], halved["micro_batch"]) == (2, 1)
+    assert halved["loss_last"] == pytest.approx(whole["loss_last"], abs=1e-4)
+    assert halved["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+
+
+def test_a_training_that_cannot_continue_leaves_no_result(params):
+    # the weights, 1.6 MB, fit, twice while they are drawn; the logits of a row, 3.2 MB, and their logarithms do not
+    with Capped(6e6), pytest.raises(UserError, match="out of memory with one row at a time"):
+        train(params, "fp32", "train", params.levels["fp32"], "speed", Path("failed"))
+    assert [path.name for path in Path("failed").iterdir()] == ["steps.csv"]
+    assert len(Path("failed/steps.csv").read_text().splitlines()) == 1  # the titles
 
 
 @pytest.mark.parametrize("names", [["fp16"], [], ["fp32", "bf16"]])
