@@ -1,6 +1,6 @@
-"""Nothing in README.md, CONTRIBUTING.md and docs/ is only written: commands, -S values, links and pictures are checked.
+"""The commands, -S values, links and file names in README.md, CONTRIBUTING.md and docs/ are right.
 
-docs/LOG.md is a record: what it names was run then, and need not run now; its links are checked all the same.
+docs/LOG.md is a record of what was run at the time, so only its links are checked.
 """
 
 import ast
@@ -19,59 +19,66 @@ from pipeline import environment
 PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
 PROGRAMS = {"dvc", "make", "python", "wandb", "git", "torchrun", "pip", "apt", "source", "export", "grep", "rm"}
 
-# Every command, by the test (file and name) that executes it or by the reason why none does. Without the variables set
-# before it, and without -S, whose values have a test of their own.
-HELD = {
-    "test_pipeline.test_a_second_run_runs_nothing_but_the_environment": ["dvc repro"],
-    "test_experiments.test_a_failing_level_does_not_stop_the_others_when_asked_to_keep_going": ["dvc repro -k"],
-    "test_pipeline.test_one_level_is_trained_again_and_the_table_follows": ["dvc repro -f -s train@bf16"],
-    "test_pipeline.test_asking_the_hub_again_where_there_is_none_trains_nothing": ["dvc repro -f download"],
-    "test_experiments.test_an_experiment_runs_the_trial_alone": ["dvc exp run"],
-    "test_experiments.test_an_experiment_in_a_temporary_copy_leaves_the_workspace_alone": ["dvc exp run --temp"],
-    "test_experiments.test_a_sweep_of_two_workers_runs_the_code_that_was_queued_and_leaves_the_shared_cache_whole": [
-        "dvc exp run --queue",
-        "dvc queue start",
-        "dvc queue start -j 2",
-        "dvc queue status",
-    ],
-    "test_team.test_an_experiment_of_one_is_the_others_without_a_training": [
-        "dvc exp push origin NAME",
-        "dvc exp pull origin NAME",
-        "dvc exp apply NAME",
-    ],
-    "test_pipeline.test_experiments_are_removed_and_their_networks_with_them": [
+# Every command of the pages, without the variables before it and without -S (its values have their own test): by the
+# test or helper, as file.function, that runs it with all its words, or by the reason why no test runs it.
+RUN_BY = {
+    "test_pipeline.test_a_second_run_executes_only_the_environment_stage": ["dvc repro"],
+    "test_pipeline.test_a_retrained_level_updates_parity_and_report": ["dvc repro -f -s train@bf16"],
+    "test_pipeline.test_a_new_download_repairs_dvcs_cache_and_retrains_nothing": ["dvc repro -f download"],
+    "test_pipeline.test_an_experiment_runs_only_the_trial_and_can_be_removed": [
+        "dvc exp run",
         "dvc exp remove --all-commits",
         "dvc gc --workspace --all-branches",
         "make show",
     ],
-    "test_pipeline.test_what_a_reader_looks_at_is_there": [
+    "test_pipeline.test_a_command_that_shows_results_works_and_changes_no_file": [
         "dvc exp show --only-changed",
         "dvc metrics show",
-        "dvc metrics diff",
-        "dvc params diff",
         "make plan",
         "make plan MEMORY=24GiB",
         "make docs",
         "make schema",
         'make sample PROMPT="Once upon a time"',
-        "python -m pipeline.tools.compare padded bf16",
-        "python -m pipeline.tools.compare experiments/runs/xeon-amx.json",
     ],
-    "test_pipeline.test_a_machines_own_numbers_are_committed_and_the_last_commit_is_a_way_back": [
+    "test_pipeline.test_an_edited_row_trains_only_its_level_and_its_results_can_be_committed": [
         "dvc commit trial",
+        "dvc metrics diff",
+        "dvc params diff",
         "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results docs/levels",
         'git commit -m "My machine"',
     ],
-    "climbing.get_back": ["dvc checkout", "git restore params.yaml dvc.lock results docs/levels"],
-    "test_team.team": ["dvc remote add --default store /a/folder/all/see", "dvc push", "git clone"],
-    "test_pipeline.test_ones_own_keys_stay_out_of_git": ["dvc remote modify --local store profile NAME"],
-    "test_team.test_a_fresh_clone_trains_without_the_store_and_does_not_with_it": ["dvc pull"],
-    "Git's own, with the team's server": ["git push", "git pull"],
+    "test_pipeline.test_your_own_keys_stay_out_of_git": ["dvc remote modify --local store profile NAME"],
     "test_pipeline.test_a_longer_benchmark_stays_until_something_changes": [
         "make benchmark",
         "make benchmark ROUNDS=100",
     ],
-    "test_pipeline.test_plots_are_a_page_that_loads_nothing": ["make plots"],
+    "test_pipeline.test_the_page_with_dvcs_plots_loads_nothing_from_a_server": ["make plots"],
+    "test_pipeline.test_the_shared_folder_has_the_trials_network_and_the_facts_of_its_run": [
+        "make share FOLDER=../my-gpt2"
+    ],
+    "climbing.get_back": ["dvc checkout", "git restore params.yaml dvc.lock results docs/levels"],
+    "test_experiments.test_keep_going_runs_the_other_levels_when_one_fails": ["dvc repro -k"],
+    "test_experiments.test_two_queue_workers_run_the_queued_code_and_keep_the_shared_cache_whole": [
+        "dvc exp run --queue",
+        "dvc queue start",
+        "dvc queue start -j 2",
+        "dvc queue status",
+    ],
+    "test_repository.test_an_experiment_in_a_copy_warns_about_the_real_repository": ["dvc exp run --temp"],
+    "test_team.team": ["dvc remote add --default store /a/folder/all/see", "dvc push", "git clone"],
+    "test_team.test_a_fresh_clone_trains_nothing_after_dvc_pull": ["dvc pull"],
+    "test_team.test_an_experiment_is_shared_without_training_it_twice": [
+        "dvc exp push origin NAME",
+        "dvc exp pull origin NAME",
+        "dvc exp apply NAME",
+    ],
+    "test_tools.test_two_levels_or_two_machines_are_compared": [
+        "python -m pipeline.tools.compare padded bf16",
+        "python -m pipeline.tools.compare experiments/runs/xeon-amx.json",
+    ],
+}
+NOT_RUN = {
+    "a Git command without options of ours": ["git push", "git pull"],
     "needs a network": [
         "make hellaswag LIMIT=500",
         "make pins",
@@ -81,12 +88,11 @@ HELD = {
         "rm -rf .venv",
         ".venv/bin/pip check",
     ],
-    "takes 20 minutes and installs packages; its `dvc repro` is the climb of the tests": ["make repro"],
-    "is what runs this": ["make test"],
-    "is the other half of .ci/run": ["make check"],
-    "needs a GPU; test_gpu.py is rehearsed by a test": ["make test-gpu"],
-    "names the process; test_ranks.py sends it a SIGTERM": ["python -m pipeline.train"],
-    "takes minutes: it measures": [
+    "takes 20 minutes; the climb of the tests runs its `dvc repro`": ["make repro"],
+    "runs these tests, or is the other half of .ci/run": ["make test", "make check"],
+    "needs a GPU; test_gpu.py rehearses it": ["make test-gpu"],
+    "names a process; test_ranks.py sends it a SIGTERM": ["python -m pipeline.train"],
+    "takes minutes": [
         "python -m pytest -m long -n 0",
         "python experiments/memory.py",
         "python experiments/determinism.py",
@@ -97,22 +103,17 @@ HELD = {
         "python experiments/tokenizing.py",
         "python experiments/reliability.py",
     ],
-    "the head of a column, whose tests belong to the suite": ["python -m pytest -n 0"],
+    "a column's title; the tests below it are part of the suite": ["python -m pytest -n 0"],
     "needs two machines; test_ranks.py starts two ranks on one": [
         "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id ladder "
         "--rdzv-endpoint HOST:29400 -m pipeline.trial"
     ],
-    "names a folder of one's own": ["dvc add corpus"],
-    "needs a terminal; test_tracking.py reads runs by its `inspect`": ["wandb leet wandb"],
+    "adds a folder of your own": ["dvc add corpus"],
+    "needs a terminal; test_tracking.py reads runs with its `inspect`": ["wandb leet wandb"],
     "needs an account": ["wandb login"],
-    "test_pipeline.test_the_trial_is_shared_with_the_facts_of_its_run_and_not_with_anothers": [
-        "make share FOLDER=../my-gpt2"
-    ],
-    "is named as what does not work": ["wandb offline"],
-    "test_docs.test_the_readmes_look_for_bfloat16_finds_what_the_environment_stage_does": [
-        "grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo"
-    ],
-    "sets the shell that it is typed into": ["source .venv/bin/activate", "export USER=$(id -u)"],
+    "described as not working": ["wandb offline"],
+    "run by the last test of this file": ["grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo"],
+    "changes your shell": ["source .venv/bin/activate", "export USER=$(id -u)"],
     "test_repository.py runs them as the warnings print them": [
         "git fetch --unshallow",
         "git switch main",
@@ -120,11 +121,11 @@ HELD = {
         "git config user.email EMAIL",
     ],
 }
-HELD_BY = {command: held for held, many in HELD.items() for command in many}
+LISTED = [command for rows in (RUN_BY, NOT_RUN) for commands in rows.values() for command in commands]
 
 
 def spans(page) -> list[str]:
-    """What a page has in code fences, line by line, and in inline code; of the source code that it shows, nothing."""
+    """Return the lines of a page's code fences and its inline code, but no source code."""
     text = page.read_text()
     fence = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
     lines = [line for kind, body in fence.findall(text) if not kind for line in body.replace("\\\n", "").splitlines()]
@@ -132,45 +133,70 @@ def spans(page) -> list[str]:
 
 
 def commands() -> dict[str, list[str]]:
-    """Every command in the pages, as HELD has it, and the values that its -S set."""
-    found: dict[str, list[str]] = {}
+    """Return every command of the pages, and the values that its -S options set."""
+    result: dict[str, list[str]] = {}
     for page in (page for page in PAGES if page.name != "LOG.md"):
-        for one in (part for span in spans(page) for part in re.split(r"&&|;", span)):
-            words = re.sub(r"^(\w+=\S+ )+", "", " ".join(one.split())).split()
+        for text in (part for span in spans(page) for part in re.split(r"&&|;", span)):
+            words = re.sub(r"^(\w+=\S+ )+", "", " ".join(text.split())).split()
             if len(words) > 1 and words[0].removeprefix(".venv/bin/") in PROGRAMS:
-                values = re.findall(r"-S '?([^ ']+)'?", one)
-                found.setdefault(re.sub(r" -S \S+", "", " ".join(words)), []).extend(
+                values = re.findall(r"-S '?([^ ']+)'?", text)
+                result.setdefault(re.sub(r" -S \S+", "", " ".join(words)), []).extend(
                     [" ".join(values)] if values else []
                 )
-    return found
+    return result
 
 
-def source_of(test: str) -> str:
-    """The source of a function of tests/, by file and name, its parameters with it; empty where there is none."""
+def words_run_by(test: str) -> list[list[str]]:
+    """Return the words of the commands in a function of tests/: of each call's arguments, and of each string."""
     file, _, name = test.partition(".")
-    text = (REPOSITORY / "tests" / f"{file}.py").read_text()
-    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
-    return "".join(ast.unparse(node) for node in found)
+    (path,) = (REPOSITORY / "tests").rglob(f"{file}.py")
+    tree = ast.parse(path.read_text())
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    result = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.count('"') != 1:
+            result.append(shlex.split(node.value.replace("'", "")))
+        elif isinstance(node, ast.Call):
+            strings = [n.value for a in node.args for n in ast.walk(a) if isinstance(n, ast.Constant)]
+            module = ast.unparse(node.func).removesuffix(".main")
+            result.append(["python", "-m", f"pipeline.tools.{module}", *map(str, strings)])
+    return result
 
 
-def test_every_command_is_executed_by_a_test_or_marked_with_the_reason_why_not():
-    assert set(commands()) == set(HELD_BY), "a command in a page needs a row in HELD, and a row a command"
-    for command, held in HELD_BY.items():
-        if " " in held:
-            continue
-        source = source_of(held)
-        assert source, f"{command}: there is no test {held}"
-        verb = re.match(r"\w+( [a-z]+\b)?", command).group()  # whose words stand in a string or in several
-        assert re.search(rf"\b{verb}\b".replace(" ", "(', '| )"), source), f"{held} does not run {command}"
+def stands_for(documented: str, word: str) -> bool:
+    """Tell whether a word of a page is `word` of a test; NAME and /a/path stand for any, X=value for any value of X."""
+    key = re.match("[A-Z]+=", documented)
+    return (
+        word == documented
+        or re.fullmatch("[A-Z]+|/.*", documented) is not None
+        or (key is not None and word.startswith(key.group()))
+    )
 
 
-@pytest.mark.parametrize("command", [command for command in HELD_BY if command.startswith("make ")])
-def test_every_make_target_is_one(command):
+def is_run(command: str, words: list[str]) -> bool:
+    """Tell whether all words of `command` follow each other in `words`."""
+    documented = shlex.split(command)
+    starts = range(len(words) - len(documented) + 1)
+    return any(all(map(stands_for, documented, words[start : start + len(documented)])) for start in starts)
+
+
+def test_every_command_of_a_page_is_listed_here_once():
+    assert sorted(commands()) == sorted(LISTED), "list each command of a page in RUN_BY or NOT_RUN, and no other"
+
+
+@pytest.mark.parametrize("test", RUN_BY)
+def test_a_listed_command_is_run_with_all_its_words(test):
+    runs = words_run_by(test)
+    assert [command for command in RUN_BY[test] if not any(is_run(command, words) for words in runs)] == []
+
+
+@pytest.mark.parametrize("command", [command for command in LISTED if command.startswith("make ")])
+def test_every_make_target_exists(command):
     dry = [*shlex.split(command), "--dry-run", "--old-file", ".venv/installed"]
     assert subprocess.run(dry, cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
 
 
-def test_every_script_and_test_file_that_a_page_names_is_there():
+def test_every_script_and_test_file_that_a_page_names_exists():
     paths = {
         word for page in PAGES for span in spans(page) for word in span.split() if re.match(r"[\w./]+/\w+\.py$", word)
     }
@@ -179,13 +205,15 @@ def test_every_script_and_test_file_that_a_page_names_is_there():
 
 
 def changes() -> list[str]:
-    """Every set of `-S`, and every `key=value` that a table offers for one, tried on a GPU's shape."""
+    """Return the values of every -S option, and every `key=value` of the README's tables with a GPU's shape."""
     loose = [span for span in spans(REPOSITORY / "README.md") if re.fullmatch(r"[a-z_.]+=[\w.]+", span)]
-    return sorted({one for many in commands().values() for one in many} | {f"machine=gpu {one}" for one in loose})
+    return sorted(
+        {text for values in commands().values() for text in values} | {f"machine=gpu {text}" for text in loose}
+    )
 
 
 @pytest.mark.parametrize("values", changes())
-def test_every_change_that_a_page_makes_is_one_that_params_yaml_takes(values, tmp_path):
+def test_params_yaml_accepts_every_change_that_a_page_makes(values, tmp_path):
     path = tmp_path / "params.yaml"
     for sweep in get_hydra_sweeps({str(path): values.split()}):
         shutil.copy(REPOSITORY / "params.yaml", path)
@@ -193,17 +221,17 @@ def test_every_change_that_a_page_makes_is_one_that_params_yaml_takes(values, tm
         params_yaml.load(path)
 
 
-def test_every_relative_link_and_picture_is_there():
-    pages, found = [*PAGES, *REPOSITORY.glob("results/**/*.md")], 0
+def test_every_relative_link_and_picture_exists():
+    pages, count = [*PAGES, *REPOSITORY.glob("results/**/*.md")], 0
     for page in pages:
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if not link.startswith(("http://", "https://")):
                 assert (page.parent / link).exists(), f"{page.relative_to(REPOSITORY)}: {link}"
-                found += 1
-    assert found > 40
+                count += 1
+    assert count > 40
 
 
-def test_the_readmes_look_for_bfloat16_finds_what_the_environment_stage_does():
-    command = next(one for one in commands() if one.startswith("grep"))
+def test_the_readmes_check_for_bfloat16_agrees_with_the_environment_stage():
+    command = next(command for command in commands() if command.startswith("grep"))
     count = subprocess.run(command, shell=True, capture_output=True, text=True, check=False).stdout
     assert (int(count) > 0) == environment.describe().bf16

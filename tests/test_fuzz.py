@@ -1,7 +1,7 @@
-"""Whatever lies in a file, its reader takes it or refuses it as a UserError: clear lines, in bounded memory.
+"""Every reader accepts a damaged file or raises a UserError with clear lines, in bounded memory.
 
 A reader is one row of READERS: its name, the files of a valid input, and the function that reads their folder. The
-suite tries 100 damaged inputs of each, the same every time; `pytest -m long -n 0` tries 10,000 new ones.
+suite tries 100 damaged inputs of each, always the same; `pytest -m long -n 0` tries 10,000 new ones.
 """
 
 import io
@@ -33,8 +33,8 @@ from gpt2_ladder.using import grading
 from helpers.common import REPOSITORY, random_ids, tiny
 
 Files = dict[str, bytes]
-UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # what breaks a line, moves a cursor or cannot be printed
-MEMORY = 2**30  # bytes that one input may take; a network of the valid sizes takes 100 kB
+UNCLEAR = {"Cc", "Cs", "Zl", "Zp"}  # characters that break a line, move the cursor or cannot be printed
+MEMORY = 2**30  # bytes that reading one input may take; a network of the valid sizes takes 100 kB
 
 names = st.text(max_size=8) | st.sampled_from(
     ["", "n_layer", "group", "sha256", "wte.weight", "__metadata__", "\n", "\x1b[2J"]
@@ -49,7 +49,7 @@ values = st.recursive(
 )
 
 
-# what YAML and JSON can say, and their readers may not expect
+# valid or nearly valid YAML and JSON that a reader may not expect
 PIECES = [b"[" * 1500, b'{"a":' * 1500, b"{a: " * 500, b"- " * 500, b"9" * 5000, b"0x" + b"f" * 5000, b"1e999", b"0b2"]
 PIECES += [b"-.nan", b".inf", b"NaN", b"-Infinity", b"null", b"true", b"yes", b"~", b"1_000", b"0o17", b"190:20:30"]
 PIECES += [b"!!binary ", b"!!python/object:os.system ", b"!!set ", b"!!omap ", b"!!int x", b"!!bool x", b"!a ", b"{}"]
@@ -60,7 +60,7 @@ PIECES += [b"\n---\n", b"\t", b"\0", b"\xff", b"\xef\xbb\xbf", b'"\\ud800"', b'"
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
-    """Cut pieces out of `valid` and put others in, up to three times; or any bytes at all."""
+    """Replace up to three pieces of `valid` by others; sometimes return arbitrary bytes."""
     raw, pieces = bytearray(valid), st.binary(max_size=8) | st.sampled_from(PIECES)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(raw)))
@@ -70,7 +70,7 @@ def damaged_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
 
 @st.composite
 def damaged_tree(draw: st.DrawFn, valid: Any) -> Any:
-    """Change, remove or add up to three values anywhere in a tree of maps and lists, or give another tree."""
+    """Change, remove or add up to three values in a tree of maps and lists; sometimes return another tree."""
     tree = json.loads(json.dumps(valid))  # a copy
     for _ in range(draw(st.integers(1, 3))):
         node = tree
@@ -98,14 +98,14 @@ def yaml(tree: Any) -> bytes:
 
 
 def split(raw: bytes) -> tuple[Any, bytes]:
-    """The header and the numbers of a safetensors file."""
+    """Return the header and the bytes of the tensors of a safetensors file."""
     end = 8 + int.from_bytes(raw[:8], "little")
     return json.loads(raw[8:end]), raw[end:]
 
 
 @st.composite
 def damaged_safetensors(draw: st.DrawFn, valid: bytes) -> bytes:
-    """A header that lies about its tensors or its length; numbers that are none."""
+    """Write a wrong type, shape, offset or length into the header, and NaN or infinity into a tensor."""
     header, body = split(valid)
     if draw(st.booleans()):
         header = draw(damaged_tree(header))
@@ -130,7 +130,7 @@ def damaged_safetensors(draw: st.DrawFn, valid: bytes) -> bytes:
 
 
 def damaged(name: str, raw: bytes) -> st.SearchStrategy[bytes]:
-    """The file `name`, which held `raw`, damaged as its kind can be."""
+    """Damage `raw` in the ways that the type of the file `name` allows."""
     if name.endswith(".yaml"):
         return damaged_bytes(raw) | damaged_tree(YAML(typ="safe").load(raw)).map(yaml)
     if name.endswith(".json"):
@@ -147,18 +147,18 @@ def written(write: Callable[[Path], object]) -> Files:
 
 
 def training(folder: Path) -> Checkpoints:
-    """A training of a tiny network whose checkpoints lie in `folder`."""
+    """Return the checkpoints of a tiny training, in `folder`."""
     model = GPT(tiny())
-    here = type("Here", (Checkpoints,), {"folder": folder})
+    checkpoints = type("InFolder", (Checkpoints,), {"folder": folder})
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
-    return here("training", {}, model, torch.optim.AdamW(model.parameters()), batches, 1)
+    return checkpoints("training", {}, model, torch.optim.AdamW(model.parameters()), batches, 1)
 
 
 def train_and_save(folder: Path) -> None:
-    one = training(folder)
-    one.model(random_ids(), random_ids())[1].backward()
-    one.optimizer.step()
-    one.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
+    checkpoints = training(folder)
+    checkpoints.model(random_ids(), random_ids())[1].backward()
+    checkpoints.optimizer.step()
+    checkpoints.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
 
 
 READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
@@ -181,8 +181,8 @@ READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
 
 @pytest.fixture(autouse=True)
 def bounded_memory() -> Iterator[None]:
-    """Let this process take MEMORY more and no byte beyond, so that a larger allocation fails and is seen."""
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the threads have their stacks from here on
+    """Limit this process to MEMORY more bytes, so that a larger allocation fails."""
+    torch.ones(64, 64) @ torch.ones(64, 64)  # start the threads: their stacks count, too
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, before[1]))
@@ -191,7 +191,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def refusal(read: Callable[[Path], object], files: Files) -> str | None:
-    """Read `files` and return how they were refused, None if they were accepted. Any other error is the test's."""
+    """Read `files`; return the message with which they were refused, or None if they were accepted."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         for name, raw in files.items():
             (Path(folder) / name).write_bytes(raw)
@@ -199,7 +199,7 @@ def refusal(read: Callable[[Path], object], files: Files) -> str | None:
             read(Path(folder))
         except UserError as error:
             for line in str(error).split("\n"):
-                clear = line.strip() and len(line) <= 1000 and not UNSEEN & set(map(category, line))
+                clear = line.strip() and len(line) <= 1000 and not UNCLEAR & set(map(category, line))
                 assert clear, f"not a clear line: {line!r:.1000}"
             return str(error)
     return None
@@ -207,7 +207,7 @@ def refusal(read: Callable[[Path], object], files: Files) -> str | None:
 
 def fuzz(reader: str, examples: int, repeatable: bool, record_property: Callable[[str, object], None]) -> None:
     valid, read = READERS[reader]
-    # one file damaged, or two at a time
+    # one or two damaged files
     some = st.lists(st.sampled_from(sorted(valid)), min_size=1, max_size=2, unique=True)
     inputs = some.flatmap(lambda names: st.fixed_dictionaries({name: damaged(name, valid[name]) for name in names}))
     accepted = []
@@ -227,7 +227,7 @@ def fuzz(reader: str, examples: int, repeatable: bool, record_property: Callable
     run()
     print(f"{reader}: {sum(accepted)} of {len(accepted)} accepted")
     record_property("tried", len(accepted))
-    assert any(accepted)  # else nothing but the first check of the reader was tried
+    assert any(accepted)  # otherwise only the reader's first check was reached
     assert not all(accepted)
 
 
@@ -238,25 +238,25 @@ def test_the_valid_input_is_accepted(reader):
 
 
 @pytest.mark.parametrize(
-    ("seed", "message"),
+    ("seed", "message"),  # {} is the line of the seed, {next} the line below
     [
-        # Python prints no such number
-        ("9" * 5000, "params.yaml:9: '99999999999999999999'... is longer than any value"),
-        ("0x" + "f" * 5000, "params.yaml:9: '0xffffffffffffffffff'... is longer than any value"),
-        ("[" * 1500, "params.yaml:9: more than 8 maps and lists in each other"),  # Python's stack was too small
-        ("!!int x", "params.yaml:9: '<<', '!' and '%YAML' are not read"),
-        ("!!set ", "params.yaml:9: '<<', '!' and '%YAML' are not read"),
-        ("1\n<<: {a: 1}", "params.yaml:10: '<<', '!' and '%YAML' are not read"),
-        ("1\n'[key]': 1", "params.yaml:10: [key]: unknown key"),  # which is what pydantic calls a key that is wrong
+        ("9" * 5000, "params.yaml:{}: '99999999999999999999'... is longer than any value"),  # Python cannot print it
+        ("0x" + "f" * 5000, "params.yaml:{}: '0xffffffffffffffffff'... is longer than any value"),
+        ("[" * 1500, "params.yaml:{}: more than 8 maps and lists in each other"),  # overflowed Python's stack
+        ("!!int x", "params.yaml:{}: '<<', '!' and '%YAML' are not read"),
+        ("!!set ", "params.yaml:{}: '<<', '!' and '%YAML' are not read"),
+        ("1\n<<: {a: 1}", "params.yaml:{next}: '<<', '!' and '%YAML' are not read"),
+        ("1\n'[key]': 1", "params.yaml:{next}: [key]: unknown key"),  # pydantic's own name for a wrong key
         ("2001-99-99", "params.yaml: not valid YAML: month must be in 1..12"),
-        ('1\n"\\e[2J\\n": 1', r"params.yaml:10: \x1b[2J\n: unknown key"),
-        ("[" + "1," * 1000 + "1]", "params.yaml:9: seed = [1, 1, 1"),
+        ('1\n"\\e[2J\\n": 1', r"params.yaml:{next}: \x1b[2J\n: unknown key"),
+        ("[" + "1," * 1000 + "1]", "params.yaml:{}: seed = [1, 1, 1"),
     ],
 )
-def test_what_the_long_run_found_in_params_stays_mended(seed, message):
+def test_inputs_of_params_yaml_that_once_broke_the_reader_stay_refused(seed, message):
     valid, read = READERS["params"]
     raw = valid["params.yaml"].replace(b"seed: 1337", f"seed: {seed}".encode())
-    assert message in (refusal(read, {"params.yaml": raw}) or "accepted")
+    line = valid["params.yaml"].split(b"seed: 1337")[0].count(b"\n") + 1
+    assert message.format(line, next=line + 1) in (refusal(read, {"params.yaml": raw}) or "accepted")
 
 
 @pytest.mark.parametrize("reader", READERS)

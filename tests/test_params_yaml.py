@@ -1,4 +1,4 @@
-"""params.yaml: what is right loads, what is wrong is named in one line."""
+"""params.yaml: valid settings load, and each mistake is reported in one line with its place."""
 
 import itertools
 import json
@@ -15,8 +15,13 @@ from helpers.common import REPOSITORY
 PARAMS = REPOSITORY / "params.yaml"
 
 
+def line_of(text: str) -> int:
+    """Return the number of the line of params.yaml in which `text` occurs first."""
+    return PARAMS.read_text().split(text)[0].count("\n") + 1
+
+
 def load_with(tmp_path: Path, *changes: tuple[str, str]) -> config.Params:
-    """Load params.yaml with the first place of each old text replaced by the new one."""
+    """Load params.yaml with the first occurrence of each old text replaced by the new one."""
     text = PARAMS.read_text()
     for old, new in changes:
         assert old in text
@@ -25,11 +30,11 @@ def load_with(tmp_path: Path, *changes: tuple[str, str]) -> config.Params:
     return params_yaml.load(tmp_path / "params.yaml")
 
 
-def test_the_ladder_has_the_seeds_levels_in_order_and_then_those_past_it():
+def test_the_ladder_has_its_twelve_levels_in_order():
     levels = params_yaml.load(PARAMS).levels
     seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
-    past = ["fused", "chunked", "allocator"]
-    assert list(levels)[:12] == seed + past  # levels of one's own come after them
+    added = ["fused", "chunked", "allocator"]
+    assert list(levels)[:12] == seed + added  # your own levels come after them
     assert [levels[name].group for name in seed] == ["quality"] * 3 + ["speed"] * 6
     off = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}
     assert all(levels[name].model_dump(include=set(off)) == off for name in seed)
@@ -52,7 +57,7 @@ def test_exponents_without_a_point_are_numbers():
     assert params_yaml.load(PARAMS).optimizer.betas == (0.9, 0.999)
 
 
-def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tmp_path):
+def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
     params = load_with(tmp_path, ("machine: cpu", "machine: gpu"))
     assert params.shape("speed") == params.machines["gpu"]
     assert params.shape("quality") == params.quality
@@ -61,9 +66,17 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("precision: fp32", "precison: fp32", "params.yaml:17: precison: unknown key; did you mean 'precision'?"),
+        (
+            "precision: fp32",
+            "precison: fp32",
+            "params.yaml:{line}: precison: unknown key; did you mean 'precision'?",
+        ),
         ("precision: fp32", "precision: bf32", "precision = 'bf32': Input should be 'fp32', 'tf32' or 'bf16'"),
-        ("seed: 1337", "seed: '1337'", "params.yaml:9: seed = '1337': Input should be a valid integer"),
+        (
+            "seed: 1337",
+            "seed: '1337'",
+            "params.yaml:{line}: seed = '1337': Input should be a valid integer",
+        ),
         ("learning_rate: 3e-4", "learning_rate: '3e-4'", "models.gpt2.learning_rate = '3e-4': Input should be a valid"),
         ("seed: 1337", "", "seed: this key is missing"),
         ("path: data/input.txt", "path: ''", "data.path = '': String should have at least 1 character"),
@@ -78,16 +91,28 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         ("  fp32:\n    group", "  fp.32:\n    group", "levels.fp.32 = 'fp.32': String should match pattern"),
         ("  tf32:\n    group", "  control:\n    group", "levels.control = control: that is what the benchmark calls"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
-        ("  tied:\n", "  tied: &row\n", "params.yaml:157: YAML anchor or alias 'row': write the values out"),
+        (
+            "  tied:\n",
+            "  tied: &row\n",
+            "params.yaml:{line}: YAML anchor or alias 'row': write the values out",
+        ),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
-        ("n_head: 12", "n_head: 13", "params.yaml:108: models.gpt2.n_embd = 768: must be a multiple of n_head (13)"),
+        (
+            "n_embd: 768",
+            "n_embd: 770",
+            "params.yaml:{line}: models.gpt2.n_embd = 770: must be a multiple of n_head (12)",
+        ),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
-        ("block_size: 256", "block_size: 2048", "params.yaml:66: machines.cpu.block_size = 2048: is over"),
+        (
+            "block_size: 256",
+            "block_size: 2048",
+            "params.yaml:{line}: machines.cpu.block_size = 2048: is over",
+        ),
         (
             "warmup_steps: 2\n",
             "warmup_steps: 10\n",
-            "params.yaml:68: machines.cpu.warmup_steps = 10: must be below steps (10)",
+            "params.yaml:{line}: machines.cpu.warmup_steps = 10: must be below steps (10)",
         ),
         (
             "tokens_per_step: ",
@@ -114,38 +139,43 @@ def test_speed_levels_take_the_shape_of_the_machine_and_quality_levels_do_not(tm
         (
             "eval_tokens: 32768",
             "eval_tokens: 32000",
-            "params.yaml:75: machines.gpu.eval_tokens = 32000: must be a multiple",
+            "params.yaml:{line}: machines.gpu.eval_tokens = 32000: must be a multiple",
         ),
     ],
 )
-def test_a_mistake_is_named_with_its_place_and_what_is_allowed(tmp_path, old, new, message):
+def test_a_mistake_is_reported_with_its_place_and_what_is_allowed(tmp_path, old, new, message):
     with pytest.raises(UserError) as caught:
         load_with(tmp_path, (old, new))
+    message = message.replace("{line}", str(line_of(old)))
     assert any(message in line and "params.yaml" in line for line in str(caught.value).splitlines()), caught.value
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list", b"a: b: c", b"a: \x07", b"a: \xff"])
-def test_a_file_that_is_no_map_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_map_is_refused(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"params\.yaml"):
         params_yaml.load(tmp_path / "params.yaml")
 
 
-def test_activation_checkpointing_is_of_a_size_and_so_of_all_levels_or_none(tmp_path):
+def test_activation_checkpointing_belongs_to_a_size_and_so_to_all_levels(tmp_path):
     params = load_with(tmp_path, ("model: gpt2 ", "model: gpt2-xl "))
     assert all(params.gpt(level).activation_checkpointing for level in params.levels.values())
     assert not any(params_yaml.load(PARAMS).gpt(level).activation_checkpointing for level in params.levels.values())
 
 
-def test_openai_weights_cannot_be_asked_for_at_a_size_that_has_none(tmp_path):
-    with pytest.raises(UserError, match=r"params\.yaml:38: pretrained\.source = openai: no weights for model: tiny"):
+def test_openai_weights_are_refused_for_a_size_that_has_none(tmp_path):
+    line = line_of("source: auto")
+    with pytest.raises(
+        UserError, match=rf"params\.yaml:{line}: pretrained\.source = openai: no weights for model: tiny"
+    ):
         load_with(tmp_path, ("model: gpt2 ", "model: tiny "), ("source: auto", "source: openai"))
 
 
 @pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
-@pytest.mark.parametrize(("folder", "named"), [("here", "here"), ("''", "")])
-def test_a_folder_that_would_not_be_read_is_not_ignored(tmp_path, other, folder, named):
-    with pytest.raises(UserError, match=rf"params\.yaml:39: pretrained\.folder = {named}: not read with these"):
+@pytest.mark.parametrize(("folder", "shown"), [("here", "here"), ("''", "")])
+def test_a_folder_of_weights_that_would_not_be_read_is_refused(tmp_path, other, folder, shown):
+    line = line_of("folder:  ")
+    with pytest.raises(UserError, match=rf"params\.yaml:{line}: pretrained\.folder = {shown}: not read with these"):
         load_with(tmp_path, ("folder:  ", f"folder: {folder}  "), other)
 
 

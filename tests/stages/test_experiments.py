@@ -55,7 +55,7 @@ def test_two_queue_workers_run_the_queued_code_and_keep_the_shared_cache_whole(f
 def test_keep_going_runs_the_other_levels_when_one_fails(first_run, clone):
     set_param(clone, "levels.init.vocab_size", 4_000_000_000_000)  # fits no memory
     set_param(clone, "levels.fp32.attention", "flash")
-    ran = stages_that_ran(call(clone, "dvc", "repro", "--keep-going", exit_code=255))
+    ran = stages_that_ran(call(clone, "dvc", "repro", "-k", exit_code=255))
     assert ran == {"environment", "probe", "train@init", "train@fp32"}
     assert read_metrics(clone, "levels/fp32")["status"] == "trained"
     get_back(clone)

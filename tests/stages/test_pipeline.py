@@ -261,8 +261,8 @@ def test_an_edited_row_trains_only_its_level_and_its_results_can_be_committed(cl
     assert ran == {"environment", "probe", "train@init", "parity", "report"}  # no quality level is benchmarked
     assert "levels.init.init" in call(clone, "dvc", "params", "diff")
     assert "results/levels/init/metrics.json" in call(clone, "dvc", "metrics", "diff")
-    files = "params.yaml", "dvc.lock", "pipeline/environment-stage/dvc.lock", "results", "docs/levels"
-    call(clone, "git", "add", *files)
+    add = "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results docs/levels"
+    call(clone, *add.split())
     call(clone, "git", "commit", "-m", "My machine")
     assert call(clone, "git", "status", "--porcelain") == ""
     call(clone, "git", "reset", "--quiet", "--soft", "HEAD~1")

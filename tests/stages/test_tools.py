@@ -11,12 +11,16 @@ from pipeline.tools import compare, plan
 
 def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_json(BENCHMARK, measurement(fp32=[300.0] * 4, bf16=[150.0] * 4).model_dump())
-    compare.main("bf16", "fp32")
-    assert "bf16 over fp32: 2.00 [2.00, 2.00] times as fast, faster; A processor, 2 threads" in capsys.readouterr().out
+    write_json(BENCHMARK, measurement(fp32=[300.0] * 4, bf16=[150.0] * 4, padded=[75.0] * 4).model_dump())
+    compare.main("padded", "bf16")
+    shown = "padded over bf16: 2.00 [2.00, 2.00] times as fast, faster; A processor, 2 threads"
+    assert shown in capsys.readouterr().out
     write_json(tmp_path / "there.json", measurement(fp32=[30.0] * 4, bf16=[10.0] * 4).model_dump())
     compare.main(str(tmp_path / "there.json"))
-    assert "| bf16  |             150 |           2.00 [2.00, 2.00] |" in capsys.readouterr().out
+    assert "| bf16   |             150 |           2.00 [2.00, 2.00] |" in capsys.readouterr().out
+    (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
+    compare.main("experiments/runs/xeon-amx.json")
+    assert "there: Intel" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
@@ -34,12 +38,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
 
 def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    params = params_with(model="tiny")
+    levels = {name: params_with().levels[name] for name in ("init", "fp32", "flash")}
+    params = params_with(model="tiny", levels=levels)
     monkeypatch.setattr(params_yaml, "load", lambda: params)
     plan.main("--memory", "2GiB")
     table = capsys.readouterr().out
     assert "an NVIDIA GPU with 2GiB free" in table
-    assert all(f" {name} " in table for name in ("fp32", "tf32", "bf16", "compile", "flash", "padded"))
+    assert [name for name in levels if f" {name} " in table] == ["fp32", "flash"]  # the speed levels
     assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
     for memory in ("much", "", "24", f"{10**400}GiB"):
         with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, as in 24GiB"):
