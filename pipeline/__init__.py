@@ -1,4 +1,4 @@
-"""The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs. And where things lie."""
+"""The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs; and their paths."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bpe")
 WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
-SHARDS = Path("data/shards")  # what of a large corpus train.bin does not hold, and the manifest of all of it
+SHARDS = Path("data/shards")  # the shards of a large corpus after train.bin, and its manifest
 MODELS = Path("models")
 TRIAL = MODELS / "trial"
 RESULTS = Path("results")
@@ -40,7 +40,7 @@ TRACES = Path("profiles")
 
 
 class Parser(argparse.ArgumentParser):
-    """Names a wrong option in one line, as all else that a user can mend."""
+    """A parser that reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:
-    """Run a stage. What the user can mend is printed in one line each, without a traceback, and the exit code is 1."""
+    """Run a stage. Print errors that the user can fix as one line each, without a traceback, and exit with 1."""
     try:
         if main.__module__ == "__main__" and sys.argv[0] != "-c":  # python -m pipeline.x
             arguments = tuple(sys.argv[1:])
@@ -57,19 +57,19 @@ def run(main: Callable[..., None], *arguments: str) -> None:
         main(*arguments)
     except UserError as error:
         _end(str(error))
-    except BrokenPipeError:  # who reads our output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except FileNotFoundError as error:
-        _end(f"{error.filename} is not there; `dvc repro` runs the stages in their order")
+        _end(f"{error.filename} does not exist; `dvc repro` runs the stages in order")
     except Exception as error:
         if not files.disk_is_full(error):
             raise
-        _end(f"the disk is full ({_room(error)}): {error}; make room there and run `dvc repro` again")
+        _end(f"the disk is full ({_free_space(error)}): {error}; free some space there and run `dvc repro` again")
 
 
-def _room(error: Exception) -> str:
-    """Return the free space where `error` says that a write failed, else in the fullest folder that stages write to."""
+def _free_space(error: Exception) -> str:
+    """Return the free space in the folder where a write failed, or in the fullest folder that stages write to."""
     variables = ("TMPDIR", "WANDB_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")
     named = (Path(os.environ[name]) for name in variables if os.environ.get(name))
     folders = [Path.cwd(), CORPUS.parent, RESULTS, MODELS, Path("/tmp"), Path.home(), *named]
@@ -80,7 +80,7 @@ def _room(error: Exception) -> str:
 
 
 def _end(error: str) -> NoReturn:
-    """Exit with 1 and print `error`; a rank leaves it to the process that launched it, which prints it once."""
+    """Print `error` and exit with 1. A rank writes it to ERROR_FILE, so that its launcher prints it once."""
     if path := os.environ.get(ERROR_FILE):
         Path(path).write_text(error)
         sys.exit(1)
@@ -88,23 +88,23 @@ def _end(error: str) -> NoReturn:
 
 
 def read_environment() -> Environment:
-    """Return what the environment stage wrote."""
+    """Return the output of the environment stage."""
     return Environment.model_validate_json(ENVIRONMENT.read_text())
 
 
 def check_weights(folder: Path) -> None:
-    """Raise UserError where `folder` is that of the downloaded weights and they were changed since."""
+    """Raise UserError if `folder` has the downloaded weights and they have changed since."""
     if folder.resolve() == WEIGHTS.resolve():
-        from gpt2_ladder.sources import downloads  # only here: it takes 0.2 s
+        from gpt2_ladder.sources import downloads  # imported late, because it takes 0.2 s
 
         downloads.check_recorded(WEIGHTS / "config.json", WEIGHTS / "model.safetensors")
 
 
 def read_json(path: Path) -> Any:
-    """Return what another stage wrote to `path`, of any size; files.read_json is for what may come from elsewhere."""
+    """Return the JSON that another stage wrote to `path`; files.read_json is for files from other sources."""
     return json.loads(path.read_text())
 
 
 def read_metrics(level: str) -> Any:
-    """Return what the training of `level` wrote down."""
+    """Return the metrics.json of `level`."""
     return read_json(RESULTS / "levels" / level / "metrics.json")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import altair as alt
 import pytest
@@ -20,13 +21,13 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring.profiling import profile_step
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
+from gpt2_ladder.running import run
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY, tiny
 from pipeline import report, write_json
-from pipeline.train import skip
 
 
 def picture() -> alt.Chart:
@@ -39,6 +40,10 @@ def record(folder: Path) -> None:
 
 
 # a writer of every kind of output, and the files that it makes in `folder`
+def skip(folder: Path) -> None:
+    run.skip(SimpleNamespace(name="flash", folder=folder), {"reason": "no compiler"})
+
+
 WRITERS = {
     "json": (lambda folder: write_json(folder / "gains.json", {"rounds": 8}), ["gains.json"]),
     "provenance": (
@@ -53,7 +58,7 @@ WRITERS = {
     ),
     "weights": (lambda folder: hub_format.save_gpt(GPT(tiny()), folder), ["config.json", "model.safetensors"]),
     "steps": (record, ["steps.csv"]),
-    "skipped level": (lambda folder: skip("flash", folder, {"reason": "no compiler"}), ["metrics.json", "steps.csv"]),
+    "skipped level": (skip, ["metrics.json", "steps.csv"]),
     "losses": (lambda _: report.write_losses({"speed": [{"level": "fp32", "step": 0, "loss": 10.9}]}), ["losses.csv"]),
 }
 writers = pytest.mark.parametrize(("write", "names"), WRITERS.values(), ids=WRITERS)

@@ -1,4 +1,4 @@
-"""Files that are whole, durable and right, or not there; and JSON that may come from elsewhere."""
+"""Write files completely or not at all, check them, and read JSON that may come from other sources."""
 
 import errno
 import hashlib
@@ -13,19 +13,19 @@ from typing import Any
 from gpt2_ladder.config import UserError
 
 ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # environment variable: the file in which a rank leaves its error
-LARGEST_JSON = 2**20  # bytes; what describes a shard or a network takes less than a thousand
+LARGEST_JSON = 2**20  # bytes; the description of a shard or a network has less than a thousand
 
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield a temporary path for each of `paths`, all in one folder; a block that ends well puts them in place.
+    """Yield a temporary path for each of `paths`, all in one folder; if the block succeeds, put them in place in order.
 
-    All are on the disk before the first takes its place, in the order given. A block that fails leaves what was there.
-    A link is replaced, never written through: DVC's cache may be behind it.
+    All files are on the disk before the first is put in place. If the block fails, the existing files stay as they are.
+    A link is replaced, never written through, because it may point into DVC's cache.
     """
     parent = paths[0].parent
     parent.mkdir(parents=True, exist_ok=True)
-    # a folder, because a temporary file would be readable by its owner alone, and stay so
+    # in a folder, because files made by tempfile are readable only by their owner
     with tempfile.TemporaryDirectory(dir=parent, prefix=".writing-") as folder:
         temporary = tuple(Path(folder) / path.name for path in paths)
         try:
@@ -33,10 +33,10 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
             plain = Path(folder) / "plain"
             plain.touch()
             for path in temporary:
-                path.chmod(plain.stat().st_mode)  # as open() gives it; safetensors' files are for their owner alone
+                path.chmod(plain.stat().st_mode)  # as open() sets it; safetensors' files are private
                 _sync(path)
         except Exception as error:
-            if disk_is_full(error):  # a failed write does not name its file, and any exception may carry this attribute
+            if disk_is_full(error):  # a failed write does not name its file
                 error.filename = getattr(error, "filename", None) or str(paths[0])  # type: ignore[attr-defined]
             raise
         for written, path in zip(temporary, paths, strict=True):
@@ -45,7 +45,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write `content`, text as UTF-8, to `path`: whole, or not at all."""
+    """Write `content`, text as UTF-8, to `path`, completely or not at all."""
     with replacing(path) as (temporary,):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -56,7 +56,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Tell whether a full disk or quota raised `error`: by its words, since safetensors has an exception of its own."""
+    """Return whether a full disk or quota raised `error`, from its text: safetensors has its own exception."""
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
@@ -69,29 +69,29 @@ def sha256(path: Path) -> str:
 def check_sha256(
     path: Path, expected: str | None, source: object = None, fix: str = "run `dvc repro -f download`"
 ) -> None:
-    """Raise UserError, which names `source` (or `path`) and the `fix`, unless the file has the SHA-256 `expected`."""
+    """Raise UserError, with `source` (or `path`) and the `fix`, unless the file has the SHA-256 `expected`."""
     if (actual := sha256(path)) != expected:
         raise UserError(
-            f"{source or path}: sha256 is {actual}, expected {expected}: it was changed or cut short; {fix}"
+            f"{source or path}: sha256 is {actual}, expected {expected}: the file was changed or is incomplete; {fix}"
         )
 
 
 def forget_damaged(paths: Iterable[Path]) -> None:
-    """Remove damaged copies of `paths` from DVC's cache, which DVC would otherwise link back."""
-    from dvc.exceptions import DvcException  # only here: they take 0.5 s
+    """Remove damaged copies of `paths` from DVC's cache, so that DVC does not restore them."""
+    from dvc.exceptions import DvcException  # imported late, because they take 0.5 s
     from dvc.repo import Repo
     from dvc_data.hashfile.hash import file_md5
 
     try:
         cache = Repo().cache.local
-    except DvcException:  # run by hand where there is no repository of DVC's, or no Git
+    except DvcException:  # no DVC repository here, or no Git
         return
     for path in paths:
         md5 = file_md5(str(path))
         cached = Path(cache.oid_to_path(md5))
         if cached.exists() and file_md5(str(cached)) != md5:
             cached.unlink()
-            print(f"{path}: its copy in DVC's cache is damaged and was removed ({cached})", flush=True)
+            print(f"{path}: removed its damaged copy from DVC's cache ({cached})", flush=True)
 
 
 def printable(text: str) -> str:
@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Raises:
-        UserError: it holds something else, or more than LARGEST_JSON bytes.
+        UserError: the file has no JSON object, or more than LARGEST_JSON bytes.
     """
     with path.open("rb") as file:
         raw = file.read(LARGEST_JSON + 1)
@@ -113,12 +113,12 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content := json.loads(raw), dict):
             raise ValueError(f"a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a JSON object: {error}; make or fetch the file again") from None
+        raise UserError(f"{path}: expected a JSON object: {error}; create or download the file again") from None
     return content
 
 
 def _sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk; a full disk may show only here."""
+    """Flush the file or folder to the disk; a full disk may raise its error only here."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

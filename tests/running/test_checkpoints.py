@@ -21,7 +21,7 @@ from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training import data, loop
 from gpt2_ladder.training.metrics import Step
 from helpers.common import tiny
-from pipeline.train import train
+from helpers.trainings import train
 
 KILLS = 50
 
@@ -30,7 +30,7 @@ def run(params: Params, **changes: object) -> None:
     """Train as the trial does, into results/ and model/."""
     params = params.model_copy(update=changes)
     keep = partial(hub_format.save_gpt, folder=Path("model"))
-    train(params, "trial", "trial", params.switches, "speed", Path("results"), params.recipe, keep)
+    train(params, keep=keep)
 
 
 def in_a_fork(work: Callable[[], None]) -> int:
@@ -100,7 +100,7 @@ def test_a_signal_ends_the_step_saves_and_says_where_it_goes_on(params, monkeypa
         run(params, checkpoint_every=100)
     assert len(list(Path("checkpoints").glob("trial/*/*"))) == 2
     run(params, checkpoint_every=100)
-    assert "interrupted after step 3 or later" in json.loads(Path("results/metrics.json").read_text())["note"]
+    assert "resumed after step 3: times" in json.loads(Path("results/metrics.json").read_text())["note"]
     assert len(taken) == 12
     assert learned() == undisturbed
 
@@ -121,7 +121,7 @@ def stopped_at(params: Params, monkeypatch: pytest.MonkeyPatch, steps: int) -> P
             run(params)
     assert f"trial: at step {steps} the loss is nan" in str(caught.value)
     (state,) = Path("checkpoints").glob("trial/*/*.json")
-    assert str(caught.value).endswith(f"the next run goes on, is {state}")
+    assert str(caught.value).endswith(f"the next run resumes from the last good checkpoint, {state}")
     return state
 
 
@@ -147,10 +147,10 @@ def test_a_checkpoint_of_other_settings_is_left_alone(params, monkeypatch, capsy
     state = stopped_at(params, monkeypatch, 5)
     other = params.model_copy(update={"seed": 1})
     run(other)
-    assert f"trial: {state.parent} belongs to other settings and is left alone" in capsys.readouterr().out
+    assert f"trial: {state.parent} which has other settings" in capsys.readouterr().out
     assert state.exists()
     run(params)
-    assert "trial: goes on after step 3" in capsys.readouterr().out
+    assert "trial: resuming after step 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "no json", "other"])

@@ -15,8 +15,8 @@ import wandb
 from gpt2_ladder.config import Params
 from gpt2_ladder.running import tracking
 from helpers.common import REPOSITORY
+from helpers.trainings import train
 from helpers.wandb_server import KEY, forget_user, log_in, serve
-from pipeline.train import train
 
 STEPS = 200
 
@@ -40,7 +40,7 @@ def test_a_server_that_fails_while_a_training_goes_on_costs_no_row_and_holds_not
     long = Params.model_validate(document)
     with serve(fault, starts=True) as (url, sent):
         user(url)
-        train(long, "trial", "trial", long.switches, "speed", Path("results"))
+        train(long)
         with suppress(ConnectionError):  # where W&B's process is dead
             wandb.teardown()  # what W&B does at the end of a process
     rows = list(csv.DictReader(Path("results/steps.csv").read_text().splitlines()))

@@ -9,13 +9,14 @@ import pytest
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.running.run import follow
 from gpt2_ladder.training import data, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
-from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, trainer, write_json
+from helpers.trainings import train
+from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, write_json
 from pipeline import train as train_stage
-from pipeline.train import train
 
 
 def test_a_level_that_cannot_run_here_writes_the_reason_and_does_not_train(tmp_path, monkeypatch):
@@ -23,7 +24,7 @@ def test_a_level_that_cannot_run_here_writes_the_reason_and_does_not_train(tmp_p
     params = params_yaml.load(REPOSITORY / "params.yaml")
     machine = environment.describe().model_copy(update={"compile_problem": "no C++ compiler"})
     write_json(ENVIRONMENT, machine.model_dump())
-    assert train(params, "flash", "train", params.levels["flash"], "speed", tmp_path / "flash") is False
+    assert train(params, "flash", tmp_path / "flash") is False
     result = json.loads((tmp_path / "flash" / "metrics.json").read_text())
     assert (result["status"], result["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {result[name] for name in metrics.MEASURED} == {None}
@@ -40,7 +41,7 @@ def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens
     changed = config.Params.model_validate(document)
     loaders, make = [], data.Batches
     monkeypatch.setattr(data, "Batches", lambda *arguments: loaders.append(make(*arguments)) or loaders[-1])
-    assert train(changed, "trial", "trial", changed.switches, "speed", Path("results"), changed.recipe)
+    assert train(changed)
     assert json.loads(Path("results/metrics.json").read_text())["epochs_seen"] == epochs
     assert loaders[0].position == {"epoch": epochs, "batch": 0}
 
@@ -48,7 +49,7 @@ def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens
 def test_tf32_is_set_and_changes_no_loss_on_a_cpu(params):
     results = {}
     for name in ("fp32", "tf32"):
-        train(params, name, "train", params.levels[name], "speed", Path(name))
+        train(params, name, Path(name))
         results[name] = json.loads(Path(name, "metrics.json").read_text())
     assert {name: result["float32_matmul_precision"] for name, result in results.items()} == {
         "fp32": "ieee",
@@ -60,9 +61,9 @@ def test_tf32_is_set_and_changes_no_loss_on_a_cpu(params):
 
 def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params):
     with Capped(float("inf")) as memory:
-        train(params, "fp32", "train", params.levels["fp32"], "speed", Path("whole"))
+        train(params, "fp32", Path("whole"))
     with Capped(memory.peak - 2**20):
-        train(params, "fp32", "train", params.levels["fp32"], "speed", Path("halved"))
+        train(params, "fp32", Path("halved"))
     whole, halved = (json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "halved"))
     assert (whole["micro_batch"], halved["micro_batch"]) == (2, 1)
     assert halved["loss_last"] == pytest.approx(whole["loss_last"], abs=1e-4)
@@ -72,7 +73,7 @@ def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params)
 def test_a_training_that_cannot_continue_leaves_no_result(params):
     # the weights, 1.6 MB, fit, twice while they are drawn; the logits of a row, 3.2 MB, and their logarithms do not
     with Capped(6e6), pytest.raises(UserError, match="out of memory with one row at a time"):
-        train(params, "fp32", "train", params.levels["fp32"], "speed", Path("failed"))
+        train(params, "fp32", Path("failed"))
     assert [path.name for path in Path("failed").iterdir()] == ["steps.csv"]
     assert len(Path("failed/steps.csv").read_text().splitlines()) == 1  # the titles
 
@@ -89,8 +90,9 @@ def test_a_loss_that_is_no_number_stops_the_training():
     logged = []
     recorder = SimpleNamespace(log=logged.append)
     steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
-    with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan, the gradient's norm 1\.0; lower models"):
-        trainer.follow(steps, recorder, "bf16", total=3)
+    job = train_stage.make_job(params_yaml.load(REPOSITORY / "params.yaml"), "bf16")
+    with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan and the gradient's norm 1\.0; lower models"):
+        follow(steps, recorder, job)
     assert len(logged) == 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import AdamW, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT, count_bytes
+from gpt2_ladder.running.run import build
 from gpt2_ladder.training import devices, loop, runtime
 from helpers import processes
 from helpers.common import REPOSITORY, environment, random_ids, tiny
 from helpers.memory import Capped
-from pipeline import probe, trainer
+from pipeline import probe
+from pipeline import train as train_stage
 
 CPU = torch.device("cpu")
 SETTINGS = AdamW(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -66,7 +69,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(capsys):
     assert [step.micro_batch for step in steps] == [2] * STEPS
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in train()[0]], abs=1e-5)
     assert [step.step for step in steps] == list(range(STEPS))
-    assert "out of memory with 8 rows at a time, on with 4 (CUDA out of memory" in capsys.readouterr().out
+    assert "out of memory with 8 rows at a time, trying 4 (CUDA out of memory" in capsys.readouterr().out
 
 
 def test_memory_that_runs_out_in_the_middle_halves_from_there_on():
@@ -198,12 +201,13 @@ def params_of(**sizes: int) -> config.Params:
 )
 def test_sizes_that_no_memory_holds_are_refused_with_what_they_need(monkeypatch, vocab_size, sizes, need):
     params = params_of(**sizes)
-    switches = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
+    level = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
+    job = replace(train_stage.make_job(params, "fp32"), switches=level)
     monkeypatch.setattr(devices, "free_memory", lambda _: 24 * 10**9)
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("memory was taken for the network"))
     message = rf"training tiny with vocab_size {vocab_size} needs {need} GB of memory, 24\.0 GB are free: free"
     with pytest.raises(UserError, match=message):
-        trainer.build(params, switches, environment())
+        build(job, params, environment(), 2)
 
 
 def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made():

@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.running import checkpoints
+from gpt2_ladder.running import checkpoints, launch
+from gpt2_ladder.running import run as run_module
 from gpt2_ladder.training import data, devices, loop, ranks, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY, random_ids, tiny
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, launch, trainer, write_json
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, trial, write_json
 
 STEPS = 8
 # Every process runs this, the agent too; what is put before it goes wrong in one of them.
@@ -127,8 +128,8 @@ def same_as(folder: Path, undisturbed: Path) -> bool:
 def test_a_killed_rank_is_restarted_and_all_go_on_from_the_last_checkpoint(two, tmp_path, bpe_files):
     prepare(tmp_path, bpe_files)
     result = run(tmp_path, BEFORE.format("os.kill(os.getpid(), signal.SIGKILL)"))
-    assert result.stdout.count("trial: goes on after step 3, from checkpoints/") == 1  # killed in the one with index 5
-    assert "interrupted after step 3 or later" in metrics(tmp_path)["note"]
+    assert result.stdout.count("trial: resuming after step 3, from checkpoints/") == 1  # killed in the one with index 5
+    assert "resumed after step 3: times" in metrics(tmp_path)["note"]
     assert same_as(tmp_path, two)
 
 
@@ -138,9 +139,9 @@ def test_sigterm_to_the_stage_ends_the_step_of_all_ranks_saves_and_stops(two, tm
     before = BEFORE.format("os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)")
     lines = run(tmp_path, before, exit_code=1).stderr.splitlines()
     (error,) = [line for line in lines if line.startswith("error: ")]
-    assert error.startswith("error: trial: stopped by SIGTERM after step 5; the last good checkpoint, from which")
+    assert error.startswith("error: trial: stopped by SIGTERM after step 5; the next run resumes from the last good checkpoint")
     assert error.endswith("00000006.json")
-    assert "trial: goes on after step 5" in run(tmp_path).stdout
+    assert "trial: resuming after step 5" in run(tmp_path).stdout
     assert same_as(tmp_path, two)
 
 
@@ -157,10 +158,11 @@ def test_a_signal_to_any_rank_stops_all(monkeypatch):
         def newest(self) -> None:
             pass
 
+    job = trial.make_job(params_yaml.load(REPOSITORY / "params.yaml"))
     kept, steps = Kept(), (Step(index, 3.0, 1.0, 1.0, 1.0, 4) for index in range(5))
     monkeypatch.setattr(ranks, "gather", lambda value: [value, ["SIGTERM"]])
     with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 0"):
-        trainer.follow(steps, kept, "trial", 5, saved=kept)
+        run_module.follow(steps, kept, job, saved=kept)
     assert kept.saved == 1
 
 
@@ -181,7 +183,7 @@ def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tri
     result = run(tmp_path, BEFORE.format(failing), exit_code=1)
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert error == (
-        "error: out of memory on rank 1 with 1 rows at a time (CUDA out of memory); no rank can halve them alone: "
+        "error: out of memory on rank 1 with 1 rows at a time (CUDA out of memory); "
         "lower machines.*.batch_size"
     )
     assert result.stdout.count(f"step   0/{STEPS}") == 1

@@ -1,9 +1,9 @@
-"""A training's state on the disk, from which it goes on bit for bit as if nothing had interrupted it.
+"""Save a training's state so that it resumes with the same bits as if nothing had interrupted it.
 
-A checkpoint is two files: `<steps>.safetensors` holds weights, optimizer, generator and the steps so far,
-`<steps>.json` what they belong to and the batches' position. The second takes its place last, so where it is, the first
-is whole; only then is the checkpoint before removed. DVC knows nothing of them: they lie in `checkpoints/`, not among a
-stage's outputs, which it removes before it runs the stage again.
+A checkpoint is two files: `<steps>.safetensors` has weights, optimizer state, generator and steps; `<steps>.json` has
+the settings, the position in the data and the SHA-256 of the first. The JSON file is put in place last, so where it
+exists the first file is complete. Checkpoints are in `checkpoints/`, not among the outputs of a stage, because DVC
+removes those before it runs the stage again.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ FOLDER = Path("checkpoints")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Those of one training; of all trainings with the same name and other settings, another object's.
+    """The checkpoints of one training with fixed settings.
 
     Attributes:
         name: of the training.
-        settings: everything that decides its result, as JSON; a checkpoint of other settings is left alone.
-        model: what it trains.
+        settings: everything that decides its result, as JSON; checkpoints with other settings are ignored.
+        model: the network.
         optimizer: of `model`.
-        batches: what it trains on.
-        every: how many steps lie between two of them.
+        batches: the training data.
+        every: number of steps between two checkpoints.
     """
 
     name: str
@@ -52,20 +52,20 @@ class Checkpoints:
 
     @property
     def folder(self) -> Path:
-        """Where they lie."""
+        """The folder of these checkpoints."""
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
         return FOLDER / self.name / key
 
     def newest(self) -> Path | None:
-        """Return the JSON file of the newest one, None where there is none."""
+        """Return the JSON file of the newest checkpoint, or None."""
         return max(self.folder.glob("*.json"), default=None)
 
     def save(self, steps: Sequence[Step]) -> None:
-        """Write everything that the training needs to go on after `steps`, then remove the checkpoint before."""
+        """Save the state after `steps`, then remove the previous checkpoint."""
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        tensors["generator"] = torch.get_rng_state()  # the CPU's: nothing is drawn on a GPU, there is no dropout
+        tensors["generator"] = torch.get_rng_state()  # of the CPU: without dropout, a GPU draws nothing
         # float64 holds every field of a Step exactly
         tensors["steps"] = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)  # (steps, fields)
         weights, state_file = (self.folder / f"{len(steps):08}.{suffix}" for suffix in ("safetensors", "json"))
@@ -76,32 +76,31 @@ class Checkpoints:
             state = {"sha256": files.sha256(new_weights), "position": position, "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
         for path in older - {weights, state_file}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a folder: a killed process was writing into it
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a killed process leaves a folder
 
     def load(self) -> list[Step]:
-        """Bring model, optimizer, batches and torch's generator to where the newest checkpoint left them.
+        """Load the newest checkpoint into model, optimizer, batches and torch's generator, and return its steps.
 
-        Returns:
-            The steps taken until then; none where there is no checkpoint.
+        Without a checkpoint, return no steps and change nothing.
 
         Raises:
             UserError: the checkpoint is damaged, or not the same for every rank.
         """
         for other in sorted({*FOLDER.glob(f"{self.name}/*")} - {self.folder}):
-            print(f"{self.name}: {other} belongs to other settings and is left alone", flush=True)
+            print(f"{self.name}: ignoring {other}, which has other settings", flush=True)
         state = self.newest()
         if len({*ranks.gather(state and state.name)}) > 1:
             raise UserError(
-                f"{self.folder}: not every rank sees the same checkpoint; let all machines share the folder"
+                f"{self.folder}: the ranks see different checkpoints; share this folder between all machines"
             )
         if state is None:
             return []
         path = state.with_suffix(".safetensors")
         try:
-            written = files.read_json(state)
-            if files.sha256(path) != written.get("sha256"):
-                raise ValueError("its sha256 is not the one that was written down")
-            self.batches.position = written["position"]
+            saved = files.read_json(state)
+            if files.sha256(path) != saved.get("sha256"):
+                raise ValueError("its sha256 is not the recorded one")
+            self.batches.position = saved["position"]
             tensors = load_file(path)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
@@ -112,13 +111,13 @@ class Checkpoints:
             steps = [_step(row) for row in tensors["steps"].tolist()]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = printable(" ".join(str(error).split()))[:500]
-            mend = f"remove {self.folder} to train from the start"
-            raise UserError(f"{path}: a damaged checkpoint ({reason}); {mend}") from None
-        print(f"{self.name}: goes on after step {steps[-1].step}, from {state}", flush=True)
+            fix = f"remove {self.folder} to train from the start"
+            raise UserError(f"{path}: the checkpoint is damaged ({reason}); {fix}") from None
+        print(f"{self.name}: resuming after step {steps[-1].step} from {state}", flush=True)
         return steps
 
     def forget(self) -> None:
-        """Remove them, the training having ended well; the newest .json last of all, while all of it is there."""
+        """Remove the checkpoints of a finished training; the JSON file goes first, which marks a complete one."""
         for state in sorted(self.folder.glob("*.json")):
             state.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -134,5 +133,5 @@ def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tenso
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor.clone()  # out of the file, which the next save removes
+            state.setdefault(int(index), {})[key] = tensor.clone()  # a copy: the next save removes the file
     return state

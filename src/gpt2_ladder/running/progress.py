@@ -1,4 +1,4 @@
-"""What the user sees of a training: a live line on a terminal, a plain line now and then in a log file."""
+"""Show a training's progress: a live line on a terminal, plain lines in a log file."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,11 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gpt2_ladder.training.metrics import Step
 
-LOG_LINES = 10  # about so many lines a training where there is no terminal to draw on
+LOG_LINES = 10  # per training, approximately, without a terminal
 
 
 def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
-    """Pass `steps` through unchanged and show step, loss, tokens/s and the time left of `total` steps."""
+    """Yield `steps` unchanged and show step, loss, tokens/s and the time left of `total` steps."""
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -23,7 +23,7 @@ def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
         TimeRemainingColumn(),
     )
     fastest_ms = math.inf
-    # drawn between steps only: a thread that redraws would take its time from the step that is being measured
+    # drawn only between steps: a thread that redraws would take time from the step that is being measured
     with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
         task = bar.add_task(title, total=total, values="first step ...")
         for step in steps:
@@ -31,7 +31,7 @@ def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
             values = f"loss {step.loss:7.4f}  {step.tokens_per_second:8,.0f} tokens/s"
             bar.update(task, advance=1, values=values, refresh=True)
             if bar.disable and (step.step % max(1, total // LOG_LINES) == 0 or step.step == total - 1):
-                # the first step may hold a compilation, so nothing can be told from it
+                # no estimate from the first step, which may include a compilation
                 left = f"{fastest_ms / 1000 * (total - step.step - 1):4.0f} s left" if step.step else ""
                 print(f"{title:8}  step {step.step:3}/{total}  {values}  {left}", flush=True)
             yield step

@@ -1,4 +1,4 @@
-"""Where steps are recorded: a CSV file, flushed line by line, is the truth; a Weights & Biases run mirrors it."""
+"""Record steps: a CSV file, flushed line by line, is complete; a Weights & Biases run is a copy of it."""
 
 import csv
 import os
@@ -19,26 +19,26 @@ from gpt2_ladder.training.metrics import HEADER, Step
 
 PROJECT = "gpt2-ladder"
 MODES = ("online", "offline", "disabled")
-INIT_TIMEOUT_S = 20  # W&B's own default holds a training back for 90 s where there is a key but no network
-FINISH_TIMEOUT_S = 60  # and its end for ever where the server is gone by then
+INIT_TIMEOUT_S = 20  # W&B's default delays a training by 90 s if there is a key but no network
+FINISH_TIMEOUT_S = 60  # W&B's default waits forever for a server that is gone
 FAILURES = (Exception, SystemExit)  # W&B may raise anything, and its teardown exits; Ctrl-C still stops a training
 
 
 class Tracker:
-    """Record the steps of one training in `steps_csv` and in a new W&B run; close both on exit, also after an error.
+    """Record one training's steps in `steps_csv` and in a W&B run; close both on exit, also after an error.
 
-    None for either: record nothing there. Where W&B fails, print one line and train without it.
+    Either may be None. If W&B fails, print one line and continue without it.
     """
 
     def __init__(self, steps_csv: Path | None, run: wandb.Run | None):
-        if steps_csv:  # a new file: the old one may be a link into DVC's cache
+        if steps_csv:  # a new file, because the old one may be a link into DVC's cache
             files.write(steps_csv, HEADER)
         self._file = (steps_csv or Path(os.devnull)).open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._run = run
 
     def log(self, step: Step) -> None:
-        """Append one step; it is on its way to the disk when this returns, so a killed run keeps it."""
+        """Append one step and flush it, so that a killed run keeps it."""
         self._writer.writerow(astuple(step))
         self._file.flush()
         values = asdict(step)
@@ -46,7 +46,7 @@ class Tracker:
         self._mirror(lambda run: run.log(values, step=index))
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
-        """Put the results of the whole training into the run's summary, where W&B's tables compare them."""
+        """Put `metrics` into the run's summary, where W&B's tables compare them."""
         self._mirror(lambda run: run.summary.update(dict(metrics)))
 
     def __enter__(self) -> Self:
@@ -63,21 +63,21 @@ class Tracker:
             do(self._run)
         except FAILURES as error:
             self._run = None
-            print(f"W&B failed ({_named(error)}): results/ holds everything, later steps too", flush=True)
+            print(f"W&B failed ({_one_line(error)}): continuing without it; results/ has every step", flush=True)
 
 
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
-    """Start a W&B run in the project's W&B folder: online where there is a key and a network, else offline.
+    """Start a W&B run: online if there are a key and a network, else offline.
 
-    WANDB_MODE, WANDB_PROJECT and WANDB_DIR win over what is written here. Return None where W&B is disabled, or cannot
-    start, which one line reports.
+    WANDB_MODE, WANDB_PROJECT and WANDB_DIR override this. Return None if W&B is disabled, or print one line and return
+    None if it cannot start.
 
     Raises:
-        UserError: WANDB_MODE is none of W&B's words.
+        UserError: WANDB_MODE is not one of MODES.
     """
     mode: Any = os.environ.get("WANDB_MODE")
     if mode and mode not in MODES:
-        raise UserError(f"WANDB_MODE={mode}: known are {', '.join(MODES)}")
+        raise UserError(f"WANDB_MODE={mode}: set it to one of {', '.join(MODES)}")
     if mode == "disabled":
         return None
     try:
@@ -90,19 +90,16 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
         except wandb.errors.Error as error:
             wandb.teardown()
             run = init(mode="offline")
-            print(f"W&B cannot be reached or refuses ({_named(error)}): `wandb sync` sends this run later", flush=True)
+            print(f"W&B cannot be reached or refuses ({_one_line(error)}): send this run later with `wandb sync`", flush=True)
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     except FAILURES as error:
-        print(f"W&B cannot start ({_named(error)}): this run is recorded in results/ alone", flush=True)
+        print(f"W&B cannot start ({_one_line(error)}): recording this run in results/ only", flush=True)
         return None
     return run
 
 
 def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
-    """Put the results of a whole climb and its pictures, PNG files by name, into `run`, if there is one, and end it.
-
-    Where W&B fails, print one line.
-    """
+    """Put the results of a climb and its pictures (PNG files by name) into `run`, if there is one, and finish it."""
     with Tracker(None, run) as tracker:
         tracker.summarize(results)
         tracker._mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
@@ -114,36 +111,36 @@ def project() -> str:
 
 
 def folder() -> Path:
-    """Return where W&B puts its folder, which is called wandb."""
-    # Not the working directory: `dvc exp run --temp` throws that away. DVC_ROOT is the real repository.
+    """Return the parent of W&B's folder, which is called wandb."""
+    # DVC_ROOT is the real repository; `dvc exp run --temp` deletes its working directory
     return Path(os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or ".")
 
 
 def run_group(fingerprint: str) -> str:
-    """Return what the runs of one climb have in common.
+    """Return the W&B group of one climb's runs.
 
-    WANDB_RUN_GROUP, else the DVC experiment's name, else the commit and the environment's `fingerprint`.
+    It is WANDB_RUN_GROUP, or the DVC experiment's name, or the commit and the environment's `fingerprint`.
     """
     if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
         return name
     try:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         commit = git.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or no commit yet
+    except (OSError, subprocess.CalledProcessError):  # no Git, or no commit yet
         commit = "uncommitted"
     return f"{commit}-{fingerprint}"
 
 
-def _named(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def has_key() -> bool:
-    """Tell whether W&B has an API key here: in WANDB_API_KEY, or in the netrc file that `wandb login` writes."""
+    """Return whether W&B has an API key here, from WANDB_API_KEY or from `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        # W&B's own reader, because the name of its host has changed over the years and older files hold the older one
+        # W&B's own reader, because its host name has changed over the years and old files have the old one
         return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
     except wandb.errors.AuthenticationError:
-        return True  # a malformed key: wandb.init says what is wrong with it
+        return True  # a malformed key: wandb.init reports it
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,7 +1,7 @@
-"""Token ids -> shards, and shards -> batches.
+"""Write token ids to shards, and read batches from shards.
 
-A shard is nanoGPT's: raw little-endian uint16 token ids without a header, so shards can be shared with it. A sidecar
-`<shard>.json` holds what the shard must be; a shard from elsewhere may come without one.
+A shard has nanoGPT's format, raw little-endian uint16 token ids without a header. A sidecar `<shard>.json` describes
+it; a shard from another project may lack one.
 """
 
 import hashlib
@@ -18,64 +18,64 @@ from torch import Tensor
 from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 
-DTYPE = np.dtype("<u2")  # two bytes hold every id below 65,536
+DTYPE = np.dtype("<u2")  # ids below 65,536
 MANIFEST = "manifest.json"
 
 
 def check_vocabulary(largest: int) -> None:
-    """Raise UserError where an encoding's `largest` id is one that a shard cannot hold."""
+    """Raise UserError if a shard cannot hold an encoding's `largest` id."""
     if largest > (room := np.iinfo(DTYPE).max):
         raise UserError(
-            f"the encoding's ids go up to {largest:,}, and two bytes hold {room:,}; use GPT-2's, or make the shards' "
-            "DTYPE uint32"
+            f"the encoding's largest id is {largest:,}, but a shard holds ids up to {room:,}: use GPT-2's encoding, or "
+            "set data.DTYPE to uint32"
         )
 
 
 def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
-    """Write token `ids` as a shard, and its sidecar beside it."""
-    # the sidecar takes its place first: interrupted between the two, no shard or another one is beside it
+    """Write token `ids` to the shard `path` and describe it in its sidecar."""
+    # the sidecar is put in place first: interrupted between the two, it has no shard or one that does not match
     with files.replacing(sidecar_path(path), path) as (sidecar, raw):
         raw.write_bytes(np.asarray(ids, dtype=DTYPE).tobytes())
         sidecar.write_text(json.dumps(_describe(raw)[0], indent=2) + "\n")
 
 
 def sidecar_path(shard: Path) -> Path:
-    """Return where the sidecar of `shard` lies: data/train.bin -> data/train.json."""
+    """Return the path of a shard's sidecar: data/train.bin -> data/train.json."""
     return shard.with_suffix(".json")
 
 
 def open_shard(path: Path) -> np.memmap:
-    """Map a shard into memory, read-only, and check it: uint16 (tokens,).
+    """Check a shard and map it into memory, read-only: uint16 (tokens,).
 
     Raises:
-        UserError: an odd byte count, an id outside GPT-2's vocabulary, or a sidecar that describes another shard.
+        UserError: it has an odd number of bytes, an id outside GPT-2's vocabulary, or another shard's sidecar.
     """
     check_shard(path)
     return np.memmap(path, dtype=DTYPE, mode="r")
 
 
 def check_shard(path: Path) -> str:
-    """Return the SHA-256 of a shard; raise UserError as `open_shard` does."""
+    """Check a shard like `open_shard` and return its SHA-256."""
     size = path.stat().st_size
     if size == 0 or size % DTYPE.itemsize:
         raise UserError(f"{path}: {size} bytes are not a whole number of uint16 tokens; run `dvc repro -f tokenize`")
-    found, largest = _describe(path)
+    description, largest = _describe(path)
     if largest >= GPT2_VOCAB_SIZE:
         raise UserError(f"{path}: token id {largest} is outside GPT-2's vocabulary of {GPT2_VOCAB_SIZE}")
     if sidecar_path(path).exists():
         sidecar = files.read_json(sidecar_path(path))
-        for name, actual in found.items():
+        for name, actual in description.items():
             if (expected := sidecar.get(name)) != actual:
                 raise UserError(
-                    f"{path}: {name} {actual}, its sidecar says {expected!r:.80}; run `dvc repro -f tokenize`"
+                    f"{path}: {name} is {actual}, but its sidecar has {expected!r:.80}; run `dvc repro -f tokenize`"
                 )
-    return str(found["sha256"])
+    return str(description["sha256"])
 
 
 def _describe(path: Path) -> tuple[dict[str, str | int], int]:
-    """Return what the sidecar of the shard at `path` says, and the largest id in it.
+    """Return the sidecar's content for the shard `path`, and the largest id in the shard.
 
-    Read a piece at a time and not mapped, since what is mapped counts as a training's memory.
+    The file is read in pieces, because mapped memory would count as a training's memory.
     """
     digest, tokens, largest = hashlib.sha256(), 0, 0
     with path.open("rb") as file:
@@ -88,10 +88,10 @@ def _describe(path: Path) -> tuple[dict[str, str | int], int]:
 
 
 class Shards:
-    """Several shards as one: a sequence of token ids, of which only what is asked for is read from the disk.
+    """Several shards as one sequence of token ids; only the requested slices are read from disk.
 
     Attributes:
-        sha256: of their SHA-256, one after the other.
+        sha256: SHA-256 of the shards' concatenated SHA-256 values.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -114,10 +114,10 @@ class Shards:
 
 
 def open_shards(first: Path, folder: Path) -> Shards:
-    """Map a corpus into memory: the shard `first`, and those in `folder` that its manifest names, if it has one.
+    """Map a corpus into memory: the shard `first` and the shards in `folder` that its manifest names.
 
     Raises:
-        UserError: one of them is damaged (`open_shard`), or the manifest is.
+        UserError: a shard or the manifest is damaged.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {"shards": []}
     paths = [Path(shard["path"]) for shard in manifest["shards"]]
@@ -125,34 +125,32 @@ def open_shards(first: Path, folder: Path) -> Shards:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the corpus in `folder` is made of, and its shards.
-
-    It may be of any size: it names every file that was read.
+    """Return the manifest in `folder`: the files that a corpus was made from, and its shards.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the manifest is damaged.
     """
-    try:
+    try:  # not files.read_json: a manifest names every file of the corpus and may be large
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not all(isinstance(shard["path"], str) for shard in manifest["shards"]):
             raise TypeError
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{folder / MANIFEST}: no manifest of shards; run `dvc repro -f tokenize`") from None
+        raise UserError(f"{folder / MANIFEST}: not a manifest of shards; run `dvc repro -f tokenize`") from None
     return manifest
 
 
 class Batches:
-    """An endless iterator over (x, y), int64 (B, T) each; y is x one token later.
+    """An endless iterator over (x, y), int64 (B, T) each; y is x shifted by one token.
 
-    A row is `block_size` tokens at a multiple of it; rows come in the order of the text, or shuffled by `seed`, anew in
-    every epoch. The last ones that do not fill a batch are left out and the next epoch begins.
+    The text is cut into rows of `block_size` tokens. They come in the order of the text, or with a `seed` in a new
+    random order in every epoch. Rows at the end of an epoch that do not fill a batch are left out.
 
     Attributes:
-        tokens: that one epoch trains on.
-        position: of the next batch, as JSON: {"epoch": 0, "batch": 0} at the start. Whoever sets it goes on from there.
+        tokens: number of tokens in an epoch.
+        position: of the next batch, {"epoch": 0, "batch": 0} at the start. Set it to resume.
 
     Raises:
-        UserError: the shard is shorter than one batch and the token after it.
+        UserError: the shard is too short for one batch.
     """
 
     def __init__(self, shard: np.ndarray | Shards, batch_size: int, block_size: int, seed: int | None = None):
@@ -160,8 +158,8 @@ class Batches:
         self._rows = (len(shard) - 1) // block_size
         if self._rows < batch_size:
             raise UserError(
-                f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * "
-                f"block_size {block_size} tokens and the one after: use a smaller shape or a longer text"
+                f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * block_size "
+                f"{block_size} tokens and the token after it: use a smaller shape or a longer text"
             )
         self._count = self._rows // batch_size
         self.tokens = self._count * batch_size * block_size
@@ -169,7 +167,7 @@ class Batches:
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the next batch lies."""
+        """The position of the next batch."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     @position.setter
@@ -198,26 +196,26 @@ class Batches:
 
 
 def concatenate(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the rows of `count` batches after another as one batch, int64 (count * B, T) twice."""
-    while several := list(islice(batches, count)):
-        xs, ys = zip(*several, strict=True)
+    """Concatenate every `count` consecutive batches into one: a pair of int64 (count * B, T)."""
+    while group := list(islice(batches, count)):
+        xs, ys = zip(*group, strict=True)
         yield torch.cat(xs), torch.cat(ys)
 
 
 def local_rows(batches: Iterator[tuple[Tensor, Tensor]], rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield those rows of each of `batches` that `rank` of `count` trains on, int64 (B / count, T) twice."""
+    """Yield the rows of each batch that `rank` of `count` ranks trains on: a pair of int64 (B / count, T)."""
     for x, y in batches:
         yield x.chunk(count)[rank], y.chunk(count)[rank]
 
 
 def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches that predict the first `tokens` tokens of `shard` after its very first, each once.
+    """Return an iterator over the batches whose targets are the first `tokens` tokens of `shard` after token 0.
 
     Raises:
-        UserError: the shard is too short for that.
+        UserError: the shard is too short.
     """
     if len(shard) < tokens + 1:
         raise UserError(
-            f"eval_tokens ({tokens}) is over the {len(shard) - 1} tokens that the validation shard can give"
+            f"eval_tokens ({tokens}) is over the {len(shard) - 1} tokens that the validation shard has: lower it"
         )
     return islice(Batches(shard, batch_size, block_size), tokens // (batch_size * block_size))

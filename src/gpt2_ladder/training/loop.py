@@ -1,4 +1,4 @@
-"""The training loop, the same at every level: what differs between levels comes in as an argument."""
+"""The training loop. It is the same at every level; the differences are its arguments."""
 
 import math
 import time
@@ -25,29 +25,35 @@ Result = TypeVar("Result")
 def make_optimizer(
     model: GPT, learning_rate: float, settings: config.AdamW, fused: bool = False, decay: str = "all"
 ) -> torch.optim.AdamW:
-    """Return AdamW over all parameters; `fused` updates them all in one kernel.
+    """Return AdamW over all parameters.
 
-    `decay`: "all", or "matrices" for weight decay on weights and embeddings only and not on biases and LayerNorms.
+    Args:
+        model: its parameters.
+        learning_rate: of the first step.
+        settings: betas, eps and weight decay.
+        fused: update all parameters in one kernel.
+        decay: "all", or "matrices" to exclude biases and LayerNorms from weight decay.
     """
-    decaying = [parameter for parameter in model.parameters() if decay == "all" or parameter.dim() >= 2]
-    groups: list[dict[str, Any]] = [{"params": decaying}]
-    if decay == "matrices":
-        groups.append({"params": [one for one in model.parameters() if one.dim() < 2], "weight_decay": 0.0})
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    if decay == "all":
+        groups = [{"params": list(model.parameters())}]
     return torch.optim.AdamW(
         groups,
         lr=learning_rate,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=fused or None,  # False would also forbid torch to update many parameters at once on a GPU
+        fused=fused or None,  # False would also disable torch's foreach update on a GPU
     )
 
 
 def learning_rate_at(step: int, steps: int, learning_rate: float, recipe: config.Recipe) -> float:
-    """Return the learning rate of `step`, from 0, of `steps`.
+    """Return the learning rate of `step` (from 0) of `steps`.
 
-    It rises linearly to `learning_rate` over the warm-up, and then stays, or falls along half a cosine to a tenth at
-    the last step.
+    It rises linearly to `learning_rate` during the warm-up. Then it stays there, or follows half a cosine down to a
+    tenth at the last step.
 
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B.
     """
@@ -60,7 +66,7 @@ def learning_rate_at(step: int, steps: int, learning_rate: float, recipe: config
 
 
 def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Yield `micro_batch` rows of `batch` after another, (micro_batch, T) twice, and their share of all its rows."""
+    """Split `batch` into micro-batches, a pair of (micro_batch, T) each, and yield each with its share of the rows."""
     for x, y in zip(*(ids.split(micro_batch) for ids in batch), strict=True):
         yield x, y, len(x) / len(batch[0])
 
@@ -68,17 +74,17 @@ def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, floa
 def accumulate(
     model: nn.Module, batch: Batch, autocast: AbstractContextManager[object], device: torch.device, micro_batch: int
 ) -> Tensor:
-    """Add the gradient of the mean loss over `batch`, int64 (B, T) twice, to the parameters', and return that loss.
+    """Add the gradient of the mean loss over `batch`, a pair of int64 (B, T), to the parameters; return that loss.
 
-    `micro_batch` rows at a time go through the network: fewer need less memory and give the same sum, up to rounding.
-    `autocast` is entered around forward and loss only. Ranks send their gradients once, with the last rows.
+    `micro_batch` rows go through the network at a time: fewer rows need less memory and give the same gradient, up to
+    rounding. `autocast` is entered around forward and loss only. Ranks send their gradients once, with the last rows.
     """
     total = torch.zeros((), device=device)
     parts = list(split(batch, micro_batch))
     for number, (x, y, share) in enumerate(parts, 1):
-        with ranks.no_sync_if(model, number < len(parts)):
+        with ranks.no_sync_if(number < len(parts), model):
             with autocast:
-                loss = model(x, y)[1]  # the logits are let go: held until the step ends, they would add to its peak
+                loss = model(x, y)[1]  # drops the logits, which would add to the peak memory
             (loss * share).backward()
         total += loss.detach() * share
     return total
@@ -93,14 +99,16 @@ def train_step(
     micro_batch: int,
     clip_norm: float | None = None,
 ) -> tuple[Tensor, float, Tensor | None]:
-    """Train on one batch, a pair of int64 (B, T); return its loss before the update, and how many ms that took.
+    """Train on one batch, a pair of int64 (B, T).
 
-    A gradient whose norm is over `clip_norm` is scaled down to it; what its norm was is returned as well.
+    The clock starts when the batch is on the device.
 
-    The batch reaches the device before the clock starts.
+    Returns:
+        The loss before the update, the step's milliseconds, and with `clip_norm` the gradient's norm before it was
+        scaled down to at most `clip_norm`.
 
     Raises:
-        UserError: memory ran out in the optimizer's step, which leaves some parameters updated and others not.
+        UserError: memory ran out in the optimizer's step, which leaves only some parameters updated.
     """
     batch = batch[0].to(device), batch[1].to(device)  # (B, T) each
     synchronize(device)
@@ -114,8 +122,8 @@ def train_step(
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory in the optimizer's step, which no smaller micro-batch makes smaller: {error}; "
-            "`make plan` says what fits here"
+            f"out of memory in the optimizer's step, which no smaller micro-batch helps: {error}; `make plan` shows "
+            "what fits"
         ) from None
     synchronize(device)
     return loss, (time.perf_counter() - start) * 1000, norm
@@ -132,17 +140,24 @@ def train(
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
 ) -> Iterator[Step]:
-    """Train on each of `batches`, the first of which is that of `first_step`; yield every Step as soon as it is done.
+    """Train on each of `batches` and yield its Step. The consumer's work (logging, writing) is not timed.
 
-    `learning_rate` sets that of every step, by its index; a gradient over `clip_norm` is scaled down to it.
+    If memory runs out, repeat the step with half the micro-batch and keep that for all later steps. With several
+    ranks, `batches` has this rank's rows and a Step describes the whole batch.
 
-    Where memory runs out, the step is taken again from the same rows with half the micro-batch, and so are all that
-    follow. The clock stops before the yield: what the consumer does with a Step (logging, writing) is not timed.
-
-    Each of several ranks gets its share of every batch; a Step tells of the whole batch.
+    Args:
+        model: the network.
+        optimizer: of `model`.
+        batches: a pair of int64 (B, T) for each step.
+        autocast: the context for forward and loss.
+        device: of `model`.
+        micro_batch: rows that go through the network at a time.
+        first_step: index of the first batch.
+        learning_rate: returns the learning rate of a step from its index.
+        clip_norm: the largest norm of a gradient.
 
     Raises:
-        UserError: memory runs out with a micro-batch of one row, or with any on one of several ranks.
+        UserError: memory runs out with one row, or on one of several ranks.
     """
     model.train()
     for index, batch in enumerate(batches, first_step):
@@ -151,17 +166,17 @@ def train(
                 group["lr"] = learning_rate(index)
         step = partial(train_step, model, optimizer, batch, autocast, device, clip_norm=clip_norm)
         (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device)
-        if norm is None:  # recorded at every level, outside the clock
+        if norm is None:  # every level records it, outside the clock
             norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         rate = metrics.tokens_per_second(batch[0].numel() * ranks.count(), step_ms)
         yield Step(index, ranks.mean(loss.item()), step_ms, rate, norm.item(), micro_batch)
 
 
 def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
-    """Take `step` with `micro_batch` rows at a time, or half as many, and so on; return its result and how many.
+    """Run `step` with `micro_batch` rows at a time, halved until it fits; return its result and the number of rows.
 
     Raises:
-        UserError: memory runs out with one row, or on one of several ranks, which cannot take a step again by itself.
+        UserError: memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
     """
     while True:
         try:
@@ -169,15 +184,18 @@ def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())  # its text alone: the traceback would keep the activations alive
+            reason = " ".join(str(error).split())  # not the error: its traceback keeps the activations alive
         if ranks.count() > 1:
             raise UserError(
-                f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); no rank can halve "
-                "them alone: lower machines.*.batch_size"
+                f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); lower "
+                "machines.*.batch_size, because a rank cannot use fewer rows than the others"
             )
         if micro_batch == 1:
-            raise UserError(f"out of memory with one row at a time ({reason}); `make plan` says what fits here")
-        print(f"out of memory with {micro_batch} rows at a time, on with {micro_batch // 2} ({reason})", flush=True)
+            raise UserError(f"out of memory with one row at a time ({reason}); `make plan` shows what fits")
+        print(
+            f"out of memory with {micro_batch} rows at a time, continuing with {micro_batch // 2} ({reason})",
+            flush=True,
+        )
         micro_batch //= 2
         reset_peak_memory(device)
 
@@ -190,10 +208,10 @@ def evaluate(
     device: torch.device,
     micro_batch: int,
 ) -> float:
-    """Return the mean loss in nats over `batches`, all of one shape, `micro_batch` rows at a time; nothing compiles."""
+    """Return the mean loss in nats over `batches` of one shape, `micro_batch` rows at a time, without compilation."""
     model.eval()
     losses = []
-    with torch.compiler.set_stance("force_eager"):  # a compiled model would compile once more for inference
+    with torch.compiler.set_stance("force_eager"):  # a compiled model would compile again for inference
         for batch in batches:
             losses.append(0.0)
             for x, y, share in split(batch, micro_batch):

@@ -1,4 +1,4 @@
-"""One training step's record, and pure functions from many of them to the numbers that are reported."""
+"""The record of one training step, and pure functions from such records to the reported numbers."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of training showed.
+    """The record of one training step.
 
     Attributes:
         step: index, from 0.
@@ -16,7 +16,7 @@ class Step:
         step_ms: milliseconds for zero_grad, forward, loss, backward and optimizer step, the device synchronized.
         tokens_per_second: the batch's tokens over step_ms, those of all ranks together.
         grad_norm: Euclidean norm of the whole gradient, before any clipping.
-        micro_batch: how many rows of the batch went through the network at a time, at most, on each device.
+        micro_batch: rows of the batch that went through the network at a time, on each device.
     """
 
     step: int
@@ -30,7 +30,7 @@ class Step:
 STEP_FIELDS = tuple(field.name for field in fields(Step))
 HEADER = ",".join(STEP_FIELDS) + "\n"  # of steps.csv
 
-# What metrics.json holds of a trained level, besides status, reason and note; all null where the level was skipped.
+# Results in metrics.json, besides status, reason, note, environment and devices; all null if the level was skipped.
 MEASURED = (
     "parameters",
     "loss_first",
@@ -50,23 +50,23 @@ MEASURED = (
 
 
 def tokens_per_second(tokens: int, step_ms: float) -> float:
-    """Return the rate at which `tokens` went by in `step_ms` milliseconds."""
+    """Return the rate of `tokens` in `step_ms` milliseconds."""
     return tokens / (step_ms / 1000)
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
-    """Return a mean `loss` in nats over `tokens` tokens as bits for each byte of the text that they stand for.
+    """Convert a mean `loss` in nats over `tokens` tokens, which encode `text_bytes` bytes, into bits per byte.
 
-    Networks with other vocabularies can be compared by it, which cut the same text into more or fewer tokens.
+    Bits per byte can be compared between networks with different vocabularies.
     """
     return loss / math.log(2) * tokens / text_bytes
 
 
 def median_step_ms(steps: Sequence[Step], warmup_steps: int) -> float:
-    """Return the median time of a step in milliseconds, the first `warmup_steps` left out."""
+    """Return the median time of a step in milliseconds, without the first `warmup_steps`."""
     return statistics.median(step.step_ms for step in steps[warmup_steps:])
 
 
 def compile_seconds(steps: Sequence[Step], warmup_steps: int) -> float:
-    """Return how much longer than the median step the first one took, in seconds: compilation happens inside it."""
+    """Return the seconds by which the first step, which includes compilation, exceeds the median step."""
     return max(0.0, steps[0].step_ms - median_step_ms(steps, warmup_steps)) / 1000

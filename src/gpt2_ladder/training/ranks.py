@@ -1,6 +1,6 @@
-"""Data parallel training: several processes, the ranks, one a device; what they share, and what they tell each other.
+"""Data parallel training: what several processes (ranks), one on each device, exchange.
 
-torchrun starts them and `devices.join_ranks` brings them together. Alone, everything here does nothing.
+torchrun starts the ranks and `devices.join_ranks` connects them. In a single process these functions do nothing.
 """
 
 import math
@@ -15,30 +15,30 @@ Value = TypeVar("Value")
 
 
 def count() -> int:
-    """Return how many ranks train together."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return which of them this process is, from 0, which alone logs and writes."""
+    """Return the index of this rank. Only rank 0 logs and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def average_gradients(model: nn.Module) -> nn.Module:
-    """Return `model` such that backward leaves the mean of all ranks' gradients, and with the weights of rank 0."""
+    """Wrap `model` so that all ranks start from rank 0's weights and backward averages the gradients over the ranks."""
     if count() == 1:
         return model
-    # attention masks are the same everywhere; gradients lie in the buffers that are sent instead of beside them
+    # attention masks need no synchronization; gradients are views into the communication buffers, to save memory
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-def no_sync_if(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Return a context for forward and backward in which, if `wanted`, gradients are added up here and not yet sent."""
-    return model.no_sync() if wanted and isinstance(model, DistributedDataParallel) else nullcontext()
+def no_sync_if(condition: bool, model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context for forward and backward that accumulates gradients without sending them, if `condition`."""
+    return model.no_sync() if condition and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def gather(value: Value) -> list[Value]:
-    """Return every rank's `value`, in their order, on all of them, which wait for each other here."""
+    """Return the `value` of every rank, in rank order; all ranks wait for each other here."""
     values = [value] * count()
     if count() > 1:
         dist.all_gather_object(values, value)
@@ -46,11 +46,11 @@ def gather(value: Value) -> list[Value]:
 
 
 def mean(value: float) -> float:
-    """Return the mean of every rank's `value`."""
+    """Return the mean of `value` over all ranks."""
     return math.fsum(gather(value)) / count()
 
 
 def leave() -> None:
-    """Part from the other ranks."""
+    """Disconnect from the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()

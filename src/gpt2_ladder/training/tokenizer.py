@@ -1,4 +1,4 @@
-"""GPT-2's byte pair encoding: text <-> token ids, by tiktoken from OpenAI's two files."""
+"""GPT-2's byte pair encoding, text <-> token ids, with tiktoken and OpenAI's two files."""
 
 import json
 from collections.abc import Iterable
@@ -18,18 +18,18 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 
 
 def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    """Return GPT-2's byte pair encoding from OpenAI's two files, without asking the network.
+    """Return GPT-2's byte pair encoding from OpenAI's two files, without using the network.
 
     Raises:
-        UserError: a file is another than OpenAI's, which would give other ids.
+        UserError: a file is not OpenAI's, so the ids would be different.
     """
     for path, sha256 in ((vocab_bpe, VOCAB_BPE_SHA256), (encoder_json, ENCODER_JSON_SHA256)):
         files.check_sha256(path, sha256)
-    # The hashes are passed because tiktoken caches files by their path: without them it could return old ones.
+    # tiktoken caches files by their path: without the hashes it could return old ones
     ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
     return tiktoken.Encoding(
         "gpt2",
-        pat_str=r50k_pat_str,  # how text is cut before bytes are merged
+        pat_str=r50k_pat_str,  # how text is split before bytes are merged
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(ranks)},
         explicit_n_vocab=GPT2_VOCAB_SIZE,
@@ -37,13 +37,14 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
 
 
 def count_bytes(ids: Iterable[np.ndarray], encoder_json: Path) -> int:
-    """Return how many bytes of text the tokens in `ids`, integers of any shape, stand for: <|endoftext|> for none.
+    """Return how many bytes of text the tokens in `ids`, integers of any shape, encode; <|endoftext|> counts as none.
 
-    OpenAI's encoder.json, {token: id}, writes each byte of a token as one character; another raises UserError.
+    Raises:
+        UserError: `encoder_json` is not OpenAI's file.
     """
     files.check_sha256(encoder_json, ENCODER_JSON_SHA256)
-    encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
+    encoder = json.loads(encoder_json.read_text(encoding="utf-8"))  # {token: id}, one character for each byte
     lengths = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
     lengths[list(encoder.values())] = [len(token) for token in encoder]
     lengths[encoder[END_OF_TEXT]] = 0
-    return sum(int(lengths[some].sum()) for some in ids)
+    return sum(int(lengths[array].sum()) for array in ids)
