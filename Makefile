@@ -1,18 +1,18 @@
-# make repro   the whole ladder on real data          make test    the test suite
-# make benchmark  the gains again, in 30 rounds        make plots   DVC's plots as a page that needs no network
-# make show    the experiments, compared              make check   linters and types
-# make plan    will it fit, how fast could it be       make test-gpu  what a first GPU run has to show
-# make hellaswag  how often it finds the right ending   make sample  let the trial's network write
-# make share FOLDER=../my-gpt2   for the Hugging Face hub    make docs    docs/levels from prose, src/ and results/
-# make schema  params.schema.json from the settings     make pins    requirements.txt from pyproject.toml
+# make repro      run the whole ladder                  make test       run all tests
+# make benchmark  measure the gains in 30 rounds         make test-fast  run the tests that take seconds
+# make show       compare the experiments                make test-gpu   check a GPU
+# make plots      write DVC's plots to a page            make check      run linters and the type checker
+# make plan       predict memory and least time          make schema     write params.schema.json
+# make sample     write text with the trial's network    make pins       write requirements.txt
+# make hellaswag  grade a network on HellaSwag           make share      make a folder for the Hugging Face hub
 
 SHELL := /bin/bash
 PYTHON ?= python3
 ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# DVC needs a user name; in a container a user id may have none
+# DVC needs a user name, and a user id in a container may not have one
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
-# Recipes read these from the environment, as they were typed: make would expand a $ in them, the shell a quote.
+# Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
 $(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
@@ -24,11 +24,10 @@ repro: announce .venv/installed
 	@cat results/report/ladder.md
 
 announce:
-	@echo "The ladder takes about 20 minutes on two cores with bfloat16 where a float32 step of B=4, T=32 takes 1.1 s,"
-	@echo "the installation 1 or 2 of them, and 10 GB of memory."
-	@echo "Disk: 1.6 GB for packages (several GB more with CUDA's) and 1.6 GB for data. Free here:$$(df -h . | awk 'END {print " " $$4}')."
+	@echo "Takes about 20 minutes on two cores, 10 GB of memory and 3 GB of disk (several GB more with CUDA's packages)."
+	@echo "Free disk space here:$$(df -h . | awk 'END {print " " $$4}'). Safe to interrupt: make repro continues."
 
-# The longer measurement becomes the stage's result: `dvc repro` keeps it until something that it depends on changes.
+# Saves the longer measurement as the stage's result: `dvc repro` keeps it until a dependency changes.
 benchmark: .venv/installed
 	dvc repro parity
 	PYTHONPATH=src python -m pipeline.benchmark --rounds "$$ROUNDS"
@@ -40,7 +39,7 @@ show: .venv/installed
 	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
 		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
 
-# DVC's own page loads Vega from a server and is blank without one; vl-convert has it on the disk.
+# DVC's own page loads Vega from a server; this one includes the copy of vl-convert.
 plots: .venv/installed
 	@mkdir -p .dvc/tmp
 	@python -c 'import vl_convert; print("<!doctype html><meta charset=utf-8><title>gpt2-ladder</title><script>" \
@@ -54,25 +53,25 @@ test: .venv/installed
 test-fast: .venv/installed
 	python -m pytest -m "not gpu and not long and not slow"
 
-# What this machine's GPU shows, in a few minutes, and gpu-report.md: please send it back
+# Takes a few minutes and writes gpu-report.md: please send it to us
 test-gpu: .venv/installed
 	python -m pytest -m gpu -n 0 tests/test_gpu.py
 
-# Will it fit? Of this machine, or of a GPU that is not here: make plan MEMORY=24GiB
+# For this machine, or for another GPU: make plan MEMORY=24GiB
 plan: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment > /dev/null
 	@PYTHONPATH=src python -m pipeline.tools.plan $${MEMORY+--memory="$$MEMORY"}
 
-# 10,042 questions, over an hour on two cores: make hellaswag LIMIT=500, or MODEL=models/trial for the trial's network
+# All 10,042 questions take over an hour on two cores. Try LIMIT=500, and MODEL=models/trial for the trial's network
 hellaswag: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
 	@PYTHONPATH=src python -m pipeline.tools.hellaswag $${MODEL+"$$MODEL"} $${LIMIT+--limit="$$LIMIT"}
 
-# The trial's network, or MODEL's, as a folder for the Hugging Face hub; TRIM=1 leaves out the rows that pad its vocabulary
+# make share FOLDER=../my-gpt2; MODEL=FOLDER for another network, TRIM=1 to remove the rows that pad the vocabulary
 share: .venv/installed
 	@PYTHONPATH=src python -m pipeline.tools.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error name a new folder: make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
 
-# A text that begins with the prompt: make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
+# make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
 sample: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
 	@PYTHONPATH=src python -m pipeline.tools.sample --prompt="$$PROMPT" $(OPTIONS)
@@ -86,12 +85,12 @@ check: .venv/installed
 docs: .venv/installed
 	PYTHONPATH=src python -m pipeline.levels
 
-# For editors: params.yaml names it in its first line.
+# Editors use it to check params.yaml.
 schema: .venv/installed
 	PYTHONPATH=src python -c 'import json; from gpt2_ladder.config import Params; \
 		print(json.dumps(Params.model_json_schema(), indent=2))' > params.schema.json
 
-# The CPU wheel and the CUDA wheel of torch share one version number, so the local part (+cpu) is cut off.
+# Removes torch's local version (+cpu), because the pins are also for its CUDA wheel.
 pins: .venv/installed
 	python -m pip install --quiet pip-tools
 	pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \

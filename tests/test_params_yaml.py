@@ -52,6 +52,29 @@ def test_the_trial_starts_from_the_fp32_level():
     assert params.switches.model_dump() == params.levels["fp32"].model_dump(exclude={"group"})
 
 
+def test_a_row_may_leave_every_key_to_the_defaults(tmp_path):
+    params = load_with(tmp_path, ("  fp32: {}", "  fp32:"), ("  group: speed", "  group: speed\n  # a comment"))
+    assert params.levels["fp32"] == params.defaults == params_yaml.load(PARAMS).defaults
+
+
+def test_a_mistake_in_the_defaults_is_reported_once(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_with(tmp_path, ("  group: speed", "  group: sped\n  speling: 1"))
+    mistakes = [line.split(":", 2)[2] for line in str(caught.value).splitlines()]
+    assert [mistake.split(" = ")[0].split(": ")[0].strip() for mistake in mistakes] == [
+        "defaults.group",
+        "defaults.speling",
+    ]
+
+
+def test_a_network_takes_every_switch_that_its_config_has(tmp_path):
+    params = load_with(tmp_path, ("    attention: flash", "    attention: flash\n    chunked_loss: true"))
+    for level in params.levels.values():
+        shared = set(Switches.model_fields) & set(config.GPTConfig.model_fields)
+        assert len(shared) == 5
+        assert params.gpt(level).model_dump(include=shared) == level.model_dump(include=shared)
+
+
 def test_exponents_without_a_point_are_numbers():
     assert params_yaml.load(PARAMS).models["gpt2"].learning_rate == 3e-4
     assert params_yaml.load(PARAMS).optimizer.betas == (0.9, 0.999)
@@ -87,9 +110,9 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
             "vocab_size: 50000",
             "vocab_size = 50000: Input should be greater than or equal to 50257",
         ),
-        ("group: speed", "group: sped", "levels.fp32.group = 'sped': Input should be 'quality' or 'speed'"),
-        ("  fp32:\n    group", "  fp.32:\n    group", "levels.fp.32 = 'fp.32': String should match pattern"),
-        ("  tf32:\n    group", "  control:\n    group", "levels.control = control: that is what the benchmark calls"),
+        ("group: speed", "group: sped", "defaults.group = 'sped': Input should be 'quality' or 'speed'"),
+        ("  fp32: {}", "  fp.32: {}", "levels.fp.32 = 'fp.32': String should match pattern"),
+        ("  tf32:\n    p", "  control:\n    p", "levels.control = control: the benchmark uses this name"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
         (
             "  tied:\n",
@@ -97,7 +120,7 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
             "params.yaml:{line}: YAML anchor or alias 'row': write the values out",
         ),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
-        ("machines:\n", "machines: []\nrest:\n", "machines = []: Input should be a valid dictionary"),
+        ("machines:  ", "machines: []\nrest:  ", "machines = []: Input should be a valid dictionary"),
         (
             "n_embd: 768",
             "n_embd: 770",
@@ -107,7 +130,7 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
         (
             "block_size: 256",
             "block_size: 2048",
-            "params.yaml:{line}: machines.cpu.block_size = 2048: is over",
+            "params.yaml:{line}: machines.cpu.block_size = 2048: must be at most models.gpt2.n_positions (1024)",
         ),
         (
             "warmup_steps: 2\n",
@@ -135,6 +158,14 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
             "models.gpt2.n_layer = 1000000000: Input should be less than or equal to",
         ),
         ("tokens_per_step: ", "tokens_per_step: 512000000000000 ", "Input should be less than or equal to 134217728"),
+        ("    precision: tf32", "    precison: tf32", "levels.tf32.precison: unknown key; did you mean 'precision'?"),
+        (
+            "    precision: tf32",
+            "    precision: tf23",
+            "levels.tf32.precision = 'tf23': Input should be 'fp32', 'tf32'",
+        ),
+        ("  fp32: {}", "  fp32: 5", "levels.fp32 = 5: Input should be a valid dictionary"),
+        ("defaults:", "default:", "defaults: this key is missing"),
         ("schedule: constant", "schedule: linear", "recipe.schedule = 'linear': Input should be 'constant' or"),
         (
             "eval_tokens: 32768",
@@ -166,7 +197,7 @@ def test_activation_checkpointing_belongs_to_a_size_and_so_to_all_levels(tmp_pat
 def test_openai_weights_are_refused_for_a_size_that_has_none(tmp_path):
     line = line_of("source: auto")
     with pytest.raises(
-        UserError, match=rf"params\.yaml:{line}: pretrained\.source = openai: no weights for model: tiny"
+        UserError, match=rf"params\.yaml:{line}: pretrained\.source = openai: there are no weights for model tiny"
     ):
         load_with(tmp_path, ("model: gpt2 ", "model: tiny "), ("source: auto", "source: openai"))
 
@@ -175,7 +206,7 @@ def test_openai_weights_are_refused_for_a_size_that_has_none(tmp_path):
 @pytest.mark.parametrize(("folder", "shown"), [("here", "here"), ("''", "")])
 def test_a_folder_of_weights_that_would_not_be_read_is_refused(tmp_path, other, folder, shown):
     line = line_of("folder:  ")
-    with pytest.raises(UserError, match=rf"params\.yaml:{line}: pretrained\.folder = {shown}: not read with these"):
+    with pytest.raises(UserError, match=rf"params\.yaml:{line}: pretrained\.folder = {shown}: not read with this"):
         load_with(tmp_path, ("folder:  ", f"folder: {folder}  "), other)
 
 

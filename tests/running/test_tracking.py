@@ -206,7 +206,8 @@ def test_a_summary_that_wandb_refuses_is_one_line(capsys):
             raise BrokenPipeError("gone")
 
     tracking.log_summary(Broken(), {"rounds": 8}, {})
-    assert capsys.readouterr().out == "W&B failed (BrokenPipeError: gone): continuing without it; results/ has every step\n"
+    line = "W&B failed (BrokenPipeError: gone): continuing without it; results/ has every step\n"
+    assert capsys.readouterr().out == line
 
 
 class Failing:
@@ -279,7 +280,8 @@ def test_settings_of_the_users_that_wandb_refuses_cannot_stop_a_training(
     monkeypatch.setenv(name, value)
     with Tracker(tmp_path / "steps.csv", start()) as tracker:
         tracker.log(STEPS[0])
-    assert re.fullmatch(rf"W&B cannot start \({reason}.*\):  recording this run in results/ only\n", capsys.readouterr().out)
+    line = rf"W&B cannot start \({reason}.*\): recording this run in results/ only\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
     assert len((tmp_path / "steps.csv").read_text().splitlines()) == 2
 
 

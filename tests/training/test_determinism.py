@@ -6,7 +6,7 @@ TRAINING = """
 import hashlib
 import torch
 from helpers.common import random_ids, tiny
-from gpt2_ladder import devices, runtime, training
+from gpt2_ladder.training import devices, loop, runtime
 from gpt2_ladder.config import AdamW
 from gpt2_ladder.model import GPT
 device = devices.open_device("cpu", 2, 1337, deterministic=True)

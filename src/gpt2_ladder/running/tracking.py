@@ -90,7 +90,8 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
         except wandb.errors.Error as error:
             wandb.teardown()
             run = init(mode="offline")
-            print(f"W&B cannot be reached or refuses ({_one_line(error)}): send this run later with `wandb sync`", flush=True)
+            reason = _one_line(error)
+            print(f"W&B cannot be reached or refuses ({reason}): send this run later with `wandb sync`", flush=True)
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     except FAILURES as error:
         print(f"W&B cannot start ({_one_line(error)}): recording this run in results/ only", flush=True)
