@@ -24,7 +24,7 @@ ROWS = [
     ("a loss or gradient that is no number", "the steps since the last good checkpoint",
      "tests/running/test_checkpoints.py tests/stages/test_train.py -k no_number"),
     ("SIGKILL or an error while an output is replaced", "the new output; the one of before is whole",
-     "tests/test_files.py -k 'killed_in or cannot_be_written or disk_is_full'"),
+     "tests/test_files.py -k 'kill_while or change_together or disk_is_full'"),
     ("a disk that fills up (tmpfs)", "the new output; the one of before is whole", "tests/stages/test_full_disk.py"),
     ("a download that is refused, reset, cut, slow, of another length or flipped, once",
      "at most 3 tries", "tests/sources/test_downloads.py tests/sources/test_hub_faults.py -k 'may_pass or second_try'"),

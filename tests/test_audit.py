@@ -1,8 +1,8 @@
-"""What a training step really computes: the operators it dispatches, level by level, against what the level says.
+"""Every operator that a training step dispatches, compared with the switches of its level.
 
-Loss curves cannot tell a level that is only slower than it should be. Here every operator of forward, backward and
-optimizer is recorded, on a CPU, whose autocast and flash kernel stand for CUDA's. Each audit has planted faults that it
-must find. A recorder switches torch.compile off, so compiled levels are recorded uncompiled and their graphs counted.
+A level that is only slower than it should be has the right loss curve, so every operator of forward, backward and
+optimizer is recorded, on a CPU, whose autocast and flash kernel stand for CUDA's. Planted faults must be found. A
+recorder switches torch.compile off: compiled levels are recorded uncompiled, and their graphs are counted.
 """
 
 import math
@@ -30,7 +30,7 @@ TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers every operator: its name, the types of the tensors that go in, the shapes of those that come out."""
+    """Record the name, the types of the input tensors and the shapes of the output tensors of every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        outs = [one for one in (out if isinstance(out, tuple | list) else [out]) if isinstance(one, torch.Tensor)]
-        ins = [one.dtype for one in args if isinstance(one, torch.Tensor)]
-        self.calls.append((str(func).removesuffix(".default"), ins, [one.shape for one in outs]))
+        outs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
+        ins = [t.dtype for t in args if isinstance(t, torch.Tensor)]
+        self.calls.append((str(func).removesuffix(".default"), ins, [t.shape for t in outs]))
         return out
 
     def names(self) -> list[str]:
@@ -48,13 +48,13 @@ class Recorder(TorchDispatchMode):
 
 
 def build(switches: Switches) -> GPT:
-    """A small network with all of `switches` that concern it."""
+    """Return a small network with the switches that concern the network."""
     names = {"attention", "tie_weights", "init", "vocab_size", "chunked_loss"}
     return GPT(tiny(n_layer=N_LAYER, **switches.model_dump(include=names)))
 
 
 def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype | None, torch.dtype]]:
-    """The operators of a step at `switches` up to the optimizer, the network, and the types of its logits and loss."""
+    """Return the operators of a step without the optimizer, the network, and the types of its logits and loss."""
     network = build(switches)
     outputs: list[tuple[torch.Tensor | None, torch.Tensor]] = []
     network.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -67,11 +67,11 @@ def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype | None,
 
 
 def audit(switches: Switches) -> None:
-    """Assert that a step at `switches` computes what they say."""
+    """Assert that a step computes what its switches say."""
     recorder, network, (logits, loss) = record(switches)
     matmuls = [(name, ins) for name, ins, _ in recorder.calls if name in MATMULS]
-    per_layer = 4 if switches.attention == "flash" else 6  # four linear layers; eager has two products of its own
-    head = 4 * model.CHUNKS if switches.chunked_loss else 3  # a piece's logits are computed once more in backward
+    per_layer = 4 if switches.attention == "flash" else 6  # four linear layers; eager has two more products
+    head = 4 * model.CHUNKS if switches.chunked_loss else 3  # backward computes a chunk's logits again
     assert len(matmuls) == 3 * N_LAYER * per_layer + head  # forward one, backward one for each factor
     assert {kind for _, ins in matmuls for kind in ins} == {TYPES[switches.precision]}
     flash = [name for name in recorder.names() if "scaled_dot_product_flash_attention" in name]
@@ -82,7 +82,7 @@ def audit(switches: Switches) -> None:
         shape for _, _, shapes in recorder.calls for shape in shapes if shape == (B * T, switches.vocab_size)
     ]
     assert bool(whole_logits) != switches.chunked_loss
-    assert "aten._local_scalar_dense" not in recorder.names()  # .item(): on a GPU it waits for everything before it
+    assert "aten._local_scalar_dense" not in recorder.names()  # .item(): on a GPU it waits for all previous work
     assert (logits, loss) == (None if switches.chunked_loss else TYPES[switches.precision], torch.float32)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
@@ -99,11 +99,11 @@ def eager_attention(q, k, v, is_causal):
 
 
 def with_item(forward: Callable) -> Callable:
-    def looks_at_a_value(self, x):
+    def calls_item(self, x):
         x.sum().item()
         return forward(self, x)
 
-    return looks_at_a_value
+    return calls_item
 
 
 def item_beside_the_network(batch, rows, split=loop.split):
@@ -128,7 +128,7 @@ def with_a_break(forward: Callable) -> Callable:
 
 
 def wrapped_forward(wrap: Callable) -> AbstractContextManager:
-    """Replace the forward of every MLP by `wrap` of it."""
+    """Patch the forward of every MLP with `wrap(forward)`."""
     return mock.patch.object(model.MLP, "forward", wrap(model.MLP.forward))
 
 
@@ -151,11 +151,11 @@ def test_the_audit_finds_a_planted_fault(fault):
 
 
 def graphs(switches: Switches) -> int:
-    """How many graphs Dynamo cuts the network into, compiled as runtime.compile_model does it."""
-    network, found = build(switches), []
+    """Count the graphs into which Dynamo splits the network when runtime.compile_model compiles it."""
+    network, compiled = build(switches), []
 
     def backend(graph, _):
-        found.append(graph)
+        compiled.append(graph)
         return graph.forward
 
     with mock.patch.object(network, "compile", partial(network.compile, backend=backend)):
@@ -163,7 +163,7 @@ def graphs(switches: Switches) -> int:
     with runtime.set_precision(switches.precision, CPU):
         network(random_ids(B, T), random_ids(B, T, seed=1))
     torch._dynamo.reset()
-    return len(found)
+    return len(compiled)
 
 
 @pytest.mark.parametrize("level", [name for name, switches in LEVELS.items() if switches.compile])
@@ -176,7 +176,7 @@ def test_a_graph_break_is_found():
         graphs(LEVELS["compile"])
 
 
-def test_the_optimizer_reads_no_value_back_from_parameters_or_gradients():
+def test_the_optimizer_copies_no_parameter_or_gradient_to_the_cpu():
     network = GPT(tiny())
     optimizer = loop.make_optimizer(network, 1e-3, AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
     network(random_ids(B, T), random_ids(B, T, seed=1))[1].backward()
@@ -184,5 +184,5 @@ def test_the_optimizer_reads_no_value_back_from_parameters_or_gradients():
     with Recorder() as recorder:
         optimizer.step()
     read = [ins for name, ins, _ in recorder.calls if name == "aten._local_scalar_dense"]
-    assert len(read) == len(list(network.parameters()))  # its own step counters, which live on the CPU on any device
+    assert len(read) == len(list(network.parameters()))  # its step counters, which are on the CPU for every device
     assert {state["step"].device for state in optimizer.state.values()} == {CPU}

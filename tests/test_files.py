@@ -1,4 +1,4 @@
-"""What is written is whole, durable and behind no link, or it is not there; and what was there stays."""
+"""A file is written completely, durably and not through a link; otherwise the previous file stays."""
 
 import ast
 import csv
@@ -39,11 +39,11 @@ def record(folder: Path) -> None:
         tracker.log(Step(0, 10.9, 500.0, 256.0, 1.5, 4))
 
 
-# a writer of every kind of output, and the files that it makes in `folder`
 def skip(folder: Path) -> None:
     run.skip(SimpleNamespace(name="flash", folder=folder), {"reason": "no compiler"})
 
 
+# a writer of every kind of output, and the files that it writes into `folder`
 WRITERS = {
     "json": (lambda folder: write_json(folder / "gains.json", {"rounds": 8}), ["gains.json"]),
     "provenance": (
@@ -77,7 +77,7 @@ def full_disk(_: int) -> None:
 
 @writers
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
-def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_keeps_its_bytes(folder, tmp_path, write, names, link):
+def test_a_link_into_dvcs_cache_is_replaced_and_not_written_through(folder, tmp_path, write, names, link):
     for name in names:
         (tmp_path / name).write_bytes(b"in the cache")
         (tmp_path / name).chmod(0o444)
@@ -91,7 +91,7 @@ def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_keeps_its_bytes(folder
 
 
 @writers
-def test_where_the_disk_is_full_the_previous_output_stays_and_nothing_else(folder, monkeypatch, write, names):
+def test_the_previous_output_stays_when_the_disk_is_full(folder, monkeypatch, write, names):
     for name in names:
         (folder / name).write_bytes(b"before")
     monkeypatch.setattr(os, "fsync", full_disk)
@@ -101,7 +101,7 @@ def test_where_the_disk_is_full_the_previous_output_stays_and_nothing_else(folde
 
 
 @writers
-def test_who_may_read_is_what_open_gives(folder, write, names):
+def test_files_have_the_permissions_that_open_gives(folder, write, names):
     for mask in (0o022, 0o077):
         before = os.umask(mask)
         try:
@@ -114,21 +114,21 @@ def test_who_may_read_is_what_open_gives(folder, write, names):
 OF_A_PATH = {"write_text", "write_bytes", "open", "touch", "symlink_to"}
 WRITING = OF_A_PATH | {"save_file", "save_pretrained", "export_chrome_trace", "copy", "copy2", "copyfile", "to_csv"}
 WRITING |= {"tofile", "torch.save", "np.save", "json.dump"}
-# What is written by other means than files.write, and why no link can be behind it
+# Calls that write without files.write, and why the file cannot be a link
 KNOWN = {
-    # it lies in a temporary folder
-    *("environment.py: Path(folder) / 'probe.cpp'", "__init__.py: Path(path)", "artifacts.py: temporary"),
+    # in a temporary folder
+    *("environment.py: Path(folder) / 'probe.cpp'", "__init__.py: Path(path)", "downloads.py: temporary"),
     *(f"pretrained.py: {target}" for target in ("Path(temporary) / WEIGHTS", "temporary", "path")),
-    # files.replacing gave the name
+    # a path from files.replacing
     *(
         "checkpoints.py: new_weights",
         "checkpoints.py: new_state",
         "data.py: raw",
         "data.py: sidecar",
-        "hub.py: weights",
+        "hub_format.py: weights",
     ),
-    *("hub.py: config", "profiling.py: str(temporary)", "files.py: temporary", "files.py: plain"),
-    # files.write has just made it: it grows line by line
+    *("hub_format.py: config", "profiling.py: str(temporary)", "files.py: temporary", "files.py: plain"),
+    # files.write has just created it; lines are appended
     "tracking.py: steps_csv or Path(os.devnull)",
     # a device
     *("__init__.py: os.devnull", "launch.py: Path(os.devnull)"),
@@ -136,8 +136,8 @@ KNOWN = {
 
 
 def written_in_place(path: Path) -> set[str]:
-    """The targets of all calls in a module that open a file for writing, or have a library do so."""
-    found = set()
+    """Return the targets of all calls in a module that open a file for writing, directly or in a library."""
+    targets = set()
     for node in ast.walk(ast.parse(path.read_text())):
         function, text = ast.unparse(getattr(node, "func", node)), ast.unparse(node)
         name = function.rpartition(".")[2]
@@ -149,16 +149,16 @@ def written_in_place(path: Path) -> set[str]:
             target = node.func.value
         else:
             target = node.args[0 if name == "open" else -1]
-        found.add(f"{path.name}: {ast.unparse(target)}")
-    return found
+        targets.add(f"{path.name}: {ast.unparse(target)}")
+    return targets
 
 
-def test_stages_and_modules_write_in_no_other_way():
-    paths = [*(REPOSITORY / "pipeline").glob("*.py"), *(REPOSITORY / "src/gpt2_ladder").glob("*.py")]
+def test_every_other_way_of_writing_is_known():
+    paths = [*(REPOSITORY / "pipeline").rglob("*.py"), *(REPOSITORY / "src/gpt2_ladder").rglob("*.py")]
     assert set().union(*map(written_in_place, paths)) == KNOWN
 
 
-def test_a_reader_sees_the_whole_old_file_until_it_sees_the_whole_new_one(tmp_path):
+def test_a_reader_sees_the_whole_old_or_the_whole_new_file(tmp_path):
     path = tmp_path / "gains.json"
     files.write(path, "old")
     with path.open() as reader, files.replacing(path) as (temporary,):
@@ -169,7 +169,7 @@ def test_a_reader_sees_the_whole_old_file_until_it_sees_the_whole_new_one(tmp_pa
     assert path.read_text() == "whole"
 
 
-def test_of_two_files_neither_changes_when_one_cannot_be_written(tmp_path):
+def test_two_files_change_together_or_not_at_all(tmp_path):
     first, second = tmp_path / "train.json", tmp_path / "train.bin"
     first.write_text("old")
     second.write_text("old")
@@ -178,19 +178,19 @@ def test_of_two_files_neither_changes_when_one_cannot_be_written(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"train.json": "old", "train.bin": "old"}
 
 
-def test_every_byte_is_on_the_disk_before_a_name_points_to_it(tmp_path, monkeypatch):
-    happened = []
+def test_files_are_synced_before_they_get_their_names(tmp_path, monkeypatch):
+    events = []
     sync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (happened.append(Path(f"/proc/self/fd/{fd}").readlink()), sync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda path, to: (happened.append(to), replace(path, to)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(f"/proc/self/fd/{fd}").readlink()), sync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append(to), replace(path, to)))
     paths = (tmp_path / "b", tmp_path / "a")
     with files.replacing(*paths) as temporary:
         for path in temporary:
             path.write_text("new")
-    assert happened == [*temporary, *paths, tmp_path]
+    assert events == [*temporary, *paths, tmp_path]
 
 
-def test_killed_in_the_middle_the_previous_file_is_whole(tmp_path):
+def test_a_kill_while_writing_leaves_the_previous_file_whole(tmp_path):
     path = tmp_path / "gains.json"
     path.write_text("old")
     code = "import os, sys; from pathlib import Path; from gpt2_ladder import files\n"
@@ -201,7 +201,7 @@ def test_killed_in_the_middle_the_previous_file_is_whole(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     ignored = subprocess.run(["git", "check-ignore", "-q", ".writing-1"], cwd=REPOSITORY, check=False)
-    assert ignored.returncode == 0  # what it leaves behind must not dirty a clone, nor change a folder that DVC hashes
+    assert ignored.returncode == 0  # the leftover file must not dirty a clone or change a folder that DVC hashes
     assert ".writing-*" in (REPOSITORY / ".dvcignore").read_text().split()
 
 
@@ -223,7 +223,7 @@ def test_the_losses_are_one_long_table(folder):
         (b" " * (files.LARGEST_JSON + 1), "more than 1,048,576 bytes"),
     ],
 )
-def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, raw, message):
+def test_a_file_that_is_not_a_json_object_is_refused_in_one_line(tmp_path, raw, message):
     (tmp_path / "train.json").write_bytes(raw)
     with pytest.raises(UserError, match=rf"train\.json: expected a JSON object: .*{message}") as caught:
         files.read_json(tmp_path / "train.json")

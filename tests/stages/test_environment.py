@@ -1,4 +1,4 @@
-"""The environment stage: what it finds on a machine. What it warns about is in test_repository.py."""
+"""The environment stage: how it describes a machine. test_repository.py tests its warnings."""
 
 import os
 import runpy
@@ -22,7 +22,7 @@ INDUCTOR = Path(torch.__file__).parent / "_inductor"
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Path:
-    """A folder with the /proc and /sys of a machine with four processors, which the environment stage then sees."""
+    """A folder that stands for /proc and /sys of a machine with four processors."""
     for name in ("PROC", "SYS"):
         monkeypatch.setattr(environment, name, tmp_path / name.lower())
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
@@ -36,15 +36,16 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_the_environment_is_found_without_the_commit():
-    found = environment.describe()
-    assert found.threads >= 1
-    assert found.torch.startswith("2.")
-    assert "commit" not in found.model_dump()
+def test_the_environment_does_not_contain_the_commit():
+    """Every level would be trained again after each commit."""
+    result = environment.describe()
+    assert result.threads >= 1
+    assert result.torch.startswith("2.")
+    assert "commit" not in result.model_dump()
 
 
 @pytest.mark.parametrize(("value", "threads"), [("7", 7), ("4,2", 4), (" 4 , 2 ", 4), ("", 4), (" ", 4), (None, 4)])
-def test_an_environment_variable_decides_about_threads(machine, monkeypatch, value, threads):
+def test_omp_num_threads_sets_the_number_of_threads(machine, monkeypatch, value, threads):
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert environment.describe().threads == threads
@@ -72,13 +73,13 @@ def test_an_invalid_number_of_threads_is_refused(monkeypatch, value):
         (None, "arm", False),
     ],
 )
-def test_a_processors_name_ends_in_its_best_vector_unit(machine, monkeypatch, cpuinfo, name, bf16):
-    """A virtual machine may hide AMX: bf16 was 1.82 times as fast as fp32 with it, and slower without."""
+def test_a_processors_name_ends_in_its_best_vector_instructions(machine, monkeypatch, cpuinfo, name, bf16):
+    """A virtual machine may hide AMX: bf16 was 1.82 times as fast as fp32 with it, and slower without it."""
     monkeypatch.setattr(environment.platform, "processor", lambda: "arm")
     if cpuinfo is not None:
         write(machine / "proc/cpuinfo", cpuinfo)
-    found = environment.describe()
-    assert (found.device_name, found.bf16, found.threads) == (name, bf16, 4)
+    result = environment.describe()
+    assert (result.device_name, result.bf16, result.threads) == (name, bf16, 4)
 
 
 def test_two_hyperthreads_are_one_core(machine):
@@ -100,7 +101,11 @@ def test_two_hyperthreads_are_one_core(machine):
         ("4:cpu,cpuacct:/d/1\n", {"cpu/d/1/cpu.cfs_quota_us": "210000\n", "cpu/d/1/cpu.cfs_period_us": "100000\n"}, 3),
         ("4:cpuacct,cpu:/d/1\n", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 2),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        ("2:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 4),  # another's
+        (
+            "2:cpuset:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
+            4,
+        ),  # of another controller
         ("", {"cpu.max": "50000 100000\n"}, 4),
     ],
 )
@@ -115,7 +120,7 @@ def test_a_containers_cpu_quota_limits_the_threads(machine, monkeypatch, cgroup,
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """A function that puts a program called `name`, which `prints` something, first on PATH; no GPU is hidden."""
+    """A function that puts a program that prints a text first on PATH. GPUs are not hidden."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
@@ -126,14 +131,14 @@ def install(tmp_path, monkeypatch):
     return put
 
 
-def test_an_nvidia_gpu_is_found_by_nvidia_smi(install, monkeypatch):
+def test_nvidia_smi_finds_an_nvidia_gpu(install, monkeypatch):
     monkeypatch.setattr(environment, "version", lambda _: "2.13.0")  # not the CPU's wheel
     monkeypatch.setattr(environment, "compile_problem", lambda links_torch: f"links torch: {links_torch}")
     for capability, bf16 in (("9.0", True), ("7.5", False)):
         install("nvidia-smi", f"NVIDIA X, {capability}")
-        found = environment.describe()
-        assert (found.device, found.device_name, found.bf16) == ("cuda", "NVIDIA X", bf16)
-        assert found.compile_problem == "links torch: False"  # what is compiled for a GPU does not
+        result = environment.describe()
+        assert (result.device, result.device_name, result.bf16) == ("cuda", "NVIDIA X", bf16)
+        assert result.compile_problem == "links torch: False"  # code compiled for a GPU does not link torch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment.describe().device == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -141,11 +146,11 @@ def test_an_nvidia_gpu_is_found_by_nvidia_smi(install, monkeypatch):
     assert environment.describe().device == "cpu"
 
 
-def test_a_missing_compiler_is_named():
+def test_a_missing_compiler_is_reported():
     assert "no C++ compiler: 'no-such-compiler'" in (environment.compile_problem("no-such-compiler") or "")
 
 
-def test_missing_python_headers_are_named(monkeypatch, tmp_path):
+def test_missing_python_headers_are_reported(monkeypatch, tmp_path):
     assert environment.compile_problem() is None
     monkeypatch.setattr(environment.sysconfig, "get_path", lambda _: str(tmp_path))
     assert "Python.h is missing" in (environment.compile_problem() or "")
@@ -155,11 +160,11 @@ def test_a_compiler_that_fails_gives_the_same_reason_each_time(monkeypatch):
     monkeypatch.setattr(environment, "PROBE", "#include <no-such-header.h>\n")
     first = environment.compile_problem()
     assert "no-such-header.h" in (first or "")
-    assert environment.compile_problem() == first  # another text would retrain every level
+    assert environment.compile_problem() == first  # a changed reason would retrain every level
     assert environment.compile_problem("false") == "'false' cannot build a shared library: it gave no reason"
 
 
-def test_a_reason_has_no_random_name(install, monkeypatch):
+def test_a_reason_contains_no_random_file_name(install, monkeypatch):
     install("broken-g++", "")
     Path(shutil.which("broken-g++") or "").write_text('#!/bin/sh\necho "/usr/bin/ld: /tmp/cc$$.o: bad" >&2; exit 1')
     first = environment.compile_problem("broken-g++")
@@ -167,14 +172,14 @@ def test_a_reason_has_no_random_name(install, monkeypatch):
     assert first == "'broken-g++' cannot build a shared library: /usr/bin/ld: probe.o: bad"
 
 
-def test_a_path_that_inductor_cannot_pass_to_the_compiler_is_named(tmp_path, monkeypatch):
+def test_a_path_that_inductor_cannot_pass_to_the_compiler_is_reported(tmp_path, monkeypatch):
     folder = tmp_path / "my project"
     folder.mkdir()
     problem = "torch does not quote the path of {}: choose one without blanks, quotes and backslashes".format
     for name, shown in (("TMPDIR", "TMPDIR or USER"), *((n, n) for n in ("TORCHINDUCTOR_CACHE_DIR", "CXX"))):
         with monkeypatch.context() as patch:
             patch.setenv(name, str(folder))
-            patch.setattr(environment.tempfile, "tempdir", None)  # Python has read TMPDIR before
+            patch.setattr(environment.tempfile, "tempdir", None)  # Python caches TMPDIR
             assert environment.compile_problem() == problem(shown)
     (folder / "torch").symlink_to(Path(torch.__file__).parent)
     distribution = environment.distribution("torch")
@@ -190,11 +195,11 @@ def test_a_path_that_inductor_cannot_pass_to_the_compiler_is_named(tmp_path, mon
 
 
 def test_torch_does_not_quote_the_paths_of_its_libraries_yet():
-    """Once this fails, torch has fixed it: stop refusing such a path of the Python environment."""
+    """If this fails, torch has fixed it: stop refusing such a path of the Python environment."""
     assert 'f"-L{lib_dir} "' in (INDUCTOR / "cpp_builder.py").read_text()
 
 
-def test_a_folder_in_which_inductor_cannot_work_is_named(tmp_path, monkeypatch, install):
+def test_a_folder_that_inductor_cannot_use_is_reported(tmp_path, monkeypatch, install):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
     fix = "; set TORCHINDUCTOR_CACHE_DIR (or TMPDIR) to another"
@@ -203,7 +208,7 @@ def test_a_folder_in_which_inductor_cannot_work_is_named(tmp_path, monkeypatch, 
     assert environment.compile_problem() == f"Inductor's folder cannot be used: Not a directory{fix}"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "made/here"))
     assert environment.compile_problem() is None
-    install("g++", "")  # builds what cannot be loaded, as in a folder mounted with noexec
+    install("g++", "")  # its library cannot be loaded, as in a folder mounted with noexec
     Path(shutil.which("g++") or "").write_text(
         '#!/bin/sh\ncase $PWD in "$TORCHINDUCTOR_CACHE_DIR"/*) echo no library > probe.so;; *) false; esac'
     )
@@ -212,8 +217,8 @@ def test_a_folder_in_which_inductor_cannot_work_is_named(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("user", ["ada", "DOMAIN\\ada:1", None])
-def test_the_compiler_is_tried_where_inductor_will_build(tmp_path, monkeypatch, user):
-    """Without a user's name, as for a user id without a passwd entry, too."""
+def test_the_compiler_is_tried_in_the_folder_that_inductor_will_use(tmp_path, monkeypatch, user):
+    """The folder's name contains the user's name, or the user id if it has no passwd entry."""
     monkeypatch.setattr(environment.tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
@@ -231,7 +236,7 @@ def test_the_compiler_is_tried_where_inductor_will_build(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(("given", "exported"), [("ada", "ada"), ("", "12345"), (None, "12345")])
 def test_make_sets_user_for_a_user_id_without_a_name(install, monkeypatch, given, exported):
-    install("id", "")  # of a user id without a passwd entry
+    install("id", "")  # as for a user id without a passwd entry
     Path(shutil.which("id") or "").write_text("#!/bin/sh\n[ $1 = -u ] && echo 12345")
     monkeypatch.delenv("USER", raising=False)
     if given is not None:

@@ -1,4 +1,4 @@
-"""A disk of a few kilobytes runs full: one line says so, what was good is still there, and nothing half-written is."""
+"""A disk of 256 KiB runs full: one line reports it, previous files stay, and no partial file is left."""
 
 import contextlib
 import random
@@ -45,7 +45,7 @@ def fill(folder: Path) -> None:
             file.write(b"\0" * KIB)
 
 
-def test_tokenizing_stops_and_the_previous_shards_stay(small_disk, monkeypatch, bpe_files):
+def test_the_previous_shards_stay_when_tokenizing_fills_the_disk(small_disk, monkeypatch, bpe_files):
     shutil.copy(REPOSITORY / "params.yaml", small_disk)
     link_encoding(bpe_files)
     put_corpus(monkeypatch, b"a good text, " * 100)
@@ -68,13 +68,13 @@ def test_tokenizing_stops_and_the_previous_shards_stay(small_disk, monkeypatch, 
         ("ladder.png", lambda path, size: charts.save_png(alt.Chart(title="x" * size).mark_point(), path)),
     ],
 )
-def test_a_result_that_does_not_fit_leaves_the_previous_one_and_its_disk_is_named(small_disk, monkeypatch, name, write):
+def test_the_previous_result_stays_when_a_new_one_does_not_fit(small_disk, monkeypatch, name, write):
     folder = small_disk / "results"
     write(folder / name, 1)
     before = contents(small_disk)
     fill(small_disk)
     with monkeypatch.context() as inside:
-        inside.chdir("/")  # another disk, with room
+        inside.chdir("/")  # another disk, which has room
         with pytest.raises(SystemExit, match=FULL.format(folder)):
             run(lambda: write(folder / name, 30))
     assert contents(small_disk) == before

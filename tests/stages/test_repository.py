@@ -1,4 +1,4 @@
-"""The environment stage under Git and DVC: what it warns about, where DVC runs it, and links in DVC's cache."""
+"""The environment stage under Git and DVC: its warnings, where DVC runs it, and links into DVC's cache."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ NO_LINKS = "".join(f"int {name}() {{ return -1; }}" for name in ("link", "linkat
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """A Git repository with the environment stage alone, two commits on the branch main, and an identity for Git."""
+    """A Git repository with only the environment stage, two commits on the branch main, and a Git identity."""
     folder = tmp_path / "repository"
     for name in ("src", "pipeline", ".dvc/config", ".dvcignore", "params.yaml", "Makefile", "requirements.txt"):
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
@@ -41,7 +41,7 @@ def repository(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("state", ["shallow", "detached", "no identity", "half an identity"])
-def test_the_commands_in_a_git_warning_remove_it(repository, monkeypatch, capsys, state):
+def test_the_commands_in_a_git_warning_fix_its_cause(repository, monkeypatch, capsys, state):
     environment.warn_about_git()
     assert capsys.readouterr().out == ""
     folder = repository
@@ -98,7 +98,7 @@ def test_dvc_links_its_cache_and_copies_where_it_cannot_link(repository, tmp_pat
     (repository / "data").mkdir()
     (tmp_path / "no-links.c").write_text(NO_LINKS)
     call(tmp_path, "gcc", "-shared", "-fPIC", "no-links.c", "-o", "no-links.so")
-    clone = ["cp", "--reflink=always", "dvc.yaml", "data/cloned"]  # DVC's first choice, where the file system has it
+    clone = ["cp", "--reflink=always", "dvc.yaml", "data/cloned"]  # DVC's first choice, if the file system supports it
     linked = 1 if subprocess.run(clone, cwd=repository, capture_output=True, check=False).returncode == 0 else 2
     preload = ("env", f"LD_PRELOAD={tmp_path}/no-links.so")
     for name, links, preloaded in (("linked", linked, ()), ("copied", 1, preload)):
