@@ -101,15 +101,11 @@ class GPTConfig(Size):
 
 
 class ModelSize(Size):
-    """One row of `models`: a size and its training settings.
-
-    Attributes:
-        activation_checkpointing: keep only each block's input for backward and recompute the rest, to save memory.
-    """
+    """One row of `models`: a size and its training settings."""
 
     learning_rate: PositiveFloat
     overfit_loss: PositiveFloat
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # keep only each block's input for backward and recompute the rest
 
     def gpt(self) -> GPTConfig:
         """Return OpenAI's network at this size."""
@@ -125,21 +121,13 @@ class AdamW(Strict):
 
 
 class Recipe(Strict):
-    """Training techniques beyond the seed. Only the trial uses them; levels use the defaults.
+    """Training techniques beyond the seed. Only the trial uses them; levels use the defaults."""
 
-    Attributes:
-        clip_norm: largest norm of a step's gradient; None: no clipping.
-        schedule: of the learning rate: constant, or a cosine down to a tenth.
-        lr_warmup_steps: steps in which the learning rate rises to its full value.
-        decay: weight decay acts on all parameters, or on matrices only (no biases, no LayerNorms).
-        tokens_per_step: tokens whose gradients are accumulated for one step; None: those of one batch.
-    """
-
-    clip_norm: PositiveFloat | None = None
-    schedule: Literal["constant", "cosine"] = "constant"
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay: Literal["all", "matrices"] = "all"
-    tokens_per_step: Annotated[int, Field(gt=0, le=2**27)] | None = None
+    clip_norm: PositiveFloat | None = None  # largest norm of a step's gradient; None: no clipping
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; the cosine falls to a tenth
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # steps in which the learning rate rises to its full value
+    decay: Literal["all", "matrices"] = "all"  # which parameters decay; "matrices" excludes biases and LayerNorms
+    tokens_per_step: Annotated[int, Field(gt=0, le=2**27)] | None = None  # None: those of one batch
 
 
 class Pretrained(Strict):
@@ -150,17 +138,7 @@ class Pretrained(Strict):
 
 
 class Data(Strict):
-    """The training text.
-
-    Attributes:
-        source: tiny Shakespeare; text files, a document each; parquet files, a document a row; or FineWeb-Edu's sample
-            of 10 billion tokens.
-        path: file or folder of `text` and `parquet`.
-        column: the column of `parquet` files that holds the text.
-        val_tokens: the first tokens, for validation; of tiny Shakespeare, the last tenth is.
-        shard_tokens: tokens in a shard; the last one holds the rest.
-        shuffle: train on the blocks of block_size tokens in a random order, drawn from the seed.
-    """
+    """The training text. params.yaml explains the keys."""
 
     source: Literal["tiny-shakespeare", "text", "parquet", "fineweb-edu"]
     path: Annotated[str, Field(min_length=1)]

@@ -32,23 +32,14 @@ FOLDER = Path("checkpoints")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training with fixed settings.
+    """The checkpoints of one training with fixed settings."""
 
-    Attributes:
-        name: of the training.
-        settings: everything that decides its result, as JSON; checkpoints with other settings are ignored.
-        model: the network.
-        optimizer: of `model`.
-        batches: the training data.
-        every: number of steps between two checkpoints.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
+    name: str  # of the training
+    settings: Mapping[str, Any]  # JSON of all that decides the result; checkpoints with other settings are ignored
     model: GPT
     optimizer: torch.optim.Optimizer
     batches: Batches
-    every: int
+    every: int  # steps between two checkpoints
 
     @property
     def folder(self) -> Path:

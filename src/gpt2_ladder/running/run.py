@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,25 +24,15 @@ from gpt2_ladder.training.metrics import Step
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """One training."""
 
-    Attributes:
-        name: the level's name, "trial" or "overfit".
-        job_type: W&B's job type: "train", "trial" or "overfit".
-        switches: of the ladder.
-        shape: batches, steps and validation.
-        recipe: techniques beyond the seed.
-        devices: number of GPUs, or processes on a CPU, that share each batch.
-        folder: where steps.csv and metrics.json go.
-    """
-
-    name: str
-    job_type: str
+    name: str  # the level's name, "trial" or "overfit"
+    job_type: str  # for W&B: "train", "trial" or "overfit"
     switches: Switches
     shape: Shape
     recipe: Recipe
-    devices: int
-    folder: Path
+    devices: int  # GPUs, or processes on a CPU, that share each batch
+    folder: Path  # for steps.csv and metrics.json
 
     @property
     def tokens_per_step(self) -> int:
@@ -50,8 +40,7 @@ class Job:
         return self.recipe.tokens_per_step or self.shape.batch_size * self.shape.block_size
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The files that a training reads: shards, the folder of further shards, and GPT-2's encoding."""
 
     train: Path
@@ -60,8 +49,7 @@ class Inputs:
     encoder_json: Path
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(NamedTuple):
     """The parts of a training that are on its device, and the attention kernel that it uses."""
 
     device: torch.device
@@ -240,9 +228,8 @@ def _train(
     """Yield the steps of `job` from `first_step` on, each over this rank's rows."""
     count = job.tokens_per_step // (job.shape.batch_size * job.shape.block_size)
     steps = islice(data.concatenate(batches, count), job.shape.steps - first_step)
-    rate = partial(
-        loop.learning_rate_at, steps=job.shape.steps, learning_rate=params.size.learning_rate, recipe=job.recipe
-    )
+    peak = params.size.learning_rate
+    rate = partial(loop.learning_rate_at, steps=job.shape.steps, learning_rate=peak, recipe=job.recipe)
     return loop.train(
         ranks.average_gradients(built.model),
         built.optimizer,
@@ -272,9 +259,8 @@ def _summarize(
     # before validation, which would add to it, and on the device that needed most
     peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
     batches, text_bytes = validation
-    local_batches = data.local_rows(iter(batches), ranks.rank(), job.devices)
-    local_loss = loop.evaluate(built.model, local_batches, built.autocast, built.device, steps[-1].micro_batch)
-    val_loss = ranks.mean(local_loss)
+    local = data.local_rows(iter(batches), ranks.rank(), job.devices)
+    val_loss = ranks.mean(loop.evaluate(built.model, local, built.autocast, built.device, steps[-1].micro_batch))
     return {
         "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
         "loss_first": steps[0].loss,

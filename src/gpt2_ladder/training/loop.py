@@ -25,14 +25,9 @@ Result = TypeVar("Result")
 def make_optimizer(
     model: GPT, learning_rate: float, settings: config.AdamW, fused: bool = False, decay: str = "all"
 ) -> torch.optim.AdamW:
-    """Return AdamW over all parameters.
+    """Return AdamW over all parameters; `fused` updates them in one kernel.
 
-    Args:
-        model: its parameters.
-        learning_rate: of the first step.
-        settings: betas, eps and weight decay.
-        fused: update all parameters in one kernel.
-        decay: "all", or "matrices" to exclude biases and LayerNorms from weight decay.
+    With `decay` "matrices" instead of "all", biases and LayerNorms have no weight decay.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -140,21 +135,11 @@ def train(
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
 ) -> Iterator[Step]:
-    """Train on each of `batches` and yield its Step. The consumer's work (logging, writing) is not timed.
+    """Train on each of `batches`, a pair of int64 (B, T) from step `first_step` on, and yield its Step.
 
-    If memory runs out, repeat the step with half the micro-batch and keep that for all later steps. With several
-    ranks, `batches` has this rank's rows and a Step describes the whole batch.
-
-    Args:
-        model: the network.
-        optimizer: of `model`.
-        batches: a pair of int64 (B, T) for each step.
-        autocast: the context for forward and loss.
-        device: of `model`.
-        micro_batch: rows that go through the network at a time.
-        first_step: index of the first batch.
-        learning_rate: returns the learning rate of a step from its index.
-        clip_norm: the largest norm of a gradient.
+    The consumer's work (logging, writing) is not timed. If memory runs out, repeat the step with half the micro-batch
+    and keep that for all later steps. With several ranks, `batches` has this rank's rows and a Step describes the whole
+    batch. `learning_rate` returns the learning rate of a step; gradients are scaled down to the norm `clip_norm`.
 
     Raises:
         UserError: memory runs out with one row, or on one of several ranks.

@@ -8,23 +8,14 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Step:
-    """The record of one training step.
+    """The record of one training step."""
 
-    Attributes:
-        step: index, from 0.
-        loss: mean cross-entropy in nats of this step's batch, before its update.
-        step_ms: milliseconds for zero_grad, forward, loss, backward and optimizer step, the device synchronized.
-        tokens_per_second: the batch's tokens over step_ms, those of all ranks together.
-        grad_norm: Euclidean norm of the whole gradient, before any clipping.
-        micro_batch: rows of the batch that went through the network at a time, on each device.
-    """
-
-    step: int
-    loss: float
-    step_ms: float
-    tokens_per_second: float
-    grad_norm: float
-    micro_batch: int
+    step: int  # from 0
+    loss: float  # mean cross-entropy of the batch in nats, before the update
+    step_ms: float  # zero_grad, forward, loss, backward and optimizer step, with the device synchronized
+    tokens_per_second: float  # of all ranks together
+    grad_norm: float  # Euclidean norm of the whole gradient, before clipping
+    micro_batch: int  # rows that went through the network at a time, on each device
 
 
 STEP_FIELDS = tuple(field.name for field in fields(Step))

@@ -14,18 +14,11 @@ DEFAULT = "fp32"
 
 @dataclass(frozen=True)
 class Precision:
-    """One row of PRECISIONS.
+    """One row of PRECISIONS. Parameters, gradients and the optimizer's state are always float32."""
 
-    Attributes:
-        float32_matmul: how products of float32 matrices are computed: "ieee", or "tf32" with 10-bit mantissas.
-        autocast: type of matrix products in forward and loss; None: they stay float32. Parameters, gradients and the
-            optimizer's state are always float32.
-        operand: the precision whose operands have the same type, without TF32. Both need the same memory.
-    """
-
-    float32_matmul: str
-    autocast: torch.dtype | None
-    operand: str
+    float32_matmul: str  # how float32 matrices are multiplied: "ieee", or "tf32" with 10-bit mantissas
+    autocast: torch.dtype | None  # type of matrix products in forward and loss; None: float32
+    operand: str  # the precision with operands of the same type and without TF32; both need the same memory
 
     @property
     def tf32(self) -> bool:
