@@ -17,7 +17,7 @@ export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 $(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check docs schema pins
+.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins
 
 repro: announce .venv/installed
 	dvc repro
@@ -80,10 +80,6 @@ check: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy
-
-# What the report stage writes as well; for a change of prose or code that changes no result.
-docs: .venv/installed
-	PYTHONPATH=src python -m pipeline.levels
 
 # Editors use it to check params.yaml.
 schema: .venv/installed

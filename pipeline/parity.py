@@ -1,11 +1,10 @@
-"""Check that no speed level pays with quality: its losses are the baseline's, up to the rounding of its precision.
+"""Check that the losses of all speed levels equal the baseline's, up to the rounding of their precision.
 
-The benchmark measures the levels that pass, and reads from results/parity.json which those are.
+The benchmark then measures the levels listed in results/parity.json.
 """
 
 import csv
 from dataclasses import asdict
-from typing import Any
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Level, UserError
@@ -15,45 +14,36 @@ from pipeline import PARITY, RESULTS, read_environment, read_metrics, run, write
 
 
 def main() -> None:
-    params = params_yaml.load()
+    params, environment = params_yaml.load(), read_environment()
     results = {name: read_metrics(name) for name, level in params.levels.items() if level.group == "speed"}
-    trained = [name for name, found in results.items() if found["status"] == "trained"]
+    trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     if not trained:
-        raise UserError("parity: no speed level was trained; results/levels/*/metrics.json say why")
-    environment, baseline = read_environment(), trained[0]
-    loss_parity.check_one_environment({name: results[name] for name in trained}, environment)
-    loss_parity.check_one_count({name: results[name] for name in trained})
-    found: dict[str, Any] = {}
-    for name in trained:
+        raise UserError("parity: no speed level was trained; see `reason` in results/levels/*/metrics.json")
+    loss_parity.check_one_environment(trained, environment)
+    loss_parity.check_one_count(trained)
+    baseline, levels = next(iter(trained)), {}
+    for name, result in trained.items():
         level = params.levels[name]
-        check_matmul_precision(name, level, results[name]["float32_matmul_precision"])
+        check_matmul_precision(name, level, result["float32_matmul_precision"])
+        tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
-        tolerance = getattr(params.parity, level.precision)
-        agreement = loss_parity.compare(
-            name, _losses(name), _losses(baseline), tolerance, params.parity.steps, expected
-        )
-        print(f"{name:8}  largest {agreement.largest:.6f} at step {agreement.largest_step}, allowed {tolerance}")
-        found[name] = {"switches": level.model_dump(), **asdict(agreement)}
-    write_json(
-        PARITY,
-        {
-            "environment": environment.fingerprint,
-            "baseline": baseline,
-            "micro_batch": min(results[name]["micro_batch"] for name in found),  # the benchmark's, for all levels
-            "levels": found,
-        },
-    )
+        parity = loss_parity.compare(name, _losses(name), _losses(baseline), tolerance, steps, expected)
+        print(f"{name:8}  largest {parity.largest:.6f} at step {parity.largest_step}, allowed {tolerance}")
+        levels[name] = {"switches": level.model_dump(), **asdict(parity)}
+    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark's, for all levels
+    content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}
+    write_json(PARITY, {**content, "levels": levels})
 
 
 def check_matmul_precision(name: str, level: Level, recorded: str) -> None:
-    """Raise UserError if the level was trained with TF32 on where its row does not ask for it, or off where it does.
+    """Raise UserError if the level was trained with TF32 although its row does not ask for it, or the reverse.
 
-    On a CPU TF32 changes nothing, so no loss could tell.
+    TF32 has no effect on a CPU, so there the losses cannot show this.
     """
-    if recorded != PRECISIONS[level.precision].float32_matmul:
+    if recorded != (wanted := PRECISIONS[level.precision].float32_matmul):
         raise UserError(
-            f"parity: level '{name}' was trained with {recorded} matrix products where precision {level.precision} "
-            f"means {PRECISIONS[level.precision].float32_matmul}; mend runtime.set_precision"
+            f"parity: level '{name}' was trained with {recorded} matrix products, but precision {level.precision} "
+            f"means {wanted}; fix runtime.set_precision"
         )
 
 

@@ -1,59 +1,67 @@
-"""Gather all results into results/report: a page as Markdown and as HTML, its pictures, a table, a W&B summary run.
-
-And into docs/levels, which holds a page for every level.
-"""
+"""Write results/report: the ladder as Markdown and HTML, charts, a page per level, and all losses; log it to W&B."""
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.reporting import charts, facts
+from gpt2_ladder.reporting import charts, facts, level_pages
 from gpt2_ladder.running import tracking
-from pipeline import RESULTS, levels, read_json, run
+from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
+WRITTEN = Path("docs/levels")  # no dependency of this stage: the report only links to the pages that exist
 
 
 def main() -> None:
-    params = params_yaml.load()
-    gathered = levels.gather(params)
-    results, gains, parity, environment = (gathered[name] for name in ("results", "gains", "parity", "environment"))
+    params, environment = params_yaml.load(), read_environment()
+    results = {name: read_metrics(name) for name in params.levels}
+    gains, parity = read_json(GAINS), read_json(PARITY)
+    measured: dict[str, Any] = {
+        "levels": params.levels,
+        "shapes": {"quality": params.quality, "speed": params.shape("speed")},
+        "results": results,
+        "gains": gains,
+        "parity": parity,
+        "operators": read_json(PROFILE),
+        "environment": environment,
+    }
     content = facts.collect(
-        **gathered,
+        **measured,
         model=params.model,
         trial=read_json(RESULTS / "trial" / "metrics.json"),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
     )
-    trained = {name: found for name, found in results.items() if found["status"] == "trained"}
+    trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
     for name in trained:
         rows = csv.DictReader((RESULTS / "levels" / name / "steps.csv").read_text().splitlines())
         losses[params.levels[name].group] += [
             {"level": name, "step": int(row["step"]), "loss": float(row["loss"])} for row in rows
         ]
-    pictures: dict[str, alt.TopLevelMixin] = {"ladder": charts.waterfall(facts.ladder_steps(gains))}
-    pictures |= {group: charts.losses(rows, f"{group} levels") for group, rows in losses.items() if rows}
-    pictures["parity"] = charts.losses(
-        [
-            {"level": name, "step": step, "loss": difference}
-            for name, found in parity["levels"].items()
-            for step, difference in enumerate(found["differences"])
-        ],
-        f"speed levels, difference to {parity['baseline']}",
-        "nats",
-    )
-    pictures["memory"] = charts.memory({name: found["peak_memory_mib"] for name, found in trained.items()})
+    differences = [
+        {"level": name, "step": step, "loss": difference}
+        for name, level in parity["levels"].items()
+        for step, difference in enumerate(level["differences"])
+    ]
+    pictures: dict[str, alt.TopLevelMixin] = {
+        "ladder": charts.waterfall(facts.ladder_steps(gains)),
+        **{group: charts.losses(rows, f"{group} levels") for group, rows in losses.items() if rows},
+        "parity": charts.losses(differences, f"speed levels, difference to {parity['baseline']}", "nats"),
+        "memory": charts.memory({name: result["peak_memory_mib"] for name, result in trained.items()}),
+    }
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
     files.write(FOLDER / "ladder.md", facts.markdown(content))
     svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
     files.write(FOLDER / "ladder.html", facts.html(content, svgs))
+    for name, page in level_pages.pages(**measured, explained={path.stem for path in WRITTEN.glob("*.md")}).items():
+        files.write(FOLDER / "levels" / name, page)
     write_losses(losses)
-    levels.write(gathered)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
     summary = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)
@@ -61,7 +69,7 @@ def main() -> None:
 
 
 def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
-    """Write all levels' losses as one long table, which is what `dvc plots` can draw."""
+    """Write the losses of all levels as one long table, for `dvc plots`."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["group", "level", "step", "loss"])

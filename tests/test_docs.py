@@ -36,7 +36,6 @@ RUN_BY = {
         "dvc metrics show",
         "make plan",
         "make plan MEMORY=24GiB",
-        "make docs",
         "make schema",
         'make sample PROMPT="Once upon a time"',
     ],
@@ -44,7 +43,7 @@ RUN_BY = {
         "dvc commit trial",
         "dvc metrics diff",
         "dvc params diff",
-        "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results docs/levels",
+        "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results",
         'git commit -m "My machine"',
     ],
     "test_pipeline.test_your_own_keys_stay_out_of_git": ["dvc remote modify --local store profile NAME"],
@@ -56,7 +55,7 @@ RUN_BY = {
     "test_pipeline.test_the_shared_folder_has_the_trials_network_and_the_facts_of_its_run": [
         "make share FOLDER=../my-gpt2"
     ],
-    "climbing.get_back": ["dvc checkout", "git restore params.yaml dvc.lock results docs/levels"],
+    "climbing.get_back": ["dvc checkout", "git restore params.yaml dvc.lock results"],
     "test_experiments.test_keep_going_runs_the_other_levels_when_one_fails": ["dvc repro -k"],
     "test_experiments.test_two_queue_workers_run_the_queued_code_and_keep_the_shared_cache_whole": [
         "dvc exp run --queue",

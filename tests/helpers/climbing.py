@@ -42,7 +42,7 @@ def call(folder: Path, *command: str, exit_code: int = 0, stderr: bool = False) 
 
 def get_back(clone: Path) -> None:
     """Return to the committed state with the README's commands."""
-    call(clone, "git", "restore", "params.yaml", "dvc.lock", "results", "docs/levels")
+    call(clone, "git", "restore", "params.yaml", "dvc.lock", "results")
     call(clone, "dvc", "checkout")
     assert call(clone, "git", "status", "--porcelain") == ""
 

@@ -99,7 +99,7 @@ def test_the_benchmark_measures_the_levels_that_agree_and_the_report_shows_them(
     assert all(level["mfu"] > 0 for level in gains["levels"].values())
     bf16 = gains["levels"]["bf16"]["over_previous"]
     gain = f"[{bf16['low']:.2f}, {bf16['high']:.2f}]"  # follows the ratio, or "no measurable gain"
-    for page in ("results/report/ladder.md", "results/report/ladder.html", "docs/levels/bf16.md"):
+    for page in ("results/report/ladder.md", "results/report/ladder.html", "results/report/levels/bf16.md"):
         assert gain in (clone / page).read_text()
 
 
@@ -222,7 +222,6 @@ def test_the_page_with_dvcs_plots_loads_nothing_from_a_server(clone):
         ("dvc exp show --only-changed", "main|master"),
         ("make plan", "allocator"),
         ("make plan MEMORY=24GiB", "this plans the CPU's shape for a GPU"),
-        ("make docs", ""),
         ("make schema", ""),
         ('make sample PROMPT="Once upon a time"', "(?m)^Once upon a time"),
     ],
@@ -261,7 +260,7 @@ def test_an_edited_row_trains_only_its_level_and_its_results_can_be_committed(cl
     assert ran == {"environment", "probe", "train@init", "parity", "report"}  # no quality level is benchmarked
     assert "levels.init.init" in call(clone, "dvc", "params", "diff")
     assert "results/levels/init/metrics.json" in call(clone, "dvc", "metrics", "diff")
-    add = "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results docs/levels"
+    add = "git add params.yaml dvc.lock pipeline/environment-stage/dvc.lock results"
     call(clone, *add.split())
     call(clone, "git", "commit", "-m", "My machine")
     assert call(clone, "git", "status", "--porcelain") == ""

@@ -1,7 +1,7 @@
-"""Times of steps taken in turn -> how many times as fast, with an interval, and whether noise could have done it.
+"""Estimate gains from the times of steps taken in turn, with an interval, and compare them with the noise.
 
-A gain is a ratio of times: 1.3 means 1.3 times the tokens in the same time. Times come in pairs, one of each level per
-round, and a pair meets the same state of the machine.
+A gain is a ratio of times: 1.3 means 1.3 times as many tokens in the same time. Times are paired, one of each level per
+round, so that both of a pair meet the same state of the machine.
 """
 
 import math
@@ -14,7 +14,7 @@ from scipy.stats import bootstrap, norm, t
 
 from gpt2_ladder.config import Environment, Strict, UserError
 
-# Chosen by experiment: docs/LOG.md has the table, experiments/estimators.py makes it.
+# Chosen by experiment: experiments/estimators.py makes the table in docs/LOG.md.
 ESTIMATOR = "Hodges-Lehmann estimate of the per-round log ratios"
 CONFIDENCE, RESAMPLES = 0.95, 9999
 NO_GAIN = "no measurable gain"
@@ -24,9 +24,9 @@ class Round(Strict):
     """One step of every level, on the same batch.
 
     Attributes:
-        order: the levels' names, as they were stepped.
+        order: the levels' names in the order of their steps.
         step_ms: milliseconds by level.
-        matmul_tflops: what a bare matrix product reached just then, by precision; empty where nobody asked.
+        matmul_tflops: rate of a bare matrix product in this round, by operand precision; empty if not measured.
     """
 
     order: list[str]
@@ -35,17 +35,17 @@ class Round(Strict):
 
 
 class Measurement(Strict):
-    """The whole of results/benchmark.json: every round, and under which conditions.
+    """The content of results/benchmark.json: every round, and the conditions.
 
     Attributes:
-        estimator: what the gains were estimated by when this was written.
+        estimator: the estimator of the gains when this was written.
         model: row of `models`.
         batch_size: B of every step.
         block_size: T of every step.
         levels: in the ladder's order; the first is the baseline.
         control: the name of the baseline's second arm.
         environment: the machine.
-        rounds: in the order of time.
+        rounds: in order of time.
     """
 
     estimator: str
@@ -61,35 +61,35 @@ class Measurement(Strict):
         """Return the milliseconds of `level`, one per round.
 
         Raises:
-            UserError: it was not measured.
+            UserError: the level was not measured.
         """
         if level not in (*self.levels, self.control):
-            raise UserError(f"level '{level}' was not measured; there are {', '.join(self.levels)}")
-        return [one.step_ms[level] for one in self.rounds]
+            raise UserError(f"level '{level}' was not measured; choose from {', '.join(self.levels)}")
+        return [round_.step_ms[level] for round_ in self.rounds]
 
     def gain(self, level: str, over: str) -> "Gain":
-        """Return how many times as fast `level` is as `over`; any two will do, they met in every round."""
+        """Return how many times as fast `level` is as `over`, for any two levels."""
         return gain(self.step_ms(over), self.step_ms(level))
 
     def noise(self) -> "Gain":
-        """Return the gain of the baseline over itself, which would be 1.0 on a machine without noise."""
+        """Return the gain of the baseline over itself, 1.0 on a machine without noise."""
         return self.gain(self.control, self.levels[0])
 
     def compare(self, level: str, over: str, noise: "Gain") -> dict[str, Any]:
-        """Return the gain of `level` over `over`, and what to call it beside `noise`, as gains.json has it."""
-        found = self.gain(level, over)
-        word = verdict(found, noise)
-        settled = None if word != NO_GAIN else rounds_to_settle(found, noise, len(self.rounds))
-        return {"over": over, **asdict(found), "verdict": word, "rounds_to_settle": settled}
+        """Return the gain of `level` over `over` and its verdict against `noise`, as one entry of gains.json."""
+        result = self.gain(level, over)
+        word = verdict(result, noise)
+        rounds = rounds_to_settle(result, noise, len(self.rounds)) if word == NO_GAIN else None
+        return {"over": over, **asdict(result), "verdict": word, "rounds_to_settle": rounds}
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast one level is as another, and the bootstrap interval around that.
+    """How many times as fast one level is as another.
 
     Attributes:
         ratio: the estimate.
-        low: lower end of the 95 % interval.
+        low: lower end of the 95 % bootstrap interval.
         high: upper end.
     """
 
@@ -99,7 +99,7 @@ class Gain:
 
     @property
     def uncertainty(self) -> float:
-        """How far from 1.0, in logarithms, the interval reaches: what noise alone can look like, if the truth is 1."""
+        """The largest distance of the interval from 1.0, in logarithms."""
         return max(abs(math.log(self.low)), abs(math.log(self.high)))
 
     def __str__(self) -> str:
@@ -107,59 +107,58 @@ class Gain:
 
 
 def estimate(slow_ms: Any, fast_ms: Any, axis: int = -1) -> Any:
-    """Return ESTIMATOR of paired times, arrays of one shape, over `axis`.
+    """Return ESTIMATOR of paired times, two arrays of one shape, over `axis`: the median of all pairwise means.
 
-    The median of the means of all pairs of rounds: hardly less precise than the mean where noise is well-behaved, and
-    hardly moved by a round in which something else took the machine.
+    Nearly as precise as the mean for well-behaved noise, and robust against rounds that another program disturbed.
 
     Source: Hodges and Lehmann 1963, "Estimates of location based on rank tests".
     """
     ratios = np.moveaxis(np.log(np.asarray(slow_ms) / np.asarray(fast_ms)), axis, -1)  # (..., rounds)
-    one, other = np.triu_indices(ratios.shape[-1])
-    return np.exp(np.median((ratios[..., one] + ratios[..., other]) / 2, axis=-1))
+    i, j = np.triu_indices(ratios.shape[-1])
+    return np.exp(np.median((ratios[..., i] + ratios[..., j]) / 2, axis=-1))
 
 
 def gain(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Gain:
-    """Return the gain of the level that took `fast_ms` over the one that took `slow_ms`, one pair a round.
+    """Return the gain of a level that took `fast_ms` over one that took `slow_ms`, paired by round.
 
-    The interval is a percentile bootstrap over the rounds, expanded as Student's t is against the normal distribution:
-    the plain one of eight rounds would hold the truth 92 times in a hundred. The same times give the same interval.
+    The interval is a percentile bootstrap over the rounds, widened as Student's t is against the normal distribution:
+    without that, the interval of eight rounds would hold the truth in 92 of 100 cases. It is deterministic.
 
     Source: Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3.
     """
     rounds = len(slow_ms)
     tail = norm.cdf(-math.sqrt(rounds / (rounds - 1)) * t.ppf((1 + CONFIDENCE) / 2, rounds - 1))
-    found = bootstrap(
+    interval = bootstrap(
         (np.array(slow_ms), np.array(fast_ms)),
         estimate,
         paired=True,
         n_resamples=RESAMPLES,
         confidence_level=1 - 2 * tail,
         method="percentile",
-        batch=max(1, 5_000_000 // rounds**2),  # pairs of rounds at a time: 20 MB
+        batch=max(1, 5_000_000 // rounds**2),  # limits memory to 20 MB
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Gain(float(estimate(slow_ms, fast_ms)), float(found.low), float(found.high))
+    return Gain(float(estimate(slow_ms, fast_ms)), float(interval.low), float(interval.high))
 
 
-def verdict(found: Gain, control: Gain) -> str:
-    """Return "faster", "slower", or "no measurable gain" where noise could have done it.
+def verdict(gain: Gain, control: Gain) -> str:
+    """Return "faster", "slower", or NO_GAIN where noise may be the cause.
 
-    Noise could have, if the interval holds 1.0, or if the gain is smaller than what `control`, the gain of the
-    baseline over itself, reaches.
+    That is where the interval holds 1.0, or where the gain is no larger than the uncertainty of `control`, the gain of
+    the baseline over itself.
     """
-    if found.low <= 1 <= found.high or abs(math.log(found.ratio)) <= control.uncertainty:
+    if gain.low <= 1 <= gain.high or abs(math.log(gain.ratio)) <= control.uncertainty:
         return NO_GAIN
-    return "faster" if found.ratio > 1 else "slower"
+    return "faster" if gain.ratio > 1 else "slower"
 
 
-def rounds_to_settle(found: Gain, control: Gain, rounds: int) -> int | None:
-    """Return how many rounds would tell `found`, seen in `rounds` rounds, from noise; None where it is 1.0 exactly.
+def rounds_to_settle(gain: Gain, control: Gain, rounds: int) -> int | None:
+    """Return roughly how many rounds would distinguish `gain`, seen in `rounds` rounds, from noise; None if it is 1.0.
 
-    An interval shrinks with the square root of the rounds. The estimate itself is uncertain, so this is a magnitude.
+    An interval shrinks with the square root of the number of rounds.
     """
-    effect = abs(math.log(found.ratio))
+    effect = abs(math.log(gain.ratio))
     if effect == 0:
         return None
-    towards_one = abs(math.log(found.ratio / (found.low if found.ratio > 1 else found.high)))
+    towards_one = abs(math.log(gain.ratio / (gain.low if gain.ratio > 1 else gain.high)))
     return max(rounds + 1, math.ceil(rounds * (max(towards_one, control.uncertainty) / effect) ** 2))

@@ -1,8 +1,8 @@
-"""What a training step will need, found without computing it: memory, the largest batch, the least time.
+"""Predict what a training step needs without computing it: its memory, the largest batch, and its least time.
 
-A whole step is traced on fake tensors, which have a shape and a type but no storage: a second for any size. What
-cannot be seen this way: a library's workspaces, fragmentation, the driver's own memory. And fusion: a compiled level is
-traced uncompiled, so its memory is an upper bound, and of its time only the matrix products count.
+A whole step is traced on fake tensors, which have a shape and a type but no storage; this takes a second for any size.
+Not included: workspaces of libraries, fragmentation, and the driver's own memory. A compiled level is traced
+uncompiled, so its memory is an upper bound, and only the matrix products count for its least time.
 """
 
 import weakref
@@ -25,16 +25,16 @@ from gpt2_ladder.measuring.cost import BANDWIDTH, KNOWN_PEAKS
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.training import loop, runtime
 
-CPU = torch.device("cpu")  # without a GPU autocast acts on the CPU's fake tensors alone
-LARGEST = 2**50  # bytes of a step that is traced; no machine has as much
-RESERVE = 2**30  # and a tenth of the rest: the driver's context, workspaces, fragmentation
-SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # no value of theirs changes what a step needs
+CPU = torch.device("cpu")  # on a machine without a GPU, autocast works only for fake tensors on the CPU
+LARGEST = 2**50  # bytes; larger steps are refused before tracing
+RESERVE = 2**30  # bytes kept free, plus a tenth of the rest: for the driver, workspaces and fragmentation
+SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # the values do not change what a step needs
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What one operator has to do: floating-point operations of matrix products, bytes read and written."""
+    """The cost of one operator: floating-point operations of matrix products, and bytes read and written."""
 
     flops: int
     bytes: int
@@ -42,7 +42,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step, traced: the most bytes that were alive at once, and the operators of its two parts."""
+    """One traced training step: the peak of the bytes alive at once, and the operators of its two parts."""
 
     peak_bytes: int
     network: tuple[Operation, ...]
@@ -50,7 +50,7 @@ class Step:
 
 
 class LiveStorage(TorchDispatchMode):
-    """Counts the bytes of every storage that is alive, real or fake, and remembers their peak and the operators."""
+    """Count the bytes of all live storages, real or fake; record their peak and the operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LiveStorage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         new = [self._watch(tensor.untyped_storage()) for tensor in _tensors(out)]
-        if any(new) or func._schema.is_mutable:  # else a view, which moves nothing
+        if any(new) or func._schema.is_mutable:  # otherwise the result is a view, which moves no bytes
             moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors((args, kwargs, out))}
             self.operations.append(Operation(_flops(func, args, out), sum(moved.values())))
         return out
@@ -81,9 +81,9 @@ class LiveStorage(TorchDispatchMode):
 
 
 def softmax_like_cuda() -> AbstractContextManager[object]:
-    """Take softmax, and so what it saves for backward, in float32, as CUDA's autocast does and the CPU's does not.
+    """Compute softmax in float32, as CUDA's autocast does and the CPU's does not.
 
-    A TorchFunctionMode would not do: it is off in backward, where a checkpoint computes forward again.
+    A TorchFunctionMode does not work here: it is off in backward, where a checkpoint repeats its forward.
     """
     softmax = F.softmax
     return patch.object(F, "softmax", lambda scores, dim: softmax(scores.float(), dim))
@@ -93,42 +93,47 @@ def softmax_like_cuda() -> AbstractContextManager[object]:
 def trace_step(
     config: GPTConfig, precision: str, batch_size: int, block_size: int, cuda: bool, micro_batches: int = 1
 ) -> Step:
-    """Trace a training step of GPT(config) on (batch_size, block_size) ids, with AdamW's state already there.
+    """Trace a training step of GPT(config), with AdamW's state allocated.
 
-    `micro_batches`: how many times so many ids, their gradients accumulated; from the second on they are all alive.
-    `cuda`: as on an NVIDIA GPU, where AdamW left alone updates all parameters at once, with a temporary copy of them.
+    Args:
+        config: the network.
+        precision: fp32, tf32 or bf16.
+        batch_size: rows of one micro-batch.
+        block_size: tokens of a row.
+        cuda: trace as on an NVIDIA GPU, where AdamW updates all parameters at once, with a temporary copy of them.
+        micro_batches: number of micro-batches whose gradients are accumulated.
 
     Raises:
-        UserError: the step takes more than LARGEST bytes; torch could not count much more.
+        UserError: the step needs more than LARGEST bytes.
     """
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:
         size = f"{batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
         size += f"vocab_size {config.vocab_size}"
-        raise UserError(f"a step of {size} takes over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
-    with FakeTensorMode(), LiveStorage() as seen, softmax_like_cuda() if cuda else nullcontext():
+        raise UserError(f"a step of {size} needs over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
+    with FakeTensorMode(), LiveStorage() as storage, softmax_like_cuda() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = loop.make_optimizer(model, 1.0, SETTINGS)
         optimizer.param_groups[0]["foreach"] = cuda
         ids = torch.zeros(micro_batches * batch_size, block_size, dtype=torch.int64)
-        context = runtime.set_precision(precision, CPU)
+        autocast = runtime.set_precision(precision, CPU)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # creates AdamW's state, as the first step of a training does
+        optimizer.step()  # allocates AdamW's state, as the first step of a training does
         optimizer.zero_grad()
-        seen.peak, seen.operations = seen.live, []
-        loop.accumulate(model, (ids, ids), context, CPU, micro_batch=batch_size)
-        split = len(seen.operations)
+        storage.peak, storage.operations = storage.live, []
+        loop.accumulate(model, (ids, ids), autocast, CPU, micro_batch=batch_size)
+        split = len(storage.operations)
         optimizer.step()
-        return Step(seen.peak, tuple(seen.operations[:split]), tuple(seen.operations[split:]))
+        return Step(storage.peak, tuple(storage.operations[:split]), tuple(storage.operations[split:]))
 
 
 def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool, free: int) -> int:
-    """Return the largest batch whose traced step fits into `free` bytes less the reserve; 0 where one row does not.
+    """Return the largest batch size whose step fits into `free` bytes minus the reserve; 0 if one row does not fit.
 
-    Beyond the few rows at which the optimizer's step is the peak, memory is linear in the batch: the search begins on
-    the line through 32 and 64 rows.
+    Memory is linear in the batch size once the peak is no longer in the optimizer's step, so the search starts from the
+    line through 32 and 64 rows.
     """
     usable = 0.9 * free - RESERVE
     low, high = (trace_step(config, precision, size, block_size, cuda).peak_bytes for size in (32, 64))
@@ -139,19 +144,18 @@ def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool
 
 
 def least_ms(step: Step, gpu: str, precision: str, compiled: bool) -> float | None:
-    """Return the least milliseconds that `step` can take on `gpu`, by the roofline; None where nobody knows its peaks.
+    """Return the least milliseconds of `step` on `gpu` by the roofline model; None if the GPU's peaks are unknown.
 
-    Every operator takes as long as its arithmetic at the peak, or its bytes at the memory's bandwidth, whichever is
-    longer. Compilation at its best fuses everything between two matrix products into them, so those alone count.
+    Every operator takes as long as its arithmetic at the peak rate or its bytes at the memory's bandwidth, whichever is
+    longer. Ideal compilation fuses all other operators into the matrix products, so only those count for `compiled`.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model".
     """
     peak, bandwidth = KNOWN_PEAKS.get(gpu, {}).get(precision), BANDWIDTH.get(gpu)
     if peak is None or bandwidth is None:
         return None
-    network = [operation for operation in step.network if operation.flops or not compiled]
-    seconds = [max(one.flops / (peak * 1e12), one.bytes / (bandwidth * 1e9)) for one in (*network, *step.optimizer)]
-    return sum(seconds) * 1000
+    operations = [*(operation for operation in step.network if operation.flops or not compiled), *step.optimizer]
+    return 1000 * sum(max(each.flops / (peak * 1e12), each.bytes / (bandwidth * 1e9)) for each in operations)
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -159,7 +163,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _flops(func: Any, args: Any, out: Any) -> int:
-    """Return the operations of a matrix product, else 0; a causal flash kernel computes half of the square."""
+    """Return the operations of a matrix product, 0 for others; causal flash attention computes half of the square."""
     if FLASH in func.__name__:
         backward = "backward" in func.__name__
         B, H, T, D = args[1 if backward else 0].shape

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by torch.profiler."""
+"""Profile a training step with torch.profiler."""
 
 import os
 from collections import Counter
@@ -10,19 +10,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpt2_ladder import files
 
-FUSED = "fused by torch.compile"  # one name for Inductor's kernels, whose own differ from graph to graph
-# Triton's kernels on a GPU; on a CPU the C++ kernels have no names, their time is that of the graph that calls them
+FUSED = "fused by torch.compile"  # one name for all of Inductor's kernels, whose own names differ between graphs
+# Triton's kernels on a GPU; on a CPU the C++ kernels have no names, and their time is that of the graph that calls them
 INDUCTOR = ("triton_", "## Call CompiledFxGraph")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What one operator cost in one step.
+    """The cost of one operator in one step.
 
     Attributes:
         name: torch's name for it.
         calls: how often it ran.
-        self_ms: milliseconds in it, without the operators that it called; on a GPU the time of the kernels it launched.
+        self_ms: milliseconds without the operators that it called; on a GPU, the time of the kernels it launched.
     """
 
     name: str
@@ -31,8 +31,8 @@ class Operator:
 
 
 def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:
-    """Run `step` once, write its trace (for chrome://tracing or Perfetto) to `trace`, return the costliest first."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its two USDT lines have level 5, above errors
+    """Run `step` once, write its trace to `trace`, and return its operators, the costliest first."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides Kineto's USDT lines, which have level 5; errors are shown
     with profile(activities=activities) as profiler:
         step()
     with files.replacing(trace) as (temporary,):
@@ -42,10 +42,10 @@ def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivi
     self_us: Counter[str] = Counter()
     for event in profiler.key_averages():
         if event.device_type.name != "CPU":
-            continue  # a kernel: its time stands in the operator that launched it, too
+            continue  # a kernel, whose time is counted with the operator that launched it
         name = FUSED if event.key.startswith(INDUCTOR) else event.key
         calls[name] += event.count
         self_us[name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     if not any(self_us.values()):
-        print(f"{trace}: torch's profiler recorded nothing; KINETO_LOG_LEVEL=0 shows why", flush=True)
+        print(f"{trace}: torch's profiler recorded nothing; set KINETO_LOG_LEVEL=0 to see why", flush=True)
     return [Operator(name, calls[name], us / 1000) for name, us in self_us.most_common() if us > 0]

@@ -1,4 +1,4 @@
-"""The report's pictures: altair describes them, vl-convert draws them as PNG and SVG, without a network."""
+"""Draw the report's charts with altair, and save them as PNG or SVG with vl-convert; no network is needed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from gpt2_ladder import files
 
 Rows = Sequence[Mapping[str, Any]]
 
-# faster, slower, noise: told apart by lightness too, for those who do not see red and green
+# the colors differ in lightness too, for readers who do not distinguish red from green
 COLORS = {"baseline": "#4c78a8", "faster": "#2e8540", "slower": "#d1495b", "no measurable gain": "#b8b8b8"}
 WIDTH = 330
 
 
 def waterfall(rows: Rows) -> alt.LayerChart:
-    """Draw how every level moves tokens/s on from the level before.
+    """Draw how each level changes tokens/s against the previous level.
 
     Args:
         rows: in the ladder's order: `level`, `start` and `end` (tokens/s before and after), `low` and `high` (interval
@@ -25,15 +25,15 @@ def waterfall(rows: Rows) -> alt.LayerChart:
     """
     order = [row["level"] for row in rows]
     base = alt.Chart(alt.Data(values=list(rows))).encode(alt.Y("level:N", title=None, sort=order))
-    words = [word for word in COLORS if any(row["verdict"] == word for row in rows)]
-    scale = alt.Scale(domain=words, range=[COLORS[word] for word in words])
+    verdicts = [verdict for verdict in COLORS if any(row["verdict"] == verdict for row in rows)]
+    colors = alt.Scale(domain=verdicts, range=[COLORS[verdict] for verdict in verdicts])
     legend = alt.Legend(title=None, orient="bottom")
     title = "tokens/s, with the 95 % interval of the gain over the baseline"
     room_for_labels = alt.Scale(domain=[0, 1.35 * max(row["high"] for row in rows)], nice=False)
     bars = base.mark_bar(height=16).encode(
         alt.X("start:Q", title=title, scale=room_for_labels, axis=alt.Axis(tickCount=5)),
         alt.X2("end:Q"),
-        alt.Color("verdict:N", scale=scale, legend=legend),
+        alt.Color("verdict:N", scale=colors, legend=legend),
     )
     ends = base.mark_tick(thickness=2, size=20, color="black").encode(alt.X("end:Q"))
     intervals = base.mark_rule(color="black").encode(alt.X("low:Q"), alt.X2("high:Q"))
@@ -46,7 +46,7 @@ def waterfall(rows: Rows) -> alt.LayerChart:
 
 
 def losses(rows: Rows, title: str, y_title: str = "training loss in nats") -> alt.Chart:
-    """Draw one line a level from rows of `level`, `step` and `loss`; from zero only where zero is near."""
+    """Draw one line per level from rows of `level`, `step` and `loss`; the y axis need not start at zero."""
     order = list(dict.fromkeys(row["level"] for row in rows))
     return (
         alt.Chart(alt.Data(values=list(rows)), title=title)
@@ -61,7 +61,7 @@ def losses(rows: Rows, title: str, y_title: str = "training loss in nats") -> al
 
 
 def memory(peaks_mib: Mapping[str, float]) -> alt.LayerChart:
-    """Draw the peak memory by level, in MiB, from zero."""
+    """Draw the peak memory of each level as a bar, in MiB."""
     rows = [{"level": level, "peak": peak} for level, peak in peaks_mib.items()]
     base = alt.Chart(alt.Data(values=rows), title="peak memory of a training").encode(
         alt.Y("level:N", title=None, sort=list(peaks_mib)),
@@ -72,17 +72,17 @@ def memory(peaks_mib: Mapping[str, float]) -> alt.LayerChart:
 
 
 def save_png(chart: alt.TopLevelMixin, path: Path) -> None:
-    """Write `chart` as PNG, in twice its size for sharp screens."""
+    """Save `chart` as a PNG of twice its size, for high-resolution screens."""
     files.write(path, vl_convert.vegalite_to_png(_styled(chart), scale=2))
 
 
 def svg(chart: alt.TopLevelMixin) -> str:
-    """Return `chart` as an SVG element that fits any width up to its own one and a half."""
+    """Return `chart` as an SVG element."""
     return vl_convert.vegalite_to_svg(_styled(chart))
 
 
 def _styled(chart: alt.TopLevelMixin) -> dict[str, Any]:
-    """Return the Vega-Lite specification in one style: readable at a phone's width too."""
+    """Return the chart's Vega-Lite specification with the style that all charts share."""
     axis = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
     legend = {"labelFontSize": 12, "symbolStrokeWidth": 2}
     config = {"axis": axis, "legend": legend, "title": {"fontSize": 13}, "view": {"stroke": "#ddd"}}

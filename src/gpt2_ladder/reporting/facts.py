@@ -1,7 +1,4 @@
-"""Results -> what the report says, once; the two templates (ladder.md, ladder.html) only lay it out.
-
-Pure: what it is given is what it shows.
-"""
+"""Collect what the report states, once; the templates ladder.md and ladder.html only lay it out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,96 +23,92 @@ templates = jinja2.Environment(
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
-    """Return the rows of charts.waterfall: the baseline's tokens/s, times every level's gain over the baseline."""
+    """Return the rows of charts.waterfall: the baseline's tokens/s times each level's gain over the baseline."""
     steps: list[dict[str, Any]] = []
-    for name, found in gains["levels"].items():
-        over = found["over_baseline"]
-        if over is None:
-            end = rate = found["tokens_per_second"]
-            steps.append({"start": 0, "end": end, "low": end, "high": end, "verdict": "baseline", "label": ""})
+    for name, measured in gains["levels"].items():
+        over_baseline, over_previous = measured["over_baseline"], measured["over_previous"]
+        if over_baseline is None:
+            end = baseline = measured["tokens_per_second"]
+            step = {"start": 0, "end": end, "low": end, "high": end, "verdict": "baseline", "label": ""}
         else:
-            low, end, high = (rate * over[key] for key in ("low", "ratio", "high"))
-            before = found["over_previous"]
-            steps.append({"start": steps[-1]["end"], "end": end, "low": low, "high": high})
-            steps[-1] |= {"verdict": before["verdict"], "label": f"{before['ratio']:.2f} x"}
-        steps[-1]["level"] = name
+            low, end, high = (baseline * over_baseline[key] for key in ("low", "ratio", "high"))
+            step = {"start": steps[-1]["end"], "end": end, "low": low, "high": high}
+            step |= {"verdict": over_previous["verdict"], "label": f"{over_previous['ratio']:.2f} x"}
+        steps.append({"level": name, **step})
     return steps
 
 
 def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[str]:
-    """Return one line on why, for every speed level that is measurably faster or slower than the level before.
+    """Return one line for each level measurably faster or slower than the previous one: the operators that changed.
 
-    Only one step of a level is profiled, on a machine that drifts, so its operators' times are scaled to the median
-    step: what the profile says is how that time is divided.
+    Only one step per level is profiled and the machine's speed drifts, so operator times are scaled to the median step.
     """
     lines = []
-    for name, found in gains["levels"].items():
-        over = found["over_previous"]
+    for name, measured in gains["levels"].items():
+        over = measured["over_previous"]
         if over and over["verdict"] != NO_GAIN and operators.get(name) and operators.get(over["over"]):
-            before_ms, after_ms = gains["levels"][over["over"]]["step_ms"], found["step_ms"]
-            why = explain(scaled(operators[over["over"]], before_ms), scaled(operators[name], after_ms))
-            lines.append(f"`{name}`: {before_ms:,.0f} -> {after_ms:,.0f} ms a step; {why}")
+            old_ms, new_ms = gains["levels"][over["over"]]["step_ms"], measured["step_ms"]
+            changes = _largest_changes(scaled(operators[over["over"]], old_ms), scaled(operators[name], new_ms))
+            lines.append(f"`{name}`: {old_ms:,.0f} -> {new_ms:,.0f} ms a step; {changes}")
     return lines
 
 
 def scaled(operators: Sequence[Metrics], step_ms: float) -> dict[str, float]:
-    """Return the milliseconds of each operator, their sum made `step_ms`."""
+    """Return each operator's milliseconds, scaled so that they add up to `step_ms`."""
     total = sum(operator["self_ms"] for operator in operators)
     return {operator["name"]: operator["self_ms"] * step_ms / total for operator in operators}
 
 
-def explain(before: Mapping[str, float], after: Mapping[str, float], count: int = 3) -> str:
-    """Return in one line which operators changed most between two levels, from their milliseconds by name."""
-    changes = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {*before, *after}}
-    largest = sorted(changes, key=lambda name: (-abs(changes[name]), name))[:count]
-    return ", ".join(f"{name} {before.get(name, 0.0):,.0f} -> {after.get(name, 0.0):,.0f} ms" for name in largest)
+def _largest_changes(old: Mapping[str, float], new: Mapping[str, float], count: int = 3) -> str:
+    """Return one line with the `count` operators whose milliseconds changed most."""
+    changes = {name: abs(new.get(name, 0.0) - old.get(name, 0.0)) for name in {*old, *new}}
+    largest = sorted(changes, key=lambda name: (-changes[name], name))[:count]
+    return ", ".join(f"{name} {old.get(name, 0.0):,.0f} -> {new.get(name, 0.0):,.0f} ms" for name in largest)
 
 
 def undecided(gains: Metrics) -> list[str]:
-    """Return one line for every gain that cannot be told from noise: how many rounds would."""
+    """Return one line for each gain within the noise: how many rounds would be needed to measure it."""
     lines = []
-    for name, found in gains["levels"].items():
-        pairs = {over["over"]: over for over in (found["over_previous"], found["over_baseline"]) if over}
-        for over in (one for one in pairs.values() if one["verdict"] == NO_GAIN):
-            many = over["rounds_to_settle"]
-            settle = "over 10,000 rounds" if many is None or many > 10_000 else f"about {many:,} rounds"
-            lines.append(
-                f"`{name}` over `{over['over']}`: {NO_GAIN} in {gains['rounds']} rounds; if it is {over['ratio']:.3f}, "
-                f"{settle} would show it"
-            )
+    for name, measured in gains["levels"].items():
+        by_level = {gain["over"]: gain for gain in (measured["over_previous"], measured["over_baseline"]) if gain}
+        for over, gain in by_level.items():
+            if gain["verdict"] == NO_GAIN:
+                needed = gain["rounds_to_settle"]
+                rounds = "over 10,000 rounds" if needed is None or needed > 10_000 else f"about {needed:,} rounds"
+                lines.append(
+                    f"`{name}` over `{over}`: {NO_GAIN} in {gains['rounds']} rounds; {rounds} are needed to measure a "
+                    f"gain of {gain['ratio']:.3f}"
+                )
     return lines
 
 
 def micro_batch_notes(results: Mapping[str, Metrics], batch_size: int) -> list[str]:
-    """Return what a reader must know where a whole batch of a speed level did not fit into memory at once."""
-    rows = {name: found["micro_batch"] for name, found in results.items()}
-    least = min(rows.values())
-    if least == batch_size:
+    """Return notes on gradient accumulation where memory did not hold a whole batch of some speed level."""
+    rows = {name: result["micro_batch"] for name, result in results.items()}
+    smallest = min(rows.values())
+    if smallest == batch_size:
         return []
-    notes = [f"memory holds {least} of a batch's {batch_size} rows at a time: gradients were accumulated"]
+    notes = [f"memory holds {smallest} of the {batch_size} rows of a batch at a time: gradients were accumulated"]
     return notes + [
-        f"`{name}` was trained with {many} rows at a time where others had {least}: compare the benchmark, which gave "
-        f"all {least}, not the trainings' tokens/s and memory"
-        for name, many in rows.items()
-        if many != least
+        f"`{name}` was trained with {count} rows at a time, other levels with {smallest}: compare the benchmark, which "
+        f"used {smallest} for all levels, and not the trainings' tokens/s and memory"
+        for name, count in rows.items()
+        if count != smallest
     ]
 
 
 def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: str) -> list[str]:
-    """Return what a reader must know of `trainings` on several devices at once: what is theirs together, what of one.
-
-    They reach a share of the peak of all where the device is a GPU with a known one: a CPU's ranks may share it.
-    """
+    """Return notes on `trainings` that ran on several devices, with their share of the devices' known peak."""
     count = trainings["trial"]["devices"]
     if count == 1:
         return []
     notes = [
-        f"the speed levels and the trial were trained on {count} devices: their tokens/s in passing are of all of them "
-        "together, peak memory is that of one; gains, and the tokens/s and shares beside them, were measured on one"
+        f"the speed levels and the trial were trained on {count} devices: their training tokens/s are the sum over all "
+        "devices, their peak memory is that of one; gains, and the tokens/s beside them, were measured on one device"
     ]
-    for name, one in gains["levels"].items() if device_name in KNOWN_PEAKS else ():
-        if one["mfu"] is not None:  # its FLOPs of a token over one peak, times the rate, over as many peaks
-            share = one["mfu"] / one["tokens_per_second"] * trainings[name]["tokens_per_second"] / count
+    for name, measured in gains["levels"].items() if device_name in KNOWN_PEAKS else ():
+        if measured["mfu"] is not None:
+            share = measured["mfu"] / measured["tokens_per_second"] * trainings[name]["tokens_per_second"] / count
             notes.append(f"`{name}` trained at {share:.0%} of the peak of all {count} devices")
     return notes
 
@@ -136,7 +129,7 @@ def collect(
     """Return everything that the templates lay out.
 
     Raises:
-        UserError: a level was measured in another environment, or trained on another number of devices.
+        UserError: a result is from another environment, or from a training on another number of devices.
     """
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
     trainings = {**{name: results[name] for name, level in levels.items() if level.group == "speed"}, "trial": trial}
@@ -148,45 +141,44 @@ def collect(
     ]
     notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, shapes["speed"].batch_size)
     notes += device_notes(trainings, gains, environment.device_name)
-    measured = {name: found["over_baseline"] for name, found in gains["levels"].items() if found["over_baseline"]}
-    fastest = max(measured, key=lambda name: measured[name]["ratio"], default=parity["baseline"])
-    over = measured.get(fastest)
+    notes += [verify["note"]] if verify["note"] else []
+    over_baseline = {name: row["over_baseline"] for name, row in gains["levels"].items() if row["over_baseline"]}
+    fastest = max(over_baseline, key=lambda name: over_baseline[name]["ratio"], default=parity["baseline"])
+    gain = over_baseline.get(fastest)
     return {
         "model": model,
+        "gains": gains,
+        "environment": environment,
+        "shapes": shapes,
+        "verify": verify,
+        "overfit": overfit,
+        "weights": WEIGHTS[verify["weights"]],
         "baseline": parity["baseline"],
         "fastest": fastest,
-        "gain": gain_cell(over),
-        "measurable": over is not None and over["verdict"] == "faster",
-        "times": f"{over['ratio']:.2f}" if over else MISSING,
-        "apart": max(found["largest"] for found in parity["levels"].values()),
-        "judged": max(found["steps"] for found in parity["levels"].values()),
+        "gain": gain_cell(gain),
+        "measurable": gain is not None and gain["verdict"] == "faster",
+        "times": f"{gain['ratio']:.2f}" if gain else MISSING,
+        "largest_difference": max(level["largest"] for level in parity["levels"].values()),
+        "parity_steps": max(level["steps"] for level in parity["levels"].values()),
         "control": str(Gain(**gains["control"])),
-        "estimator": gains["estimator"],
-        "peak_source": gains["peak_source"],
-        "rounds": gains["rounds"],
         "speed": speed_table(levels, results, gains, parity),
         "training": training_table(levels, results, trial),
         "reasons": reasons(gains, operators),
         "undecided": undecided(gains),
         "costliest": {
-            name: [[f"{one['self_ms']:,.1f}", str(one["calls"]), one["name"]] for one in found[:10]]
-            for name, found in operators.items()
+            name: [[f"{row['self_ms']:,.1f}", str(row["calls"]), row["name"]] for row in rows[:10]]
+            for name, rows in operators.items()
         },
-        "notes": notes + ([verify["note"]] if verify["note"] else []),
-        "environment": environment,
-        "shapes": shapes,
-        "verify": verify,
-        "kernels": {name: found for name in parity["levels"] if (found := results[name]["attention_kernel"])},
-        "weights": WEIGHTS[verify["weights"]],
-        "overfit": overfit,
+        "kernels": {name: kernel for name in parity["levels"] if (kernel := results[name]["attention_kernel"])},
+        "notes": notes,
     }
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
-    """Return ladder.md; it shows the pictures beside it."""
+    """Render ladder.md, which shows the pictures in its folder."""
     return templates.get_template("ladder.md").render(**facts, table=markdown_table)
 
 
 def html(facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    """Return ladder.html, which needs nothing but itself; `pictures` are SVG elements by the name in the template."""
+    """Render ladder.html with the SVG elements in `pictures`, by name; the page loads nothing."""
     return templates.get_template("ladder.html").render(**facts, pictures=pictures)

@@ -1,85 +1,31 @@
-"""One page a level for docs/levels: hand-written prose around code and numbers that nobody types.
+"""Render one page of measured numbers per level, for results/report/levels.
 
-The prose is in templates/levels; the code is cut out of the source files, the numbers out of results/.
+The hand-written explanations of the levels are in docs/levels.
 """
 
-import ast
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gpt2_ladder.config import Environment, Level, Shape
 from gpt2_ladder.measuring.gains import NO_GAIN
 from gpt2_ladder.reporting import facts, tables
 
-TOP = Path(__file__).parents[3]
-LARGEST = 8  # operators of a page's table
-NOTABLE = 0.005  # of a step's time: an operator below that is not named as new or gone
-
-
-def excerpt(file: str, symbol: str, *words: str) -> str:
-    """Return the statements of `symbol` ("function" or "Class.method") in `file` that have one of `words` in them.
-
-    With the comments above them, below the signature, and with `...` for what lies between; without `words` the whole
-    body but its docstring. Of a statement with a body of its own, such as `if`, the head decides.
-
-    Raises:
-        LookupError: there is no such symbol, or one of the words is nowhere in it: the page would show something else.
-    """
-    text = (TOP / file).read_text(encoding="utf-8")
-    lines, node = text.splitlines(), _find(ast.parse(text), file, symbol)
-    body = node.body[1:] if ast.get_docstring(node) else node.body
-    spans = [(body[0].lineno, node.end_lineno)] if not words else list(_spans(body, lines, words))
-    shown, last = lines[node.lineno - 1 : node.body[0].lineno - 1], body[0].lineno - 1
-    for start, end in spans:
-        start = _with_comments(start, lines)
-        if start > last + 1:
-            shown.append(re.sub(r"\S.*", "...", lines[last]))
-        shown += lines[start - 1 : end]
-        last = end
-    if missing := [word for word in words if not any(word in line for line in shown)]:
-        raise LookupError(f"{file}: {symbol} has no {missing[0]!r} any more: mend the level's page in templates/levels")
-    return f"```python\n# {file}: {symbol}\n{textwrap.dedent(chr(10).join(shown))}\n```"
-
-
-def _find(node: Any, file: str, symbol: str) -> Any:
-    for name in symbol.split("."):
-        node = next((child for child in node.body if getattr(child, "name", None) == name), None)
-        if node is None:
-            raise LookupError(f"{file}: there is no {symbol} any more: mend the level's page in templates/levels")
-    return node
-
-
-def _spans(body: Sequence[Any], lines: Sequence[str], words: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield first and last line of every statement whose head has one of `words`, the outermost of nested ones."""
-    for statement in body:
-        inner = getattr(statement, "body", None)
-        head = lines[statement.lineno - 1 : inner[0].lineno - 1 if inner else statement.end_lineno]
-        if any(word in line for word in words for line in head):
-            yield statement.lineno, statement.end_lineno
-        elif inner and (within := list(_spans([*inner, *getattr(statement, "orelse", [])], lines, words))):
-            yield statement.lineno, _with_comments(inner[0].lineno, lines) - 1  # its head alone
-            yield from within
-
-
-def _with_comments(line: int, lines: Sequence[str]) -> int:
-    """Return the first line of the comments above `line`, or `line`."""
-    while lines[line - 2].lstrip().startswith("#"):
-        line -= 1
-    return line
+MAX_OPERATORS = 8  # rows of a page's profile table
+NOTABLE = 0.005  # share of a step's time below which an operator is not listed
 
 
 def row_diff(level: Level, previous: Level | None) -> str:
-    """Return a row of params.yaml as it differs from the one above; the first one whole."""
-    rows = [level.model_dump()] if previous is None else [previous.model_dump(), level.model_dump()]
-    changed = [key for key in rows[-1] if len(rows) == 1 or rows[0][key] != rows[1][key]]
-    signs = "-+"[-len(rows) :]
-    return "\n".join(
-        f"{sign}{key}: {tables.word(row[key])}" for key in changed for sign, row in zip(signs, rows, strict=True)
-    )
+    """Return how a row of params.yaml differs from the previous one, as a diff; the first row in full."""
+    new, old = level.model_dump(), previous.model_dump() if previous else {}
+    lines = []
+    for switch in new:
+        if switch in old and old[switch] != new[switch]:
+            lines.append(f"-{switch}: {tables.switch_value(old[switch])}")
+        if switch not in old or old[switch] != new[switch]:
+            lines.append(f"+{switch}: {tables.switch_value(new[switch])}")
+    return "\n".join(lines)
 
 
 def pages(
@@ -90,43 +36,39 @@ def pages(
     parity: tables.Metrics,
     operators: Mapping[str, Sequence[tables.Metrics]],
     environment: Environment,
+    explained: Collection[str],
 ) -> dict[str, str]:
-    """Return the index and a page for every level that has prose, by file name; a row of one's own has none."""
+    """Return an index and one page per level, by file name; levels in `explained` link to their page in docs/levels."""
     speed = tables.speed_table(levels, results, gains, parity)
     training = tables.training_table(levels, results)
-    written = [name for name in levels if f"levels/{name}.md" in facts.templates.list_templates()]
-    above = dict(zip(list(levels)[1:], levels, strict=False))
-    common = {"environment": environment, "rounds": gains["rounds"], "table": tables.markdown_table, "code": excerpt}
-    found: dict[str, str] = {}
-    for name in written:
-        level, table = levels[name], speed if levels[name].group == "speed" else training
-        before = _before(name, levels, gains)
-        found[f"{name}.md"] = _render(
-            f"levels/{name}.md",
+    common = {"environment": environment, "rounds": gains["rounds"], "table": tables.markdown_table}
+    row_above: dict[str, str | None] = dict(zip(levels, [None, *levels], strict=False))
+    rendered = {}
+    for name, level in levels.items():
+        above, previous = row_above[name], _previous(name, levels, gains)
+        rendered[f"{name}.md"] = _render(
+            "level.md",
             **common,
             name=name,
-            before=before,
-            above=above.get(name),
-            diff=row_diff(level, levels[above[name]] if name in above else None),
+            explained=name in explained,
+            previous=previous,
+            above=above,
+            diff=row_diff(level, levels[above] if above else None),
             group=level.group,
             shape=shapes[level.group],
-            measured=_turned(table, [one for one in (before, name) if one]),
+            measured=_transpose(speed if level.group == "speed" else training, [previous, name]),
             notes=[note for note in (results[name]["reason"], results[name]["note"]) if note],
-            undecided=[line for line in facts.undecided(gains) if line.startswith(f"`{name}` over `{before}`")],
-            profile=_profile(name, before, gains, operators) if name in gains["levels"] else None,
+            undecided=[line for line in facts.undecided(gains) if line.startswith(f"`{name}` over `{previous}`")],
+            profile=_profile(name, previous, gains, operators) if name in gains["levels"] else None,
         )
-    titles = [["level", "switch that changes", "over the level before", "validation loss"]]
-    gained = {row[0]: row[2] for row in speed[1:]}
-    rows = [
-        [
-            f"[`{row[0]}`]({row[0]}.md)" if row[0] in written else f"`{row[0]}`",
-            row[1],
-            gained.get(row[0], tables.MISSING),
-            row[training[0].index("validation loss")],
-        ]
+    gain_cells = {row[0]: row[2] for row in speed[1:]}
+    val_loss = training[0].index("validation loss")
+    index = [["level", "switch that changes", "over the previous level", "validation loss"]]
+    index += [
+        [f"[`{row[0]}`]({row[0]}.md)", row[1], gain_cells.get(row[0], tables.MISSING), row[val_loss]]
         for row in training[1:]
     ]
-    return {"README.md": _render("levels.md", **common, index=titles + rows), **found}
+    return {"README.md": _render("level_index.md", **common, index=index), **rendered}
 
 
 def _render(template: str, **content: Any) -> str:
@@ -134,56 +76,59 @@ def _render(template: str, **content: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
 
 
-def _before(name: str, levels: Mapping[str, Level], gains: tables.Metrics) -> str | None:
-    """Return the level to compare with: the one that the benchmark did, or the one above in the same group."""
-    measured = gains["levels"].get(name)
-    if measured:
+def _previous(name: str, levels: Mapping[str, Level], gains: tables.Metrics) -> str | None:
+    """Return the level that `name` is compared with: in the benchmark, or else the one above it in its group."""
+    if measured := gains["levels"].get(name):
         return measured["over_previous"]["over"] if measured["over_previous"] else None
-    peers = [other for other in levels if levels[other].group == levels[name].group]
-    return peers[peers.index(name) - 1] if name != peers[0] else None
+    group = [other for other in levels if levels[other].group == levels[name].group]
+    return group[group.index(name) - 1] if name != group[0] else None
 
 
-def _turned(table: tables.Table, names: Sequence[str]) -> tables.Table:
+def _transpose(table: tables.Table, names: Sequence[str | None]) -> tables.Table:
     """Return the rows of `names` as columns, without the switch that changes."""
     rows = [row for name in names for row in table[1:] if row[0] == name]
     return [[title, *(row[column] for row in rows)] for column, title in enumerate(table[0]) if column != 1]
 
 
 def _profile(
-    name: str, before: str | None, gains: tables.Metrics, operators: Mapping[str, Sequence[tables.Metrics]]
+    name: str, previous: str | None, gains: tables.Metrics, operators: Mapping[str, Sequence[tables.Metrics]]
 ) -> dict[str, Any] | None:
-    """Return what the profiled steps show: operators that only one level has, and those that changed most.
+    """Return which operators are new, gone, or changed most from `previous` to `name`; None if not profiled.
 
-    Where the gain may be noise, so may be every operator's time: then only those are listed whose calls changed. With
-    none `before`, the costliest.
+    Where the gain may be noise, so may the operators' times: then only operators whose number of calls changed are
+    listed. Without `previous`, the costliest are.
     """
-    names = [one for one in (before, name) if one]
-    if not all(operators.get(one) for one in names):
+    names = [level for level in (previous, name) if level]
+    if not all(operators.get(level) for level in names):
         return None
-    ms = {one: _own_ms(operators[one], gains["levels"][one]["step_ms"]) for one in names}
-    calls = {one: Counter({operator["name"]: operator["calls"] for operator in operators[one]}) for one in names}
-    earlier = ms[before] if before else Counter[str]()
-    changes = {key: abs(ms[name][key] - earlier[key]) for key in {*earlier, *ms[name]}}
-    notable = [key for key in changes if changes[key] > NOTABLE * ms[name].total()]
-    if before and gains["levels"][name]["over_previous"]["verdict"] == NO_GAIN:
-        notable = [key for key in notable if calls[before][key] != calls[name][key]]
-    notable.sort(key=lambda key: (-changes[key], key))
-    titles = ["operator", *(f"{what}, `{one}`" for what in ("calls", "ms") for one in names)]
+    ms = {level: _operator_ms(operators[level], gains["levels"][level]["step_ms"]) for level in names}
+    calls = {level: Counter({row["name"]: row["calls"] for row in operators[level]}) for level in names}
+    old_ms = ms[previous] if previous else Counter[str]()
+    changes = {operator: abs(ms[name][operator] - old_ms[operator]) for operator in {*old_ms, *ms[name]}}
+    notable = [operator for operator in changes if changes[operator] > NOTABLE * ms[name].total()]
+    if previous and gains["levels"][name]["over_previous"]["verdict"] == NO_GAIN:
+        notable = [operator for operator in notable if calls[previous][operator] != calls[name][operator]]
+    notable.sort(key=lambda operator: (-changes[operator], operator))
+    titles = ["operator", *(f"{what}, `{level}`" for what in ("calls", "ms") for level in names)]
     rows = [
-        [f"`{key}`", *(str(calls[one][key]) for one in names), *(f"{ms[one][key]:,.0f}" for one in names)]
-        for key in notable[:LARGEST]
+        [
+            f"`{operator}`",
+            *(str(calls[level][operator]) for level in names),
+            *(f"{ms[level][operator]:,.0f}" for level in names),
+        ]
+        for operator in notable[:MAX_OPERATORS]
     ]
     return {
-        "gone": [key for key in notable if before and key not in ms[name]],
-        "new": [key for key in notable if before and key not in earlier],
+        "gone": [operator for operator in notable if previous and operator not in ms[name]],
+        "new": [operator for operator in notable if previous and operator not in old_ms],
         "table": [titles, *rows] if rows else None,
     }
 
 
-def _own_ms(operators: Sequence[tables.Metrics], step_ms: float) -> Counter[str]:
-    """Return the milliseconds of each operator by its name, their sum made `step_ms`.
+def _operator_ms(operators: Sequence[tables.Metrics], step_ms: float) -> Counter[str]:
+    """Return each operator's milliseconds, scaled so that they add up to `step_ms`.
 
-    torch's name for a graph is left out: it counts those compiled before it, so it is another one each time.
+    torch's name for a compiled graph is left out: it is numbered by the graphs compiled before it.
     """
-    ms = facts.scaled(operators, step_ms)
-    return Counter({name: own for name, own in ms.items() if not name.startswith("Torch-Compiled Region")})
+    scaled = facts.scaled(operators, step_ms)
+    return Counter({name: ms for name, ms in scaled.items() if not name.startswith("Torch-Compiled Region")})

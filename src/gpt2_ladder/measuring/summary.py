@@ -1,0 +1,60 @@
+"""Summarize the benchmark's rounds as results/gains.json: gains, throughput, and the share of the hardware's peak."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from gpt2_ladder.config import Params, Switches
+from gpt2_ladder.measuring import cost
+from gpt2_ladder.measuring.gains import Measurement
+from gpt2_ladder.training import devices, metrics
+
+PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", False: "the GPU's dense peak"}
+
+
+def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measurement) -> dict[str, Any]:
+    """Return the content of gains.json for the measured `levels`, in the ladder's order."""
+    tokens = measurement.batch_size * measurement.block_size
+    flops = tokens * cost.flops_per_token(params.size, measurement.block_size)
+    noise, baseline = measurement.noise(), measurement.levels[0]
+    summary: dict[str, Any] = {}
+    for previous, name in zip([None, *levels], levels, strict=False):
+        step_ms = measurement.step_ms(name)
+        rates = [cost.tflops(flops, ms) for ms in step_ms]
+        peaks = find_peaks(params, levels[name].precision, measurement)
+        summary[name] = {
+            "step_ms": median(step_ms),
+            "tokens_per_second": metrics.tokens_per_second(tokens, median(step_ms)),
+            "tflops": median(rates),
+            "peak_tflops": median(peaks) if peaks else None,
+            "mfu": median(rate / peak for rate, peak in zip(rates, peaks, strict=True)) if peaks else None,
+            "over_previous": measurement.compare(name, previous, noise) if previous else None,
+            "over_baseline": measurement.compare(name, baseline, noise) if previous else None,
+        }
+    return {
+        "environment": measurement.environment.fingerprint,
+        "estimator": measurement.estimator,
+        "rounds": len(measurement.rounds),
+        "peak_source": PEAK_SOURCES[devices.peak_is_measured(measurement.environment.device)],
+        "control": asdict(noise),
+        "levels": summary,
+    }
+
+
+def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:
+    """Return the machine's peak TFLOP/s at `precision` in every round; None if it is unknown.
+
+    A value in params.yaml, peak_tflops, comes first. NVIDIA GPUs are looked up; for other devices the peak is the
+    rate of a bare matrix product in the same round.
+    """
+    given, environment = getattr(params.peak_tflops, precision), measurement.environment
+    if given is None and devices.peak_is_measured(environment.device):
+        return [round_.matmul_tflops[operand(precision)] for round_ in measurement.rounds]
+    known = given or cost.KNOWN_PEAKS.get(environment.device_name, {}).get(precision)
+    return [known] * len(measurement.rounds) if known else None
+
+
+def operand(precision: str) -> str:
+    """Return the operand type of the matrix product that measures the peak for `precision`."""
+    return "bf16" if precision == "bf16" else "fp32"
