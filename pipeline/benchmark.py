@@ -16,7 +16,7 @@ from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Swi
 from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
-from gpt2_ladder.training import data, devices, loop
+from gpt2_ladder.training import data, devices, loop, runtime
 from pipeline import (
     BENCHMARK,
     GAINS,
@@ -36,16 +36,21 @@ def main(*arguments: str) -> None:
     params, environment = params_yaml.load(), read_environment()
     devices.check_machine(params.machine, params.rehearsal, environment)
     limits, shape, seed = params.benchmark[params.machine], params.shape("speed"), params.seed
-    rounds = parse_rounds(arguments) or limits.rounds
-    seconds = float("inf") if arguments else limits.seconds
+    parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
+    parser.add_argument("--rounds", type=int, metavar="N", help="measure N rounds, without a time limit")
+    rounds, seconds = parser.parse_args(arguments).rounds, float("inf")
+    if rounds is None:
+        rounds, seconds = limits.rounds, limits.seconds
+    elif rounds < MINIMUM_ROUNDS:
+        raise UserError(f"--rounds {rounds}: too few for an interval; use at least {MINIMUM_ROUNDS}")
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
     batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
-    operands = sorted({summary.operand(switches.precision) for switches in levels.values()})
+    operands = sorted({runtime.PRECISIONS[switches.precision].operand for switches in levels.values()})
     matmuls = operands if devices.peak_is_measured(environment.device) else []
     measured = []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only when a remote arm needs it
-        arms = place_arms(params, with_control(levels), environment, device, micro_batch, process)
+        arms = place_arms(params, levels, environment, device, micro_batch, process)
         for name in turns.warm_up(arms, batches[0], device, seed):
             print(f"benchmark: warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
@@ -58,7 +63,7 @@ def main(*arguments: str) -> None:
         model=params.model,
         batch_size=shape.batch_size,
         block_size=shape.block_size,
-        levels=list(levels),
+        levels=[name for name in levels if name != CONTROL],
         control=CONTROL,
         environment=environment,
         rounds=measured,
@@ -67,29 +72,14 @@ def main(*arguments: str) -> None:
     write_json(GAINS, summary.summarize(params, levels, measurement))
 
 
-def parse_rounds(arguments: Sequence[str]) -> int | None:
-    """Return the value of --rounds, None without it."""
-    parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
-    parser.add_argument("--rounds", type=int, metavar="N", help="measure N rounds, without a time limit")
-    rounds = parser.parse_args(arguments).rounds
-    if rounds is not None and rounds < MINIMUM_ROUNDS:
-        raise UserError(f"--rounds {rounds}: too few for an interval; use at least {MINIMUM_ROUNDS}")
-    return rounds
-
-
 def read_levels() -> tuple[dict[str, Switches], int]:
-    """Return the switches of every level that passed parity, the baseline first, and their micro-batch."""
+    """Return the switches of every level that passed parity and of the control, and their micro-batch."""
     parity = read_json(PARITY)
     levels = {
         name: Switches.model_validate({key: level["switches"][key] for key in Switches.model_fields})
         for name, level in parity["levels"].items()
     }
-    return levels, parity["micro_batch"]
-
-
-def with_control(levels: dict[str, Switches]) -> dict[str, Switches]:
-    """Return `levels` and the control, a second arm of the baseline, whose gain is the noise."""
-    return {**levels, CONTROL: next(iter(levels.values()))}
+    return {**levels, CONTROL: levels[parity["baseline"]]}, parity["micro_batch"]
 
 
 def place_arms(
@@ -114,7 +104,7 @@ def open_arm(name: str) -> Arm:
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     devices.keep_freed_memory(device)
-    return turns.build_arms(params, {name: with_control(levels)[name]}, device, micro_batch)[0]
+    return turns.build_arms(params, {name: levels[name]}, device, micro_batch)[0]
 
 
 def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device) -> None:

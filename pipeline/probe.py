@@ -28,7 +28,7 @@ class Kind:
 
     @property
     def shared(self) -> tuple[int, bool, bool]:
-        """Levels that agree in these share weights and optimizer state in turns.Weights."""
+        """Levels that agree in these share weights and optimizer state in turns.SharedWeights."""
         return self.network.vocab_size, self.network.tie_weights, self.fused
 
 
@@ -56,7 +56,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     """
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.allocates_like_cuda(device)
     micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)
-    weights = turns.Weights(params.seed, params.size.learning_rate, params.optimizer, device)
+    weights = turns.SharedWeights(params, device)
     names: dict[Kind, str] = {}
     for name, switches in levels.items():
         operand = runtime.PRECISIONS[switches.precision].operand
@@ -87,8 +87,8 @@ def _predict(kind: Kind, rows: int, block_size: int, *, batch_size: int, cuda: b
     return planning.trace_step(kind.network, kind.precision, rows, block_size, cuda, micro_batches).peak_bytes
 
 
-def _step(weights: turns.Weights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
-    model, optimizer = weights.lend(kind.network, kind.fused)
+def _step(weights: turns.SharedWeights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
+    model, optimizer = weights.build(kind.network, kind.fused)
     loop.train_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
 
 

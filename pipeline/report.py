@@ -1,7 +1,6 @@
 """Write results/report: the ladder as Markdown and HTML, charts, a page per level, and all losses; log it to W&B."""
 
 import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ def main() -> None:
     params, environment = params_yaml.load(), read_environment()
     results = {name: read_metrics(name) for name in params.levels}
     gains, parity = read_json(GAINS), read_json(PARITY)
-    measured: dict[str, Any] = {
-        "levels": params.levels,
-        "shapes": {"quality": params.quality, "speed": params.shape("speed")},
-        "results": results,
-        "gains": gains,
-        "parity": parity,
-        "operators": read_json(PROFILE),
-        "environment": environment,
-    }
+    ladder = facts.Ladder(
+        levels=params.levels,
+        shapes={"quality": params.quality, "speed": params.shape("speed")},
+        results=results,
+        gains=gains,
+        parity=parity,
+        operators=read_json(PROFILE),
+        environment=environment,
+    )
     content = facts.collect(
-        **measured,
+        ladder,
         model=params.model,
         trial=read_json(RESULTS / "trial" / "metrics.json"),
         verify=read_json(RESULTS / "verify.json"),
@@ -59,7 +58,7 @@ def main() -> None:
     files.write(FOLDER / "ladder.md", facts.markdown(content))
     svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
     files.write(FOLDER / "ladder.html", facts.html(content, svgs))
-    for name, page in level_pages.pages(**measured, explained={path.stem for path in WRITTEN.glob("*.md")}).items():
+    for name, page in level_pages.pages(ladder, {path.stem for path in WRITTEN.glob("*.md")}).items():
         files.write(FOLDER / "levels" / name, page)
     write_losses(losses)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
@@ -70,12 +69,8 @@ def main() -> None:
 
 def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
     """Write the losses of all levels as one long table, for `dvc plots`."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["group", "level", "step", "loss"])
-    for group, rows in losses.items():
-        writer.writerows([group, *row.values()] for row in rows)
-    files.write(FOLDER / "losses.csv", table.getvalue())
+    lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
+    files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from gpt2_ladder.training import metrics
 from helpers.common import REPOSITORY, environment, measurement
 
 PARAMS = params_yaml.load(REPOSITORY / "params.yaml")
-LEVELS = dict(list(PARAMS.levels.items())[:9])  # the seed's; levels of one's own come after them
+LEVELS = dict(list(PARAMS.levels.items())[:9])  # the seed's levels
 TRAINED = {
     "status": "trained",
     "reason": None,
@@ -54,7 +54,7 @@ def gains() -> dict:
 
 
 def profiled(self_ms: dict[str, float]) -> list[dict]:
-    """What the profile has of the operators that took so long."""
+    """One level's operators, as profile.json has them, that took `self_ms`."""
     return [{"name": name, "calls": 3, "self_ms": ms} for name, ms in self_ms.items()]
 
 
@@ -66,29 +66,33 @@ OPERATORS = {
 }
 
 
-def content(
-    results: dict | None = None,
-    weights: str = "openai",
-    note: str | None = None,
-    operators: dict = OPERATORS,
-    measured: dict | None = None,
-) -> dict:
-    difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
-    return facts.collect(
-        model="gpt2",
-        levels=LEVELS,
-        results=results or dict.fromkeys(LEVELS, TRAINED),
-        gains=measured or gains(),
-        parity={
+def ladder(**changes: object) -> facts.Ladder:
+    """A ladder that was measured up to `compile`."""
+    levels = changes.pop("levels", LEVELS)
+    fields = {
+        "levels": levels,
+        "shapes": {"quality": PARAMS.quality, "speed": PARAMS.machines["cpu"]},
+        "results": dict.fromkeys(levels, TRAINED),
+        "gains": gains(),
+        "parity": {
             "baseline": "fp32",
             "micro_batch": 2,
             "environment": environment().fingerprint,
             "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels},
         },
-        operators=operators,
+        "operators": OPERATORS,
+        "environment": environment(),
+    }
+    return facts.Ladder(**fields | changes)
+
+
+def content(weights: str = "openai", note: str | None = None, **changes: object) -> dict:
+    """What the report's templates get for `ladder(**changes)`."""
+    difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
+    return facts.collect(
+        ladder(**changes),
+        model="gpt2",
         trial=TRAINED,
         verify={"weights": weights, "note": note, **difference, "random": difference},
         overfit={"steps": 50, "loss_first": 10.98, "loss_last": 0.003},
-        environment=environment(),
-        shapes={"quality": PARAMS.quality, "speed": PARAMS.machines["cpu"]},
     )

@@ -1,4 +1,4 @@
-"""The pictures, read back as SVG: what stands in them is what was given."""
+"""Charts, read back as SVG."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -30,18 +30,18 @@ def words(svg: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_pictures_are_drawn_without_a_network(name, tmp_path):
+def test_charts_are_drawn_without_a_network(name, tmp_path):
     charts.save_png(CHARTS[name], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r'(src|href)="http', charts.svg(CHARTS[name]))
 
 
-def test_the_waterfall_names_levels_gains_and_verdicts_in_the_ladders_order():
-    found = words(charts.svg(CHARTS["ladder"]))
-    assert [word for word in found if word in ("fp32", "tf32", "bf16")] == ["fp32", "tf32", "bf16"]
-    assert {"1.01 x", "1.88 x", "baseline", "no measurable gain", "faster"} <= set(found)
-    assert "slower" not in found  # nothing was
+def test_the_waterfall_shows_levels_in_order_with_gains_and_verdicts():
+    shown = words(charts.svg(CHARTS["ladder"]))
+    assert [word for word in shown if word in ("fp32", "tf32", "bf16")] == ["fp32", "tf32", "bf16"]
+    assert {"1.01 x", "1.88 x", "baseline", "no measurable gain", "faster"} <= set(shown)
+    assert "slower" not in shown  # no level was
 
 
-def test_the_memory_chart_has_its_numbers():
+def test_the_memory_chart_shows_its_numbers():
     assert {"3,000", "2,500"} <= set(words(charts.svg(CHARTS["memory"])))

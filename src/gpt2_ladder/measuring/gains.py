@@ -21,12 +21,9 @@ NO_GAIN = "no measurable gain"
 
 
 class Round(Strict):
-    """One step of every level, on the same batch.
+    """One step of every level, on the same batch: their order and milliseconds.
 
-    Attributes:
-        order: the levels' names in the order of their steps.
-        step_ms: milliseconds by level.
-        matmul_tflops: rate of a bare matrix product in this round, by operand precision; empty if not measured.
+    `matmul_tflops` is the rate of a bare matrix product in this round by precision, empty if not measured.
     """
 
     order: list[str]
@@ -35,17 +32,9 @@ class Round(Strict):
 
 
 class Measurement(Strict):
-    """The content of results/benchmark.json: every round, and the conditions.
+    """The content of results/benchmark.json: every round in order of time, and the conditions.
 
-    Attributes:
-        estimator: the estimator of the gains when this was written.
-        model: row of `models`.
-        batch_size: B of every step.
-        block_size: T of every step.
-        levels: in the ladder's order; the first is the baseline.
-        control: the name of the baseline's second arm.
-        environment: the machine.
-        rounds: in order of time.
+    `levels` are in the ladder's order, the baseline first; `control` is the name of the baseline's second arm.
     """
 
     estimator: str
@@ -58,11 +47,7 @@ class Measurement(Strict):
     rounds: list[Round]
 
     def step_ms(self, level: str) -> list[float]:
-        """Return the milliseconds of `level`, one per round.
-
-        Raises:
-            UserError: the level was not measured.
-        """
+        """Return the milliseconds of `level`, one per round; raise UserError if it was not measured."""
         if level not in (*self.levels, self.control):
             raise UserError(f"level '{level}' was not measured; choose from {', '.join(self.levels)}")
         return [round_.step_ms[level] for round_ in self.rounds]
@@ -85,13 +70,7 @@ class Measurement(Strict):
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast one level is as another.
-
-    Attributes:
-        ratio: the estimate.
-        low: lower end of the 95 % bootstrap interval.
-        high: upper end.
-    """
+    """How many times as fast one level is as another: the estimate, and the ends of its 95 % bootstrap interval."""
 
     ratio: float
     low: float
@@ -144,8 +123,7 @@ def gain(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Gain:
 def verdict(gain: Gain, control: Gain) -> str:
     """Return "faster", "slower", or NO_GAIN where noise may be the cause.
 
-    That is where the interval holds 1.0, or where the gain is no larger than the uncertainty of `control`, the gain of
-    the baseline over itself.
+    That is if the interval holds 1.0, or if `control`, the gain of the baseline over itself, may be as large as `gain`.
     """
     if gain.low <= 1 <= gain.high or abs(math.log(gain.ratio)) <= control.uncertainty:
         return NO_GAIN
@@ -153,12 +131,10 @@ def verdict(gain: Gain, control: Gain) -> str:
 
 
 def rounds_to_settle(gain: Gain, control: Gain, rounds: int) -> int | None:
-    """Return roughly how many rounds would distinguish `gain`, seen in `rounds` rounds, from noise; None if it is 1.0.
-
-    An interval shrinks with the square root of the number of rounds.
-    """
+    """Return roughly how many rounds, instead of `rounds`, would distinguish `gain` from noise; None if it is 1.0."""
     effect = abs(math.log(gain.ratio))
     if effect == 0:
         return None
+    # an interval shrinks with the square root of the number of rounds
     towards_one = abs(math.log(gain.ratio / (gain.low if gain.ratio > 1 else gain.high)))
     return max(rounds + 1, math.ceil(rounds * (max(towards_one, control.uncertainty) / effect) ** 2))

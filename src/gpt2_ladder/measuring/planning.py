@@ -81,11 +81,8 @@ class LiveStorage(TorchDispatchMode):
 
 
 def softmax_like_cuda() -> AbstractContextManager[object]:
-    """Compute softmax in float32, as CUDA's autocast does and the CPU's does not.
-
-    A TorchFunctionMode does not work here: it is off in backward, where a checkpoint repeats its forward.
-    """
-    softmax = F.softmax
+    """Compute softmax in float32, as CUDA's autocast does and the CPU's does not."""
+    softmax = F.softmax  # patched, because a TorchFunctionMode is off in backward, where a checkpoint repeats forward
     return patch.object(F, "softmax", lambda scores, dim: softmax(scores.float(), dim))
 
 
@@ -93,15 +90,9 @@ def softmax_like_cuda() -> AbstractContextManager[object]:
 def trace_step(
     config: GPTConfig, precision: str, batch_size: int, block_size: int, cuda: bool, micro_batches: int = 1
 ) -> Step:
-    """Trace a training step of GPT(config), with AdamW's state allocated.
+    """Trace a training step of GPT(config) on `micro_batches` micro-batches of (batch_size, block_size) ids.
 
-    Args:
-        config: the network.
-        precision: fp32, tf32 or bf16.
-        batch_size: rows of one micro-batch.
-        block_size: tokens of a row.
-        cuda: trace as on an NVIDIA GPU, where AdamW updates all parameters at once, with a temporary copy of them.
-        micro_batches: number of micro-batches whose gradients are accumulated.
+    `cuda` traces as on an NVIDIA GPU, where AdamW updates all parameters at once, with a temporary copy of them.
 
     Raises:
         UserError: the step needs more than LARGEST bytes.
@@ -109,9 +100,10 @@ def trace_step(
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:
-        size = f"{batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
-        size += f"vocab_size {config.vocab_size}"
-        raise UserError(f"a step of {size} needs over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml")
+        raise UserError(
+            f"a step of {batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
+            f"vocab_size {config.vocab_size} needs over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml"
+        )
     with FakeTensorMode(), LiveStorage() as storage, softmax_like_cuda() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = loop.make_optimizer(model, 1.0, SETTINGS)
@@ -130,12 +122,9 @@ def trace_step(
 
 
 def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool, free: int) -> int:
-    """Return the largest batch size whose step fits into `free` bytes minus the reserve; 0 if one row does not fit.
-
-    Memory is linear in the batch size once the peak is no longer in the optimizer's step, so the search starts from the
-    line through 32 and 64 rows.
-    """
+    """Return the largest batch size whose step fits into `free` bytes minus the reserve; 0 if one row does not fit."""
     usable = 0.9 * free - RESERVE
+    # memory is linear in the batch size, but for few rows, where the peak is in the optimizer's step
     low, high = (trace_step(config, precision, size, block_size, cuda).peak_bytes for size in (32, 64))
     size = max(1, 32 + int((usable - low) * 32 / (high - low)))
     while size and trace_step(config, precision, size, block_size, cuda).peak_bytes > usable:

@@ -17,12 +17,9 @@ INDUCTOR = ("triton_", "## Call CompiledFxGraph")
 
 @dataclass(frozen=True)
 class Operator:
-    """The cost of one operator in one step.
+    """The cost of one operator in one step, by torch's name.
 
-    Attributes:
-        name: torch's name for it.
-        calls: how often it ran.
-        self_ms: milliseconds without the operators that it called; on a GPU, the time of the kernels it launched.
+    `self_ms` excludes the operators that it called; on a GPU it is the time of the kernels it launched.
     """
 
     name: str

@@ -9,17 +9,18 @@ from gpt2_ladder.config import Params, Switches
 from gpt2_ladder.measuring import cost
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.training import devices, metrics
+from gpt2_ladder.training.runtime import PRECISIONS
 
 PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", False: "the GPU's dense peak"}
 
 
 def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measurement) -> dict[str, Any]:
-    """Return the content of gains.json for the measured `levels`, in the ladder's order."""
+    """Return the content of gains.json; `levels` has the switches of every measured level."""
     tokens = measurement.batch_size * measurement.block_size
     flops = tokens * cost.flops_per_token(params.size, measurement.block_size)
-    noise, baseline = measurement.noise(), measurement.levels[0]
+    noise, names = measurement.noise(), measurement.levels
     summary: dict[str, Any] = {}
-    for previous, name in zip([None, *levels], levels, strict=False):
+    for previous, name in zip([None, *names], names, strict=False):
         step_ms = measurement.step_ms(name)
         rates = [cost.tflops(flops, ms) for ms in step_ms]
         peaks = find_peaks(params, levels[name].precision, measurement)
@@ -30,7 +31,7 @@ def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measu
             "peak_tflops": median(peaks) if peaks else None,
             "mfu": median(rate / peak for rate, peak in zip(rates, peaks, strict=True)) if peaks else None,
             "over_previous": measurement.compare(name, previous, noise) if previous else None,
-            "over_baseline": measurement.compare(name, baseline, noise) if previous else None,
+            "over_baseline": measurement.compare(name, names[0], noise) if previous else None,
         }
     return {
         "environment": measurement.environment.fingerprint,
@@ -50,11 +51,6 @@ def find_peaks(params: Params, precision: str, measurement: Measurement) -> list
     """
     given, environment = getattr(params.peak_tflops, precision), measurement.environment
     if given is None and devices.peak_is_measured(environment.device):
-        return [round_.matmul_tflops[operand(precision)] for round_ in measurement.rounds]
+        return [round_.matmul_tflops[PRECISIONS[precision].operand] for round_ in measurement.rounds]
     known = given or cost.KNOWN_PEAKS.get(environment.device_name, {}).get(precision)
     return [known] * len(measurement.rounds) if known else None
-
-
-def operand(precision: str) -> str:
-    """Return the operand type of the matrix product that measures the peak for `precision`."""
-    return "bf16" if precision == "bf16" else "fp32"

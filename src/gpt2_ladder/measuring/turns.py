@@ -1,9 +1,8 @@
 """Take training steps of several levels in turn, so that the ratios of their times hold on a machine that drifts.
 
-Two levels trained one after the other meet two different machines: other programs, clock rates and temperatures change
-within minutes. Taken in turn, both meet the same machine in every round. The order is drawn again for each round,
-because what a step leaves behind (caches, the allocator's free lists) changes the next step's time by up to 12 %: in a
-fixed order that would always affect the same level.
+Two trainings, one after the other, meet different machines: other programs, clock rates and temperatures change within
+minutes. Steps in turn meet the same machine in every round. Each round has its own random order, because what a step
+leaves behind (caches, the allocator's free lists) changes the next step's time by up to 12 %.
 """
 
 import random
@@ -52,10 +51,7 @@ class Arm:
 class RemoteArm:
     """An arm in its own process, for a level with a switch that applies to a whole process, such as the allocator.
 
-    Attributes:
-        name: of the level.
-        process: an executor with one worker.
-        open: a cached module-level function that builds the arm from `name` in that process.
+    `open` is a cached module-level function that builds the arm from its name in `process`, an executor of one worker.
     """
 
     name: str
@@ -136,16 +132,9 @@ def measure(
     seed: int,
     matmuls: Sequence[str] = (),
 ) -> Iterator[Round]:
-    """Yield up to `rounds` rounds: as many as fit into `seconds`, but at least MINIMUM_ROUNDS.
+    """Yield up to `rounds` rounds of the warmed-up `arms`: as many as fit into `seconds`, but at least MINIMUM_ROUNDS.
 
-    Args:
-        arms: warmed up.
-        batches: used in turn, one per round.
-        device: of the arms.
-        rounds: the maximum.
-        seconds: time limit; no round starts that would probably exceed it.
-        seed: for the random orders.
-        matmuls: operand precisions ("fp32", "bf16") at which a bare matrix product is timed in every round.
+    Each round uses one of `batches`, in turn, and times a bare matrix product at every precision in `matmuls`.
 
     Raises:
         RuntimeError: a step compiles again, so that its time would include the compilation.

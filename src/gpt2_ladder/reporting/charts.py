@@ -17,23 +17,20 @@ WIDTH = 330
 
 
 def waterfall(rows: Rows) -> alt.LayerChart:
-    """Draw how each level changes tokens/s against the previous level.
+    """Draw how each level changes tokens/s, from rows in the ladder's order, as facts.ladder_steps returns them.
 
-    Args:
-        rows: in the ladder's order: `level`, `start` and `end` (tokens/s before and after), `low` and `high` (interval
-            of `end`), `verdict` (a key of COLORS), `label`.
+    `start` and `end` are tokens/s before and after the switch; `low` and `high` are the interval of `end`.
     """
     order = [row["level"] for row in rows]
     base = alt.Chart(alt.Data(values=list(rows))).encode(alt.Y("level:N", title=None, sort=order))
     verdicts = [verdict for verdict in COLORS if any(row["verdict"] == verdict for row in rows)]
     colors = alt.Scale(domain=verdicts, range=[COLORS[verdict] for verdict in verdicts])
-    legend = alt.Legend(title=None, orient="bottom")
     title = "tokens/s, with the 95 % interval of the gain over the baseline"
     room_for_labels = alt.Scale(domain=[0, 1.35 * max(row["high"] for row in rows)], nice=False)
     bars = base.mark_bar(height=16).encode(
         alt.X("start:Q", title=title, scale=room_for_labels, axis=alt.Axis(tickCount=5)),
         alt.X2("end:Q"),
-        alt.Color("verdict:N", scale=colors, legend=legend),
+        alt.Color("verdict:N", scale=colors, legend=alt.Legend(title=None, orient="bottom")),
     )
     ends = base.mark_tick(thickness=2, size=20, color="black").encode(alt.X("end:Q"))
     intervals = base.mark_rule(color="black").encode(alt.X("low:Q"), alt.X2("high:Q"))

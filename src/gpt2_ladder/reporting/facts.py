@@ -1,6 +1,9 @@
 """Collect what the report states, once; the templates ladder.md and ladder.html only lay it out."""
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +25,61 @@ templates = jinja2.Environment(
 )
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """The results of all levels: metrics.json, gains.json, parity.json and profile.json, and where they were made."""
+
+    levels: Mapping[str, Level]
+    shapes: Mapping[str, Shape]
+    results: Mapping[str, Metrics]
+    gains: Metrics
+    parity: Metrics
+    operators: Mapping[str, Sequence[Metrics]]
+    environment: Environment
+
+
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
     """Return the rows of charts.waterfall: the baseline's tokens/s times each level's gain over the baseline."""
-    steps: list[dict[str, Any]] = []
-    for name, measured in gains["levels"].items():
-        over_baseline, over_previous = measured["over_baseline"], measured["over_previous"]
-        if over_baseline is None:
-            end = baseline = measured["tokens_per_second"]
-            step = {"start": 0, "end": end, "low": end, "high": end, "verdict": "baseline", "label": ""}
-        else:
-            low, end, high = (baseline * over_baseline[key] for key in ("low", "ratio", "high"))
-            step = {"start": steps[-1]["end"], "end": end, "low": low, "high": high}
-            step |= {"verdict": over_previous["verdict"], "label": f"{over_previous['ratio']:.2f} x"}
-        steps.append({"level": name, **step})
+    (baseline, first), *others = gains["levels"].items()
+    rate = first["tokens_per_second"]
+    ends = {"start": 0, "end": rate, "low": rate, "high": rate}
+    steps = [{"level": baseline, **ends, "verdict": "baseline", "label": ""}]
+    for name, measured in others:
+        low, end, high = (rate * measured["over_baseline"][key] for key in ("low", "ratio", "high"))
+        ends = {"start": steps[-1]["end"], "end": end, "low": low, "high": high}
+        over = measured["over_previous"]
+        steps.append({"level": name, **ends, "verdict": over["verdict"], "label": f"{over['ratio']:.2f} x"})
     return steps
 
 
 def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[str]:
-    """Return one line for each level measurably faster or slower than the previous one: the operators that changed.
-
-    Only one step per level is profiled and the machine's speed drifts, so operator times are scaled to the median step.
-    """
+    """Return one line for each level measurably faster or slower than the previous one: the operators that changed."""
     lines = []
     for name, measured in gains["levels"].items():
         over = measured["over_previous"]
         if over and over["verdict"] != NO_GAIN and operators.get(name) and operators.get(over["over"]):
-            old_ms, new_ms = gains["levels"][over["over"]]["step_ms"], measured["step_ms"]
-            changes = _largest_changes(scaled(operators[over["over"]], old_ms), scaled(operators[name], new_ms))
-            lines.append(f"`{name}`: {old_ms:,.0f} -> {new_ms:,.0f} ms a step; {changes}")
+            old, new = operator_ms(over["over"], gains, operators), operator_ms(name, gains, operators)
+            changed = ", ".join(f"{op} {old[op]:,.0f} -> {new[op]:,.0f} ms" for op in largest_changes(old, new)[:3])
+            step_ms = f"{gains['levels'][over['over']]['step_ms']:,.0f} -> {measured['step_ms']:,.0f} ms a step"
+            lines.append(f"`{name}`: {step_ms}; {changed}")
     return lines
 
 
-def scaled(operators: Sequence[Metrics], step_ms: float) -> dict[str, float]:
-    """Return each operator's milliseconds, scaled so that they add up to `step_ms`."""
-    total = sum(operator["self_ms"] for operator in operators)
-    return {operator["name"]: operator["self_ms"] * step_ms / total for operator in operators}
+def operator_ms(level: str, gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> defaultdict[str, float]:
+    """Return the milliseconds of the level's operators, scaled to its median step; 0 for operators it does not have.
+
+    torch's name for a compiled graph is left out: it is numbered by the graphs compiled before it.
+    """
+    rows = operators[level]
+    scale = gains["levels"][level]["step_ms"] / sum(row["self_ms"] for row in rows)
+    named = {row["name"]: scale * row["self_ms"] for row in rows if not row["name"].startswith("Torch-Compiled Region")}
+    return defaultdict(float, named)
 
 
-def _largest_changes(old: Mapping[str, float], new: Mapping[str, float], count: int = 3) -> str:
-    """Return one line with the `count` operators whose milliseconds changed most."""
-    changes = {name: abs(new.get(name, 0.0) - old.get(name, 0.0)) for name in {*old, *new}}
-    largest = sorted(changes, key=lambda name: (-changes[name], name))[:count]
-    return ", ".join(f"{name} {old.get(name, 0.0):,.0f} -> {new.get(name, 0.0):,.0f} ms" for name in largest)
+def largest_changes(old: Mapping[str, float], new: Mapping[str, float]) -> list[str]:
+    """Return the operators of both, those whose milliseconds changed most first."""
+    changes = {operator: abs(new.get(operator, 0.0) - old.get(operator, 0.0)) for operator in {*old, *new}}
+    return sorted(changes, key=lambda operator: (-changes[operator], operator))
 
 
 def undecided(gains: Metrics) -> list[str]:
@@ -73,12 +89,10 @@ def undecided(gains: Metrics) -> list[str]:
         by_level = {gain["over"]: gain for gain in (measured["over_previous"], measured["over_baseline"]) if gain}
         for over, gain in by_level.items():
             if gain["verdict"] == NO_GAIN:
-                needed = gain["rounds_to_settle"]
-                rounds = "over 10,000 rounds" if needed is None or needed > 10_000 else f"about {needed:,} rounds"
-                lines.append(
-                    f"`{name}` over `{over}`: {NO_GAIN} in {gains['rounds']} rounds; {rounds} are needed to measure a "
-                    f"gain of {gain['ratio']:.3f}"
-                )
+                needed = gain["rounds_to_settle"] or math.inf
+                rounds = f"about {needed:,} rounds" if needed <= 10_000 else "over 10,000 rounds"
+                measured_as = f"{NO_GAIN} in {gains['rounds']} rounds; {rounds} are needed to measure a gain of"
+                lines.append(f"`{name}` over `{over}`: {measured_as} {gain['ratio']:.3f}")
     return lines
 
 
@@ -89,12 +103,8 @@ def micro_batch_notes(results: Mapping[str, Metrics], batch_size: int) -> list[s
     if smallest == batch_size:
         return []
     notes = [f"memory holds {smallest} of the {batch_size} rows of a batch at a time: gradients were accumulated"]
-    return notes + [
-        f"`{name}` was trained with {count} rows at a time, other levels with {smallest}: compare the benchmark, which "
-        f"used {smallest} for all levels, and not the trainings' tokens/s and memory"
-        for name, count in rows.items()
-        if count != smallest
-    ]
+    different = f"rows at a time, other levels with {smallest}: do not compare their training tokens/s and memory"
+    return notes + [f"`{name}` was trained with {rows[name]} {different}" for name in rows if rows[name] != smallest]
 
 
 def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: str) -> list[str]:
@@ -102,10 +112,8 @@ def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: 
     count = trainings["trial"]["devices"]
     if count == 1:
         return []
-    notes = [
-        f"the speed levels and the trial were trained on {count} devices: their training tokens/s are the sum over all "
-        "devices, their peak memory is that of one; gains, and the tokens/s beside them, were measured on one device"
-    ]
+    trained_on = f"the speed levels and the trial were trained on {count} devices: their training tokens/s are the sum"
+    notes = [f"{trained_on} over all devices, their peak memory and the benchmark's gains and tokens/s are of one"]
     for name, measured in gains["levels"].items() if device_name in KNOWN_PEAKS else ():
         if measured["mfu"] is not None:
             share = measured["mfu"] / measured["tokens_per_second"] * trainings[name]["tokens_per_second"] / count
@@ -113,24 +121,14 @@ def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: 
     return notes
 
 
-def collect(
-    model: str,
-    levels: Mapping[str, Level],
-    results: Mapping[str, Metrics],
-    gains: Metrics,
-    parity: Metrics,
-    operators: Mapping[str, Sequence[Metrics]],
-    trial: Metrics,
-    verify: Metrics,
-    overfit: Metrics,
-    environment: Environment,
-    shapes: Mapping[str, Shape],
-) -> dict[str, Any]:
+def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit: Metrics) -> dict[str, Any]:
     """Return everything that the templates lay out.
 
     Raises:
         UserError: a result is from another environment, or from a training on another number of devices.
     """
+    levels, results, gains, parity = ladder.levels, ladder.results, ladder.gains, ladder.parity
+    environment, shapes, operators = ladder.environment, ladder.shapes, ladder.operators
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
     trainings = {**{name: results[name] for name, level in levels.items() if level.group == "speed"}, "trial": trial}
     check_one_count(trainings)
@@ -146,12 +144,8 @@ def collect(
     fastest = max(over_baseline, key=lambda name: over_baseline[name]["ratio"], default=parity["baseline"])
     gain = over_baseline.get(fastest)
     return {
-        "model": model,
-        "gains": gains,
-        "environment": environment,
-        "shapes": shapes,
-        "verify": verify,
-        "overfit": overfit,
+        **{"model": model, "gains": gains, "environment": environment, "shapes": shapes},
+        **{"verify": verify, "overfit": overfit},
         "weights": WEIGHTS[verify["weights"]],
         "baseline": parity["baseline"],
         "fastest": fastest,

@@ -19,17 +19,6 @@ TRAINING_COLUMNS = {  # key in metrics.json: (title, format)
     "bits_per_byte": ("bits per byte", "{:.4f}"),
     "tokens_per_second": ("training tokens/s", "{:,.0f}"),
 }
-SPEED_TITLES = [
-    "level",
-    "switch that changes",
-    "over the previous level",
-    "over the baseline",
-    "tokens/s",
-    "TFLOP/s (of the peak)",
-    "peak memory MiB",
-    "compilation s",
-    "loss difference",
-]
 
 
 def switch_that_changes(level: Switches, previous: Switches | None) -> str:
@@ -54,26 +43,24 @@ def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
     """Return one row per speed level with gains, throughput and memory; a skipped level has dashes."""
-    changes, rows = _changes(levels), []
-    for name in (name for name, level in levels.items() if level.group == "speed"):
-        measured = gains["levels"].get(name)
-        if measured is None:
-            rows.append([name, changes[name], *[MISSING] * (len(SPEED_TITLES) - 2)])
-            continue
-        seconds = results[name]["compile_seconds"]
-        rows.append(
-            [
-                name,
-                changes[name],
-                *(gain_cell(measured[over]) for over in ("over_previous", "over_baseline")),
-                f"{measured['tokens_per_second']:,.0f}",
-                f"{measured['tflops']:.3g}" + (f" ({measured['mfu']:.0%})" if measured["mfu"] is not None else ""),
-                f"{results[name]['peak_memory_mib']:,.0f}",
-                MISSING if seconds is None else f"{seconds:,.0f} {results[name]['compile_cache']}",
-                f"{parity['levels'][name]['largest']:.4f}" if name != parity["baseline"] else MISSING,
-            ]
-        )
-    return [SPEED_TITLES, *rows]
+    rows: list[dict[str, str]] = []
+    for name, change in _changes(levels).items():
+        if levels[name].group == "speed":
+            rows.append({"level": name, "switch that changes": change})
+        if gain := gains["levels"].get(name):
+            result, difference = results[name], f"{parity['levels'][name]['largest']:.4f}"
+            compiled = f"{result['compile_seconds'] or 0:,.0f} {result['compile_cache']}"
+            rows[-1] |= {
+                "over the previous level": gain_cell(gain["over_previous"]),
+                "over the baseline": gain_cell(gain["over_baseline"]),
+                "tokens/s": f"{gain['tokens_per_second']:,.0f}",
+                "TFLOP/s (of the peak)": f"{gain['tflops']:.3g}" + (f" ({gain['mfu']:.0%})" if gain["mfu"] else ""),
+                "peak memory MiB": f"{result['peak_memory_mib']:,.0f}",
+                "compilation s": MISSING if result["compile_seconds"] is None else compiled,
+                "loss difference": MISSING if name == parity["baseline"] else difference,
+            }
+    titles = max(map(list, rows), key=len)
+    return [titles, *([row.get(title, MISSING) for title in titles] for row in rows)]
 
 
 def side_by_side(here: Measurement, there: Measurement) -> Table:
