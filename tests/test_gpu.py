@@ -24,7 +24,6 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.training import devices, loop, runtime
 from helpers.common import REPOSITORY, random_ids
 from helpers.memory import Capped
-from pipeline import benchmark as benchmark_stage
 from pipeline import environment, probe
 
 ROUNDS = 10
@@ -92,8 +91,8 @@ def micro_batch(machine: Machine) -> int:
 
 @pytest.fixture(scope="module")
 def arms(machine: Machine, micro_batch: int) -> list[Arm]:
-    contestants = {**machine.levels, CONTROL: next(iter(machine.levels.values()))}
-    made = benchmark_stage.build_arms(machine.params, contestants, machine.device, micro_batch)
+    levels = {**machine.levels, CONTROL: next(iter(machine.levels.values()))}
+    made = turns.build_arms(machine.params, levels, machine.device, micro_batch)
     list(turns.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed))
     return made
 

@@ -39,7 +39,7 @@ def test_all_levels_are_measured_with_the_smallest_micro_batch(two_trained):
 def test_losses_of_different_numbers_of_devices_or_machines_are_not_compared(two_trained):
     other = environment(threads=4).fingerprint
     for change, message in (
-        ({"devices": 1}, "trained on different numbers of devices: fp32 on 8, bf16 on 1; `dvc repro`"),
+        ({"devices": 1}, "trained on different numbers of devices: fp32 on 8, bf16 on 1; run `dvc repro`"),
         ({"environment": other}, f"the results of bf16 are from environment {other}"),
     ):
         write_json(metrics_of("bf16"), json.loads(metrics_of("fp32").read_text()) | change)
@@ -51,7 +51,5 @@ def test_a_level_trained_with_the_wrong_matmul_precision_is_refused():
     """Its losses would agree, so only the recorded setting shows it."""
     level = params_with().levels["bf16"]
     parity.check_matmul_precision("bf16", level, "ieee")
-    with pytest.raises(
-        UserError, match="level 'bf16' was trained with tf32 matrix products where precision bf16 means"
-    ):
+    with pytest.raises(UserError, match="level 'bf16' was trained with tf32 matrix products, but precision bf16 means"):
         parity.check_matmul_precision("bf16", level, "tf32")

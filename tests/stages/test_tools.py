@@ -17,7 +17,7 @@ def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
     assert shown in capsys.readouterr().out
     write_json(tmp_path / "there.json", measurement(fp32=[30.0] * 4, bf16=[10.0] * 4).model_dump())
     compare.main(str(tmp_path / "there.json"))
-    assert "| bf16   |             150 |           2.00 [2.00, 2.00] |" in capsys.readouterr().out
+    assert "| bf16   |             150 |             2.00 [2.00, 2.00] |" in capsys.readouterr().out
     (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
     compare.main("experiments/runs/xeon-amx.json")
     assert "there: Intel" in capsys.readouterr().out
@@ -26,7 +26,7 @@ def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_json(BENCHMARK, measurement(fp32=[300.0] * 4).model_dump())
-    with pytest.raises(UserError, match="level 'fp16' was not measured; there are fp32"):
+    with pytest.raises(UserError, match="level 'fp16' was not measured; choose from fp32"):
         compare.main("fp16", "fp32")
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", ""):
