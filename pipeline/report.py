@@ -12,7 +12,7 @@ from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
-WRITTEN = Path("docs/levels")  # no dependency of this stage: the report only links to the pages that exist
+WRITTEN = Path("docs/levels")  # not a dependency of this stage, which only links to the pages that exist
 
 
 def main() -> None:
@@ -56,8 +56,7 @@ def main() -> None:
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
     files.write(FOLDER / "ladder.md", facts.markdown(content))
-    svgs = {name: charts.svg(chart) for name, chart in pictures.items()}
-    files.write(FOLDER / "ladder.html", facts.html(content, svgs))
+    files.write(FOLDER / "ladder.html", facts.html(content, {name: charts.svg(pictures[name]) for name in pictures}))
     for name, page in level_pages.pages(ladder, {path.stem for path in WRITTEN.glob("*.md")}).items():
         files.write(FOLDER / "levels" / name, page)
     write_losses(losses)

@@ -138,7 +138,7 @@ def test_a_smaller_micro_batch_is_noted():
 def test_trainings_on_several_devices_are_noted_with_their_share_of_the_peak():
     trainings = {name: {**TRAINED, "devices": 8} for name in ("fp32", "tf32", "bf16", "compile", "trial")}
     (note,) = facts.device_notes(trainings, gains(), "A processor")  # ranks may share a CPU, so no share is shown
-    assert "were trained on 8 devices: their training tokens/s are the sum over all devices" in note
+    assert "were trained on 8 devices: training tokens/s are the sum over all devices" in note
     trainings["fp32"] = {**trainings["fp32"], "tokens_per_second": 6000.0}
     notes = facts.device_notes(trainings, gains(), "NVIDIA L4")
     # one device reaches 1,000 tokens/s at half its peak, so 750 tokens/s each are three quarters of that half

@@ -2,14 +2,12 @@
 
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Size
 
-Peaks = dict[str, float]
-
 A100 = {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0}
 H100_SXM = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5}
 # By nvidia-smi's name of the GPU: memory bandwidth in GB/s, and TFLOP/s of dense matrix products by precision, from
 # NVIDIA's data sheets (without sparsity; GeForce with float32 accumulation). A precision that the hardware lacks is
 # left out. A GPU that is missing here has no known peak.
-GPUS: dict[str, tuple[float, Peaks]] = {
+GPUS: dict[str, tuple[float, dict[str, float]]] = {
     "Tesla T4": (320, {"fp32": 8.1}),
     "Tesla V100-SXM2-16GB": (900, {"fp32": 15.7}),
     "Tesla V100-SXM2-32GB": (900, {"fp32": 15.7}),

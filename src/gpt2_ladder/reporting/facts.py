@@ -112,8 +112,8 @@ def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: 
     count = trainings["trial"]["devices"]
     if count == 1:
         return []
-    trained_on = f"the speed levels and the trial were trained on {count} devices: their training tokens/s are the sum"
-    notes = [f"{trained_on} over all devices, their peak memory and the benchmark's gains and tokens/s are of one"]
+    trained = f"the speed levels and the trial were trained on {count} devices: training tokens/s are the sum over all"
+    notes = [f"{trained} devices; peak memory, gains and the benchmark's tokens/s are those of one device"]
     for name, measured in gains["levels"].items() if device_name in KNOWN_PEAKS else ():
         if measured["mfu"] is not None:
             share = measured["mfu"] / measured["tokens_per_second"] * trainings[name]["tokens_per_second"] / count
