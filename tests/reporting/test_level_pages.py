@@ -49,11 +49,16 @@ def test_the_profile_lists_the_operators_that_changed():
     assert "| `mm` " not in rendered["tf32.md"]
 
 
+def code_of(line: str) -> str:
+    """A line of source without its indentation and comment."""
+    return line.partition("  # ")[0].strip()
+
+
 @pytest.mark.parametrize("level", PARAMS.levels)
 def test_every_line_of_code_in_a_written_page_is_in_its_source_file(level):
     (block,) = re.findall(r"```python\n# (\S+): \S+\n(.*?)\n```", (WRITTEN / f"{level}.md").read_text(), re.DOTALL)
-    source = {line.strip() for line in (REPOSITORY / block[0]).read_text().splitlines()}
-    assert [line for line in block[1].splitlines() if line.strip() not in {"...", *source}] == []
+    source = {code_of(line) for line in (REPOSITORY / block[0]).read_text().splitlines()}
+    assert {code_of(line) for line in block[1].splitlines()} <= {"...", *source}
 
 
 def test_no_stage_writes_into_docs():
