@@ -1,8 +1,7 @@
-"""Prove that our GPT computes what GPT-2 does, with the downloaded weights and random ones; sample from OpenAI's."""
+"""Check that our GPT computes what GPT-2 does, with the downloaded and with random weights; sample from OpenAI's."""
 
 import tempfile
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format, pretrained
 from gpt2_ladder.training import data, devices, tokenizer
-from gpt2_ladder.using import sampling, verification
+from gpt2_ladder.using import verification
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
@@ -24,7 +23,7 @@ def main() -> None:
     params = params_yaml.load()
     memory = pretrained.needed(params.size)[1]
     devices.check_memory(torch.device("cpu"), memory, f"verifying {params.model} against transformers")
-    logging.disable_progress_bar()  # transformers draws one for every checkpoint that it loads
+    logging.disable_progress_bar()  # transformers shows one for every checkpoint
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
@@ -33,7 +32,7 @@ def main() -> None:
     downloads.check_recorded(WEIGHTS / hub_format.CONFIG, WEIGHTS / hub_format.WEIGHTS)
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
-    # in WEIGHTS, because /tmp may be smaller, or memory; what a stage that is killed leaves, the next download removes
+    # in WEIGHTS, because /tmp may be smaller or in memory; the next download removes what a killed stage leaves
     with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=downloads.UNFINISHED) as folder:
         hub_format.save_gpt(GPT(params.size.gpt(), params.seed), Path(folder))
         random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
@@ -45,10 +44,10 @@ def main() -> None:
     lines, known_loss = [pretrained.STAND_IN_NOTICE, "No samples: random weights write random words."], None
     if not stand_in:
         model = hub_format.load_gpt(WEIGHTS, "flash")
-        if params.model == "gpt2":  # llm.c reports the loss of the smallest alone
+        if params.model == "gpt2":  # llm.c reports the loss of this size only
             known_loss = verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
-        choose = partial(sampling.draw, top_k=TOP_K, generator=torch.Generator().manual_seed(params.seed))
-        rows = sampling.generate(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, choose).tolist()
+        generator = torch.Generator().manual_seed(params.seed)
+        rows = verification.sample(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, TOP_K, generator).tolist()
         lines = ["OpenAI's weights were verified.", *(f"> {encoding.decode(row)!r}" for row in rows)]
     samples = "\n".join(lines)
     print(samples, flush=True)

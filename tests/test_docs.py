@@ -97,7 +97,6 @@ NOT_RUN = {
         "python experiments/determinism.py",
         "python experiments/overheads.py",
         "python experiments/race.py",
-        "python experiments/sampling.py",
         "python experiments/scaling.py",
         "python experiments/tokenizing.py",
         "python experiments/reliability.py",

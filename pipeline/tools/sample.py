@@ -1,18 +1,18 @@
-"""Let a network write: the trial's, one from a folder or from the Hugging Face hub, or a random one.
+"""Generate text with the trial's network, one from a folder or the Hugging Face hub, or a random one.
 
-No stage of `dvc repro`. Samples come one after the other, not as a batch: each is read while it grows, the memory is
-that of one, and the first ones stay the same however many are asked for.
+Not a stage of `dvc repro`. Samples are drawn one after the other, not as a batch: each is printed while it grows, and
+the first ones stay the same if you ask for more.
 """
 
 import argparse
+import codecs
 import math
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
-from itertools import chain
 from pathlib import Path
 
+import tiktoken
 import torch
 
 from gpt2_ladder import params_yaml
@@ -20,89 +20,119 @@ from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import devices, tokenizer
-from gpt2_ladder.using import sampling
 from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, check_weights, read_environment, run
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; line feeds and tabs may do so
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all that a terminal obeys, except line feed and tab
+
+
+class Printer:
+    """Print each token that transformers' `generate` passes to `put`, as soon as its characters are complete.
+
+    The bytes of one character may be in several tokens. Bytes that never form a character print as U+FFFD. Control
+    characters print as escapes, so that a network cannot clear the screen.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, prompt: str):
+        self.encoding, self.prompt = encoding, prompt
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Print the text of int64 (1,). The first call, (1, T), brings the ids of the prompt, and prints `prompt`."""
+        if ids.dim() == 2:
+            self._print(self.prompt)
+        else:
+            self._print(self.decoder.decode(self.encoding.decode_bytes(ids.tolist())))
+
+    def end(self) -> None:
+        """Print the bytes that are left, and end the line."""
+        self._print(self.decoder.decode(b"", final=True) + "\n")
+
+    def _print(self, text: str) -> None:
+        print(CONTROLS.sub(lambda match: repr(match[0])[1:-1], text), end="", flush=True)
 
 
 def main(*arguments: str) -> None:
     params = params_yaml.load()
-    asked = parse(arguments, params.seed)
+    args = parse(arguments, params.seed)
     environment = read_environment()
-    device = devices.open_device(environment.device, environment.threads, asked.seed, params.deterministic)
+    device = devices.open_device(environment.device, environment.threads, args.seed, params.deterministic)
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
-    model = open_network(asked, params).to(device).eval()
-    prompt = encoding.encode_ordinary(asked.prompt)
+    model = load_network(args, params)
+    prompt = encoding.encode_ordinary(args.prompt)
     idx = torch.tensor([prompt or [encoding.eot_token]], device=device)  # (1, T); GPT-2's texts follow <|endoftext|>
-    generator = torch.Generator().manual_seed(asked.seed)
-    choose = partial(
-        sampling.draw, temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, generator=generator
-    )
+    total, n_positions = idx.size(1) + args.length, model.config.n_positions
+    if total > n_positions:
+        raise UserError(
+            f"--length {args.length}: {idx.size(1)} tokens of the prompt and {args.length} new ones are {total}, over "
+            f"this network's n_positions, {n_positions}; lower it or shorten the prompt"
+        )
+    how: dict[str, object] = {"do_sample": False}
+    if args.temperature:
+        how = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p or 1.0}
+    if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
+        how["suppress_tokens"] = padding  # these ids stand for no text
+    how |= {"attention_mask": torch.ones_like(idx), "max_new_tokens": args.length}
+    network = hub_format.to_transformers(model).to(device)
+    torch.manual_seed(args.seed)
     try:
-        for number in range(1, asked.samples + 1):
-            drawn = map(int, sampling.stream(model, idx, asked.length, choose))
-            if asked.samples > 1:
-                print(f"--- {number} of {asked.samples}")
-            for text in sampling.decode(chain(prompt, drawn), encoding):
-                print(CONTROLS.sub(lambda found: repr(found[0])[1:-1], text), end="", flush=True)
-            print()
+        for number in range(1, args.samples + 1):
+            if args.samples > 1:
+                print(f"--- {number} of {args.samples}")
+            network.generate(idx, **how, streamer=Printer(encoding, encoding.decode(prompt)))
     except KeyboardInterrupt:
         raise UserError("stopped by Ctrl-C") from None
 
 
 def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
-    """Return what was asked for; `seed` unless another one was.
+    """Parse the command line; `seed` is the default of --seed.
 
     Raises:
-        UserError: an option is unknown, or its value is none that it can have.
+        UserError: an option is unknown or has a value out of range.
     """
     parser = Parser(prog="python -m pipeline.tools.sample", description=__doc__)
     network = parser.add_mutually_exclusive_group()
     network.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"a folder, by default {TRIAL}")
-    network.add_argument("--hub", metavar="ID", help="a repository of the hub, as openai-community/gpt2")
-    network.add_argument("--random", action="store_true", help="random weights, in the size that params.yaml names")
-    parser.add_argument("--prompt", default="", help="what the text begins with; by default <|endoftext|>, unseen")
-    parser.add_argument("--samples", type=int, default=1, help="how many texts, by default 1")
-    parser.add_argument("--length", type=int, default=100, help="of each, in new tokens, by default 100")
+    network.add_argument("--hub", metavar="ID", help="a repository of the hub, such as openai-community/gpt2")
+    network.add_argument("--random", action="store_true", help="random weights in the size set in params.yaml")
+    parser.add_argument("--prompt", default="", help="the beginning of the text; by default <|endoftext|>, not shown")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts, by default 1")
+    parser.add_argument("--length", type=int, default=100, help="new tokens of each text, by default 100")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token; by default 1")
-    parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens, by default 50")
-    parser.add_argument(
-        "--top-p", type=float, help="draw among the likeliest that reach this probability, by default all"
-    )
-    parser.add_argument("--seed", type=int, default=seed, help="by default that of params.yaml")
-    asked = parser.parse_args(arguments)
-    for option, right, allowed in (
-        ("samples", asked.samples >= 1, "1 or more"),
-        ("length", asked.length >= 1, "1 or more"),
-        ("temperature", asked.temperature == 0 or 1e-6 <= asked.temperature < math.inf, "0, or 0.000001 and more"),
-        ("top_k", asked.top_k >= 1, "1 or more"),
-        ("top_p", asked.top_p is None or 0 < asked.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= asked.seed < 2**63, "0 or more and below 2**63"),
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest tokens, by default 50")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach probability P")
+    parser.add_argument("--seed", type=int, default=seed, help="by default the seed in params.yaml")
+    args = parser.parse_args(arguments)
+    for option, valid, allowed in (
+        ("samples", args.samples >= 1, "1 or more"),
+        ("length", args.length >= 1, "1 or more"),
+        ("temperature", args.temperature == 0 or 1e-6 <= args.temperature < math.inf, "0, or 0.000001 and more"),
+        ("top_k", args.top_k >= 1, "1 or more"),
+        ("top_p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= args.seed < 2**63, "0 or more and below 2**63"),
     ):
-        if not right:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(asked, option)}: must be {allowed}")
-    return asked
+        if not valid:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {allowed}")
+    return args
 
 
-def open_network(asked: argparse.Namespace, params: Params) -> GPT:
-    """Return the network that was asked for, and say on stderr where it is from, if more is known than its name.
+def load_network(args: argparse.Namespace, params: Params) -> GPT:
+    """Return the network that `args` select; print its source on stderr if a file beside the weights records it.
 
     Raises:
-        UserError: it cannot be had, or its vocabulary is not GPT-2's.
+        UserError: it cannot be loaded, or its vocabulary is not GPT-2's.
     """
-    if asked.random:
+    if args.random:
         devices.check_memory(torch.device("cpu"), count_bytes(params.size.gpt()), f"model {params.model}")
         return GPT(params.size.gpt(), params.seed)
-    folder = asked.model
-    if asked.hub is not None:
-        from gpt2_ladder.sources import pretrained  # only here: it waits 4 s for transformers
+    folder = args.model
+    if args.hub is not None:
+        from gpt2_ladder.sources import pretrained  # not at the top: transformers takes seconds to import
 
-        folder = pretrained.fetch_repository(asked.hub)
+        folder = pretrained.fetch_repository(args.hub)
     elif folder == TRIAL and not (folder / hub_format.CONFIG).exists():
         raise UserError(
-            f"{TRIAL}: no network is there: `dvc repro trial` trains it, or results/trial/metrics.json says why it was "
-            "skipped; or name a folder, --hub ID or --random"
+            f"{TRIAL}: contains no network; train it with `dvc repro trial` (results/trial/metrics.json shows why it "
+            "was skipped), or name a folder, --hub ID or --random"
         )
     check_weights(folder)
     model = hub_format.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)

@@ -1,9 +1,8 @@
 """GPT-2 on one page.
 
-Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), L layers,
-V vocabulary.
+Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
 Parameter names are Hugging Face's, without their `transformer.` prefix, so that published weights map one to one.
-There is no dropout: the levels are compared on their loss curves, and a random mask would blur them.
+There is no dropout: levels are compared by their loss curves, and random masks would add noise to them.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -17,32 +16,32 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
 
-CHUNKS = 4  # of a chunked loss; each saves less memory than the one before and costs a sum over the head's gradient
+CHUNKS = 4  # of a chunked loss; more chunks save less and less memory, and each adds a sum over the head's gradient
 
 
 def count_bytes(config: GPTConfig, copies: int = 1) -> int:
-    """Return the bytes of `copies` of GPT(config)'s float32 parameters, and of eager attention's masks, at any size."""
+    """Return the bytes of `copies` of GPT(config)'s float32 parameters, plus those of eager attention's masks."""
     C, L, P = config.n_embd, config.n_layer, config.n_positions
     embeddings = (config.vocab_size * (1 if config.tie_weights else 2) + P) * C
     return 4 * copies * (embeddings + L * (12 * C * C + 13 * C) + 2 * C) + L * P * P * (config.attention == "eager")
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its own start: GPT.initialize draws every weight, and twice would take twice as long."""
+    """nn.Linear without its default init; GPT.initialize fills the weights."""
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without its own start, like Linear."""
+    """nn.Embedding without its default init; GPT.initialize fills the weights."""
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token looks at itself and at the tokens before it, in H heads at once."""
+    """Let every token attend to itself and to earlier tokens, in H heads at once."""
 
     future: Tensor  # (n_positions, n_positions), True where a token would look ahead
 
@@ -52,30 +51,26 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         if self.attention == "eager":
-            # on the CPU even under torch.device("meta"), so that a network built there needs nothing but its weights
+            # on the CPU even under torch.device("meta"): a network built there then only needs its weights
             ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool, device="cpu")
             self.register_buffer("future", ones.triu(1), persistent=False)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """(B, T, C) -> (B, T, C); GPT.forward says what is in `cache`, here one layer's, (2, B, H, room, D)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # 3 x (B, H, T, D)
-        if cache is not None:
-            cache[:, :, :, start : start + T] = torch.stack((k, v))  # (2, B, H, T, D)
-            k, v = cache[:, :, :, : start + T]  # 2 x (B, H, start + T, D); from here on it stands for T in k, v, scores
         if self.attention == "flash":
-            causal = start == 0  # one token after others sees all of them
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, D); no (T, T) matrix exists
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D); builds no (T, T) matrix
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-            scores = scores.masked_fill(self.future[start : start + T, : start + T], float("-inf"))  # (B, H, T, T)
+            scores = scores.masked_fill(self.future[:T, :T], float("-inf"))  # (B, H, T, T)
             y = F.softmax(scores, dim=-1) @ v  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """The part of a block that looks at each token alone."""
+    """Transform each token on its own."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -89,7 +84,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream after a LayerNorm of its own."""
+    """Add attention and then an MLP to the residual stream, each behind its own LayerNorm."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -98,21 +93,21 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache, start)  # (B, T, C)
+        x = x + self.attn(self.ln_1(x))  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class GPT(nn.Module):
-    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm and the language model's head.
+    """GPT-2: token and position embeddings, n_layer blocks, a final LayerNorm and the language model's head.
 
     The same config and seed give the same weights on every device. Levels that differ only in `vocab_size`
-    share all the weights that both of them have.
+    start with the same weights in all rows that both have.
 
     Args:
         config: the sizes and the switches that concern the network.
-        seed: what the weights are drawn from; None leaves the memory unfilled, for a caller who brings his own.
+        seed: the seed of the weights; None leaves them unfilled, for a caller that loads its own.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
@@ -130,14 +125,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every weight from `seed`, on the CPU; `config.init` says from which distributions.
+        """Draw every weight from `seed` on the CPU, from the distributions that `config.init` names.
 
-        `pytorch` is what nn.Linear and nn.Embedding do by themselves. `gpt2` is N(0, 0.02) for every matrix and both
-        embeddings, zero biases, and the projections into the residual stream scaled by 1 / sqrt(2 n_layer), since
-        2 n_layer of them add up there. OpenAI's code has 0.01 for wpe; Hugging Face's has 0.02, and so has this one.
+        `pytorch`: the defaults of nn.Linear and nn.Embedding. `gpt2`: N(0, 0.02) for all matrices and embeddings, zero
+        biases, and projections into the residual stream scaled by 1 / sqrt(2 n_layer), because 2 n_layer of them add
+        up there. For wpe OpenAI's code has 0.01; we follow Hugging Face, which has 0.02.
         """
         stream = torch.Generator().manual_seed(seed)
-        padding_stream = torch.Generator().manual_seed(seed + 1)  # its own, so that padded rows shift no other weight
+        padding_stream = torch.Generator().manual_seed(seed + 1)  # padded rows must not shift the other weights
         gpt2 = self.config.init == "gpt2"
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -146,8 +141,8 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Embedding) and module.weight is not self.lm_head.weight:
                 std = 0.02 if gpt2 else 1.0
             else:
-                # LayerNorm starts at one and zero. A tied wte is drawn when its turn as lm_head comes: drawn as an
-                # nn.Embedding under PyTorch's default, N(0, 1), it would start the loss at 117.
+                # LayerNorm keeps ones and zeros. A tied wte is drawn as lm_head: under PyTorch's default for
+                # nn.Embedding, N(0, 1), the loss would start at 117.
                 continue
             uniform = isinstance(module, nn.Linear) and not gpt2
             rows, padded_rows = module.weight[:GPT2_VOCAB_SIZE], module.weight[GPT2_VOCAB_SIZE:]
@@ -162,34 +157,27 @@ class GPT(nn.Module):
                 else:
                     module.bias.zero_()
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Tensor | None = None, start: int = 0
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Predict the next token at every position.
 
         Args:
             idx: token ids, int64 (B, T), T at most n_positions.
             targets: the ids that follow, int64 (B, T), or None.
-            cache: keys and values of every layer, (L, 2, B, H, room, D), which those of `idx` are written into.
-            start: how many positions before `idx` are in the cache; after the first call, `idx` is one token a row.
 
         Returns:
-            logits (B, T, V), of the last position alone (B, 1, V) with a cache, None where `config.chunked_loss` spares
-            them, and the mean cross-entropy in nats as a float32 scalar, None without targets.
+            logits (B, T, V), None if targets are given and `config.chunked_loss` avoids storing them; and the mean
+            cross-entropy in nats as a float32 scalar, None without targets.
         """
-        T = idx.size(1)
-        assert start == 0 or T == 1, "several tokens after others would need another mask"
-        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        positions = torch.arange(idx.size(1), device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
-        for layer, block in enumerate(self.h):
-            again = self.config.activation_checkpointing  # in backward, from the block's input, all that is kept
-            inputs = (x, None if cache is None else cache[layer], start)
-            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)  # (B, T, C)
-        x = self.ln_f(x if cache is None else x[:, -1:])  # (B, T, C)
+        recompute = self.config.activation_checkpointing  # stores a block's input only; backward computes the rest
+        for block in self.h:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # (B, T, C)
+        x = self.ln_f(x)  # (B, T, C)
         if targets is not None and self.config.chunked_loss:
-            pieces = zip(x.flatten(0, 1).chunk(CHUNKS), targets.flatten().chunk(CHUNKS), strict=True)
-            # a checkpoint keeps no logits: backward computes a piece's anew, for one more product of the head in all
-            sums = [checkpoint(self._loss_sum, *piece, use_reentrant=False) for piece in pieces]  # CHUNKS x scalar
+            chunks = zip(x.flatten(0, 1).chunk(CHUNKS), targets.flatten().chunk(CHUNKS), strict=True)
+            # a checkpoint keeps no logits: backward computes each chunk's again, at the cost of one more head product
+            sums = [checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks]  # CHUNKS x scalar
             return None, torch.stack(sums).sum() / targets.numel()
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
@@ -198,5 +186,5 @@ class GPT(nn.Module):
         return logits, loss
 
     def _loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy of some tokens: (N, C), (N,) -> scalar."""
+        """Return the summed cross-entropy of N tokens: (N, C), (N,) -> scalar."""
         return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")  # (N, V), (N,) -> scalar

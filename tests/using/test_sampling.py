@@ -1,156 +1,130 @@
-"""Drawing tokens against transformers, and what the command says."""
+"""`make sample`: which tokens are drawn, and what is printed."""
 
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format, pretrained
-from gpt2_ladder.using import sampling
 from helpers import fake_hub
 from helpers.common import REPOSITORY, environment, link_encoding, random_ids, tiny
 from pipeline import ENVIRONMENT, run, write_json
 from pipeline.tools import sample as command
 
 
-@pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("attention", ["eager", "flash"])
-def test_greedy_tokens_are_those_of_transformers(tmp_path, attention, tie_weights):
-    model = GPT(tiny(tie_weights=tie_weights, n_embd=32))
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight *= 5  # else a tied network repeats its last token
-    hub_format.save_gpt(model, tmp_path)
-    theirs, prompt = GPT2LMHeadModel.from_pretrained(tmp_path).eval(), random_ids(batch=3, time=4)
-    expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=28, eos_token_id=None
-    )
-    found = sampling.generate(hub_format.load_gpt(tmp_path, attention), prompt, 28)  # to the last of 32 positions
-    assert torch.equal(found, expected)
-    assert len(set(found[:, 4:].flatten().tolist())) > 10
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, None), (7, None), (999, None), (None, 0.01), (None, 0.6), (None, 1.0), (7, 0.6)]
-)
-def test_what_is_kept_is_what_transformers_keeps(top_k, top_p):
-    logits = 3 * torch.randn(5, 97, generator=torch.Generator().manual_seed(0))
-    logits[:, 10:20] = logits[:, 5:6]  # ties
-    expected = logits if top_k is None else TopKLogitsWarper(top_k)(None, logits)
-    expected = expected if top_p is None else TopPLogitsWarper(top_p)(None, expected)
-    assert torch.equal(sampling.keep_likeliest(logits, top_k, top_p), expected)
-
-
-def test_a_nucleus_that_reaches_its_probability_exactly_takes_no_further_token():
-    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    expected = TopPLogitsWarper(0.5)(None, logits)
-    assert expected.isfinite().tolist() == [[True, False, False]]
-    assert torch.equal(sampling.keep_likeliest(logits, top_p=0.5), expected)
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely_at_the_temperature():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20_000, -1)
-    drawn = sampling.draw(logits, 2.0, top_k=3, generator=torch.Generator().manual_seed(0))
-    by_hand = torch.tensor([0.0, 1.0, 2.0, 3.0]).div(2).exp() * torch.tensor([0, 1, 1, 1])
-    # the standard deviation of a share of 20,000 draws is at most 0.0035
-    torch.testing.assert_close(drawn.flatten().bincount() / 20_000, by_hand / by_hand.sum(), rtol=0, atol=0.014)
-
-
-def test_a_seed_repeats_and_another_one_does_not():
-    first, again, other = (
-        sampling.generate(
-            GPT(tiny()), random_ids(time=4), 20, partial(sampling.draw, generator=torch.Generator().manual_seed(seed))
-        )
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
-def test_rows_that_pad_the_vocabulary_are_never_drawn_though_their_logits_are_the_largest(temperature):
-    model, prompt = GPT(tiny(vocab_size=50304, tie_weights=False)), random_ids(batch=10, time=4)
-    with torch.no_grad():
-        model.lm_head.weight[50257:] = 0  # and then the constant that LayerNorm adds points at the last row
-        model.lm_head.weight[50303] = 1000
-        model.ln_f.bias += 1
-        assert (model(prompt)[0].argmax(-1) == 50303).all()
-    choose = partial(sampling.draw, temperature=temperature, generator=torch.Generator().manual_seed(0))
-    drawn = sampling.generate(model, prompt, 8, choose)[:, 4:]
-    assert drawn.max() < 50257
-
-
-def test_more_tokens_than_positions_are_refused_before_the_first_and_as_many_are_not():
-    assert sampling.generate(GPT(tiny()), random_ids(time=30), 2).shape == (2, 32)
-    with pytest.raises(UserError, match="30 tokens and 3 new ones are 33, over this network's n_positions, 32"):
-        sampling.stream(GPT(tiny()), random_ids(time=30), 3)
-
-
-def test_text_comes_character_by_character_and_is_the_encodings(encoding):
-    text, anything = "naïve 🙂 日本 Ω", random_ids(1, 500, 50257)[0].tolist()  # of which much is no UTF-8
-    ids = encoding.encode_ordinary(text) + anything
-    pieces = list(sampling.decode(ids, encoding))
-    assert len(pieces) == len(ids) + 1
-    assert "".join(pieces) == encoding.decode(ids)
-    assert "".join(pieces).startswith(text)
-    assert pieces[5:8] == ["日", "", "本"]  # the second one's three bytes are in two tokens
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, bpe_files):
-    """A folder with all that the command reads, and a small network in models/trial."""
+    """A folder with all files that the command reads, and a small network in models/trial."""
     text = (REPOSITORY / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text.replace("model: gpt2 ", "model: tiny "))
     monkeypatch.chdir(tmp_path)
-    write_json(ENVIRONMENT, environment().model_dump())
+    write_json(ENVIRONMENT, environment(threads=1).model_dump())
     link_encoding(bpe_files)
     hub_format.save_gpt(GPT(tiny(vocab_size=50304)), command.TRIAL)
     return tmp_path
 
 
-def test_the_command_prints_the_prompt_and_what_the_network_makes_of_it(checkout, encoding, capsys):
-    command.main("--prompt", "Grüße \x1b[2J", "--length", "20", "--temperature", "0")
-    ids = encoding.encode_ordinary("Grüße \x1b[2J")
-    found = sampling.generate(hub_format.load_gpt(command.TRIAL, "flash"), torch.tensor([ids]), 20)[0]
-    expected = command.CONTROLS.sub(lambda control: repr(control[0])[1:-1], encoding.decode(found.tolist()))
-    assert expected.startswith(r"Grüße \x1b[2J")  # a network may not clear the screen
-    assert capsys.readouterr().out == expected + "\n"
+@torch.no_grad()
+def greedy(model: GPT, ids: list[int], length: int) -> list[int]:
+    """Continue `ids` with the likeliest tokens, computed by our own network."""
+    for _ in range(length):
+        ids = [*ids, int(model(torch.tensor([ids]))[0][0, -1, :50257].argmax())]
+    return ids
 
 
-@pytest.mark.parametrize(
-    ("of", "said"),
-    [("this one", "drawn here"), ("another", "a local file; nothing beside it says where it comes from")],
-)
-def test_a_word_on_where_weights_are_from_is_passed_on_if_it_speaks_of_these(checkout, capsys, of, said):
-    weights = command.TRIAL / hub_format.WEIGHTS
-    sha256 = files.sha256(weights) if of == "this one" else "0" * 64
-    downloads.write_provenance(weights, "somewhere", sha256, "drawn here")
-    command.main("--length", "1")
-    assert capsys.readouterr().err == f"{command.TRIAL}: {said}\n"
+def test_text_is_printed_character_by_character(encoding, capsys):
+    text, noise = "naïve 🙂 日本 Ω", random_ids(1, 500, 50257)[0].tolist()  # the noise is mostly invalid UTF-8
+    ids = encoding.encode_ordinary(text) + noise
+    printer, pieces = command.Printer(encoding, "Hi\x1b[2J"), []
+    printer.put(torch.tensor([[1, 2, 3]]))
+    assert capsys.readouterr().out == r"Hi\x1b[2J"  # a network may not clear the screen
+    for token in ids:
+        printer.put(torch.tensor([token]))
+        pieces.append(capsys.readouterr().out)
+    printer.end()
+    printed = "".join(pieces) + capsys.readouterr().out
+    assert pieces[5:8] == ["日", "", "本"]  # the three bytes of the second one are in two tokens
+    assert printed == command.CONTROLS.sub(lambda match: repr(match[0])[1:-1], encoding.decode(ids)) + "\n"
 
 
-def test_samples_differ_repeat_with_their_seed_and_stay_when_more_are_asked_for(checkout, capsys):
+@pytest.mark.parametrize("tied", [True, False])
+def test_temperature_0_prints_the_prompt_and_the_likeliest_tokens(checkout, encoding, capsys, tied):
+    model = GPT(tiny(vocab_size=50304, tie_weights=tied))
+    hub_format.save_gpt(model, command.TRIAL)
+    command.main("--prompt", "Grüße", "--length", "20", "--temperature", "0")
+    expected = greedy(model, encoding.encode_ordinary("Grüße"), 20)
+    assert tuple(capsys.readouterr()) == (encoding.decode(expected) + "\n", "")
+
+
+def test_without_a_prompt_the_text_follows_endoftext_which_is_not_shown(checkout, encoding, capsys):
+    command.main("--length", "5", "--temperature", "0", "--random")
+    model = GPT(params_yaml.load().size.gpt(), params_yaml.load().seed)
+    expected = greedy(model, [encoding.eot_token], 5)[1:]
+    assert capsys.readouterr().out == encoding.decode(expected) + "\n"
+
+
+@pytest.mark.parametrize("likeliest", ["<|endoftext|>", "a padded row"])
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_endoftext_does_not_end_a_text_and_padded_rows_are_never_drawn(
+    checkout, encoding, capsys, likeliest, temperature
+):
+    model = GPT(tiny(vocab_size=50304, tie_weights=False))
+    with torch.no_grad():  # the last LayerNorm gives ones
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1)
+        model.lm_head.weight[50256] = 10
+        model.lm_head.weight[50257:] = 20 if likeliest == "a padded row" else 0
+    hub_format.save_gpt(model, command.TRIAL)
+    command.main("--prompt", "a", "--length", "31", "--temperature", temperature)  # up to the last position
+    assert capsys.readouterr().out == "a" + 31 * "<|endoftext|>" + "\n"
+
+
+def test_top_k_and_top_p_limit_what_is_drawn(checkout, encoding, capsys):
+    ids = [encoding.encode_ordinary(word)[0] for word in ("a", "b", "c", "d")]
+    model = GPT(tiny(vocab_size=50257, tie_weights=False))
+    with torch.no_grad():  # logits ln(4), ln(3), ln(2), ln(1) at every position, -100 for all other tokens
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1)
+        model.lm_head.weight.fill_(-100 / 16)
+        model.lm_head.weight[ids] = torch.tensor([4.0, 3, 2, 1]).log()[:, None] / 16
+    hub_format.save_gpt(model, command.TRIAL)
+    for options, expected in (
+        ([], "abcd"),
+        (["--top-k", "3"], "abc"),
+        (["--top-k", "1"], "a"),
+        (["--top-p", "0.5"], "ab"),  # 0.4 + 0.3 reach it
+        (["--top-p", "0.3"], "a"),
+        (["--top-k", "3", "--top-p", "0.75"], "ab"),  # 4/9 + 3/9 reach it
+    ):
+        command.main("--prompt", "!", "--length", "31", "--samples", "2", *options)
+        texts = re.findall(r"!(.{31})\n", capsys.readouterr().out)
+        assert len(texts) == 2
+        assert "".join(sorted(set("".join(texts)))) == expected, options
+
+
+def test_a_seed_repeats_its_samples_and_more_samples_keep_the_first(checkout, capsys):
     texts = []
-    for asked in (["2"], ["3"], ["3", "--seed", "7"]):
-        command.main("--length", "8", "--samples", *asked)
+    for options in (["2"], ["3"], ["3", "--seed", "7"]):
+        command.main("--length", "8", "--samples", *options)
         texts.append([text.split("\n", 1)[1] for text in capsys.readouterr().out.split("--- ")[1:]])
     assert texts[1][:2] == texts[0]
     assert len({text for some in texts for text in some}) == 3 + 3
 
 
-def test_without_a_prompt_a_text_begins_after_the_end_of_another_which_is_not_shown(checkout, encoding, capsys):
-    command.main("--length", "5", "--temperature", "0", "--random")
-    model = GPT(params_yaml.load().size.gpt(), params_yaml.load().seed)
-    expected = sampling.generate(model, torch.tensor([[encoding.eot_token]]), 5)[0, 1:]
-    assert capsys.readouterr().out == encoding.decode(expected.tolist()) + "\n"
+@pytest.mark.parametrize(
+    ("recorded", "printed"), [("this file", "drawn here"), ("another", "a local file of unknown origin")]
+)
+def test_the_source_of_the_weights_is_printed_if_it_was_recorded(checkout, capsys, recorded, printed):
+    weights = command.TRIAL / hub_format.WEIGHTS
+    sha256 = files.sha256(weights) if recorded == "this file" else "0" * 64
+    downloads.write_provenance(weights, "somewhere", sha256, "drawn here")
+    command.main("--length", "1")
+    assert capsys.readouterr().err == f"{command.TRIAL}: {printed}\n"
 
 
 @pytest.mark.parametrize(
@@ -166,24 +140,27 @@ def test_without_a_prompt_a_text_begins_after_the_end_of_another_which_is_not_sh
         (["--seed", "-1"], "--seed -1: must be 0 or more"),
         (["--tempo"], "unrecognized arguments: --tempo; all options: python -m pipeline.tools.sample --help"),
         (["--random", "--hub", "a/b"], "argument --hub: not allowed with argument --random"),
-        (["--hub", "a/b/c"], "'a/b/c': a repository of the hub is called owner/name"),
-        (["--hub", ""], "'': a repository of the hub is called owner/name"),
+        (["--hub", "a/b/c"], "'a/b/c': name a repository of the hub as owner/name"),
+        (["--hub", ""], "'': name a repository of the hub as owner/name"),
         ([""], ".: not a readable checkpoint"),
         (["--random", "--length", "3"], "model tiny needs 2,000,000,256.0 GB of memory,"),
         (["--hub", "a/b"], "a/b: the hub cannot be reached: HF_HUB_OFFLINE is set"),
-        (["--prompt", "so " * 30, "--length", "3"], "31 tokens and 3 new ones are 34, over this network's n_positions"),
+        (
+            ["--prompt", "so " * 30, "--length", "3"],
+            "--length 3: 31 tokens of the prompt and 3 new ones are 34, over this network's n_positions, 32; lower it",
+        ),
         (["nowhere"], "nowhere: not a readable checkpoint"),
         (["models/small"], "models/small: vocab_size 97 is below GPT-2's 50257"),
-        (["--prompt", "x"], "models/trial: no network is there: `dvc repro trial` trains it"),
+        (["--prompt", "x"], "models/trial: contains no network; train it with `dvc repro trial`"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(checkout, monkeypatch, capsys, arguments, message):
+def test_invalid_arguments_are_one_line(checkout, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub_format.save_gpt(GPT(tiny()), Path("models/small"))
-    if arguments[0] == "--random" and len(arguments) == 3 and arguments[1] == "--length":
+    if arguments == ["--random", "--length", "3"]:
         text = Path("params.yaml").read_text()
         Path("params.yaml").write_text("n_positions: 1000000000".join(text.rsplit("n_positions: 1024", 1)))
-    if arguments == ["--prompt", "x"]:  # as a trial leaves it that this machine cannot train
+    if arguments == ["--prompt", "x"]:  # a skipped trial leaves an empty folder
         shutil.rmtree(command.TRIAL)
         command.TRIAL.mkdir()
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")) as caught:
@@ -193,50 +170,46 @@ def test_what_cannot_be_done_is_one_line(checkout, monkeypatch, capsys, argument
 
 
 @pytest.fixture
-def ask_hub(checkout, monkeypatch, capsys):
-    """A function that has a network of this `repository` write, while the hub has models/trial at `revision`.
+def sample_from_hub(checkout, monkeypatch, capsys):
+    """A function that samples from a hub repository; the hub serves models/trial at `revision`.
 
-    Returns what it printed and what was asked of the hub.
+    It returns what was printed and the requests to the hub.
     """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(checkout / "cache"))
 
-    def ask(repository: str, revision: str, **hub_is: object) -> tuple[str, list[str]]:
-        with fake_hub.serve(command.TRIAL, revision, **hub_is) as (endpoint, requests):
+    def sample(repository: str, revision: str, **options: object) -> tuple[str, list[str]]:
+        with fake_hub.serve(command.TRIAL, revision, **options) as (endpoint, requests):
             template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
             command.main("--hub", repository, "--length", "4", "--temperature", "0")
         return capsys.readouterr().out, requests
 
-    return ask
+    return sample
 
 
 @pytest.mark.parametrize(
     ("repository", "revision"),
     [("openai-community/gpt2-medium", pretrained.REVISIONS["gpt2-medium"]), ("somebody/gpt2", "main")],
 )
-def test_a_network_comes_from_the_hub_once_and_openais_at_the_pinned_commit(ask_hub, encoding, repository, revision):
-    printed, requests = ask_hub(repository, revision)
-    found = sampling.generate(hub_format.load_gpt(command.TRIAL, "flash"), torch.tensor([[encoding.eot_token]]), 4)[
-        0, 1:
-    ]
-    assert printed == encoding.decode(found.tolist()) + "\n"
+def test_a_hub_network_is_downloaded_once_and_openais_at_the_pinned_commit(
+    sample_from_hub, encoding, repository, revision
+):
+    printed, requests = sample_from_hub(repository, revision)
+    expected = greedy(hub_format.load_gpt(command.TRIAL), [encoding.eot_token], 4)[1:]
+    assert printed == encoding.decode(expected) + "\n"
     assert f"GET /{repository}/resolve/{revision}/config.json" in requests
-    assert ask_hub(repository.removeprefix("openai-community/"), revision) == (printed, [])
+    assert sample_from_hub(repository.removeprefix("openai-community/"), revision) == (printed, [])
 
 
-def test_both_files_come_from_the_commit_that_the_first_one_was_at(ask_hub):
-    """The hub may move on between the two: it is asked for that commit, which this one, knowing main alone, has not."""
-    with pytest.raises(UserError, match=r"resolve/a{40}/model\.safetensors: the server answered 404"):
-        ask_hub("somebody/gpt2", "main", at="/config.json", headers={"X-Repo-Commit": "a" * 40})
+def test_both_files_come_from_the_commit_of_the_first(sample_from_hub):
+    """The hub may receive a commit between the two requests; this hub has main only, not that commit."""
+    with pytest.raises(command.UserError, match=r"resolve/a{40}/model\.safetensors: the server answered 404"):
+        sample_from_hub("somebody/gpt2", "main", at="/config.json", headers={"X-Repo-Commit": "a" * 40})
 
 
-def test_what_the_hub_does_not_have_or_is_not_the_pinned_file_is_an_error(ask_hub):
-    with pytest.raises(UserError, match=r"gpt2-medium/resolve/[0-9a-f]*/config\.json: the server answered 404"):
-        ask_hub("openai-community/gpt2-medium", "main")
-    with pytest.raises(UserError, match=r"config\.json: sha256 is .* delete .*config\.json and get it again"):
-        ask_hub("openai-community/gpt2", pretrained.REVISIONS["gpt2"])
-
-
-def test_the_ladder_never_samples():
-    assert "pipeline.tools.sample" not in (REPOSITORY / "dvc.yaml").read_text()
+def test_a_file_that_the_hub_lacks_or_that_is_not_the_pinned_one_is_an_error(sample_from_hub):
+    with pytest.raises(command.UserError, match=r"gpt2-medium/resolve/[0-9a-f]*/config\.json: the server answered 404"):
+        sample_from_hub("openai-community/gpt2-medium", "main")
+    with pytest.raises(command.UserError, match=r"config\.json: sha256 is .* delete .*config\.json and fetch it again"):
+        sample_from_hub("openai-community/gpt2", pretrained.REVISIONS["gpt2"])

@@ -1,10 +1,11 @@
-"""The verification passes on the right network and fails on a wrong one."""
+"""Verification passes for the right network and fails for a wrong one."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Pretrained, UserError
@@ -23,10 +24,33 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_our_network_is_transformers_network(folder):
-    found = verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8)
-    assert found.passed
-    assert 0 < found.max_abs_logit_diff < 1e-6 < found.max_abs_logit
+@torch.no_grad()
+def test_a_wrong_weight_changes_the_greedy_tokens(folder, monkeypatch):
+    load_gpt = hub_format.load_gpt
+
+    def load_broken(path, attention):
+        model = load_gpt(path, attention)
+        model.wpe.weight[5] *= -9
+        return model
+
+    monkeypatch.setattr(hub_format, "load_gpt", load_broken)
+    assert not verification.compare(folder, random_ids(), random_ids(batch=1, time=4), 8).greedy_tokens_equal
+
+
+def test_samples_are_those_of_transformers_with_the_same_seed(folder):
+    prompt = random_ids(batch=3, time=4)
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    torch.manual_seed(7)
+    how = {"do_sample": True, "top_k": 9, "max_new_tokens": 20, "eos_token_id": None}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(verification.sample(GPT(tiny()), prompt, 20, 9, generator), expected)
+
+
+def test_our_network_equals_transformers_network(folder):
+    comparison = verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8)
+    assert comparison.passed
+    assert 0 < comparison.max_abs_logit_diff < 1e-6 < comparison.max_abs_logit
 
 
 @pytest.mark.parametrize("broken", ["flash", "eager"])
@@ -34,13 +58,11 @@ def test_our_network_is_transformers_network(folder):
     "damage",
     [
         lambda model: model.h[0].attn.c_attn.weight.mul_(1.01),
-        lambda model: model.wpe.weight[15].fill_(torch.nan),  # the last position, beyond the greedy continuation
+        lambda model: model.wpe.weight[15].fill_(torch.nan),  # the last position, behind the greedy continuation
     ],
     ids=["a weight", "NaN"],
 )
-def test_one_wrong_attention_implementation_is_enough_to_fail_though_its_greedy_tokens_are_right(
-    folder, monkeypatch, damage, broken
-):
+def test_one_wrong_attention_implementation_fails_even_with_equal_greedy_tokens(folder, monkeypatch, damage, broken):
     load_gpt = hub_format.load_gpt
 
     @torch.no_grad()
@@ -51,19 +73,19 @@ def test_one_wrong_attention_implementation_is_enough_to_fail_though_its_greedy_
         return model
 
     monkeypatch.setattr(hub_format, "load_gpt", load_broken)
-    found = verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8)
-    assert found.greedy_tokens_equal
-    assert not found.passed
+    comparison = verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8)
+    assert comparison.greedy_tokens_equal
+    assert not comparison.passed
 
 
-def test_the_tolerance_grows_with_the_logits_and_never_excuses_other_tokens():
+def test_the_tolerance_grows_with_the_logits_and_tokens_must_be_equal():
     assert Comparison(7e-4, 105.0, True).passed
     assert not Comparison(7e-4, 3.0, True).passed
     assert not Comparison(float("nan"), 3.0, True).passed
     assert not Comparison(0.0, 3.0, False).passed
 
 
-def test_llmc_batch_has_a_separator_before_every_part(encoding):
+def test_the_llmc_batch_has_a_separator_after_every_blank_line(encoding):
     text = "First Citizen:\nSpeak.\n\nAll:\nResolved.\n\n" * 40
     x, y = verification.llmc_batch(text, encoding)
     assert x.shape == y.shape == (4, 64)
@@ -72,15 +94,15 @@ def test_llmc_batch_has_a_separator_before_every_part(encoding):
     assert decoded.startswith("<|endoftext|>First Citizen:\nSpeak.\n\n<|endoftext|>All:")
 
 
-def test_a_loss_other_than_llmcs_is_refused(encoding):
+def test_another_loss_than_llmcs_is_refused(encoding):
     model = GPT(tiny(n_positions=64, vocab_size=50257))  # random weights: the loss is near 10.8
-    with pytest.raises(UserError, match=r"OpenAI's weights give 5\.270007"):
+    with pytest.raises(UserError, match=r"expected 5\.27"):
         verification.llmc_loss(model, "a b c d " * 200, encoding)
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, bpe_files):
-    """A folder with all that the stage reads: gpt2 and gpt2-medium are small, and their weights no stand-in."""
+    """A folder with all files that the stage reads; gpt2 and gpt2-medium are small, their weights not a stand-in."""
     text = (REPOSITORY / "params.yaml").read_text()
     for layers, heads, channels in ((12, 12, 768), (24, 16, 1024)):
         old = f"n_layer: {layers}\n    n_head: {heads}\n    n_embd: {channels}\n    n_positions: 1024"
@@ -102,15 +124,15 @@ def choose(model: str) -> None:
     params.write_text(params.read_text().replace("model: gpt2 ", f"model: {model} "))
 
 
-def test_a_larger_size_is_verified_like_the_smallest_but_for_the_loss_that_llmc_tells_of_that_alone(checkout):
-    with pytest.raises(UserError, match="wrong weights"):
+def test_a_larger_size_is_verified_without_llmcs_loss(checkout):
+    with pytest.raises(UserError, match="fetch OpenAI's weights again"):
         verify.main()
     choose("gpt2-medium")
     verify.main()
-    found = json.loads((RESULTS / "verify.json").read_text())
-    assert (found["weights"], found["llmc_loss"]) == ("openai", None)
-    assert found["greedy_tokens_equal"]
-    assert found["random"]["greedy_tokens_equal"]
+    result = json.loads((RESULTS / "verify.json").read_text())
+    assert (result["weights"], result["llmc_loss"]) == ("openai", None)
+    assert result["greedy_tokens_equal"]
+    assert result["random"]["greedy_tokens_equal"]
     assert sorted(path.suffix for path in WEIGHTS.iterdir()) == [*[".json"] * 3, ".safetensors"]
     first, *samples = (RESULTS / "samples.txt").read_text().splitlines()
     assert first == "OpenAI's weights were verified."
@@ -118,7 +140,7 @@ def test_a_larger_size_is_verified_like_the_smallest_but_for_the_loss_that_llmc_
     assert all(verify.PROMPT in sample for sample in samples)
 
 
-def test_random_weights_are_verified_and_write_no_samples(checkout, capsys):
+def test_a_stand_in_is_verified_and_not_sampled(checkout, capsys):
     params = params_yaml.load()
     pretrained.fetch(WEIGHTS, Pretrained(source="stand-in", folder=None), params.model, params.size, params.seed)
     verify.main()
@@ -129,7 +151,7 @@ def test_random_weights_are_verified_and_write_no_samples(checkout, capsys):
 
 
 @pytest.mark.parametrize("path", [WEIGHTS / hub_format.CONFIG, WEIGHTS / hub_format.WEIGHTS, CORPUS], ids=str)
-def test_a_damaged_download_is_refused_and_nothing_is_written(checkout, path):
+def test_a_damaged_download_is_refused_before_anything_is_written(checkout, path):
     with path.open("ab") as file:
         file.write(b" ")
     with pytest.raises(UserError, match=rf"^{path}: sha256 is .*; run `dvc repro -f download`$"):
@@ -137,7 +159,7 @@ def test_a_damaged_download_is_refused_and_nothing_is_written(checkout, path):
     assert not RESULTS.exists()
 
 
-def test_memory_that_does_not_hold_two_networks_is_named_beforehand(checkout, monkeypatch):
+def test_too_little_memory_is_reported_before_anything_is_loaded(checkout, monkeypatch):
     choose("gpt2-xl")
     monkeypatch.setattr(devices, "free_memory", lambda _: 8 * 10**9)
     with pytest.raises(UserError, match=r"gpt2-xl against transformers needs 13\.9 GB of memory, 8\.0 GB are free"):

@@ -1,13 +1,13 @@
-"""Checkpoints in the format of the Hugging Face hub's `openai-community/gpt2` <-> our GPT. safetensors only, no pickle.
+"""Convert checkpoints between the Hugging Face hub's format for GPT-2 and our GPT; safetensors only, no pickle.
 
-OpenAI's code kept the matrices of attention and MLP as (in, out), Hugging Face's Conv1D kept that, nn.Linear has
-(out, in): these four are transposed on the way in and out. All other tensors are the same.
+OpenAI's code stored the matrices of attention and MLP as (in, out), and Hugging Face's Conv1D kept that; nn.Linear
+stores (out, in). These four are transposed in both directions. All other tensors are the same.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -22,13 +22,13 @@ from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
-_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # in the folder of the index, and no path out of it
+_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # in the folder of the index, not a path out of it
 _WEIGHT_MAP = TypeAdapter(Annotated[dict[str, _FILE], Field(min_length=1)])
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # without a scale of its own, as float8 has
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # float8 needs a scale
 LARGEST_MASKS = 2**32  # bytes, over all layers; GPT-2's take 12 * 2**20
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-# What GPT computes; a config that asks for something else is refused rather than loaded wrong.
+# What GPT computes; a config with another value is refused, because it would load without an error and compute wrong.
 _FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "layer_norm_epsilon": (1e-5,),
@@ -38,21 +38,21 @@ _FIXED = {
 
 
 def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
-    """Return the network that lies in `folder` as config.json and model.safetensors, in float32 on the CPU.
+    """Load config.json and model.safetensors from `folder` as a GPT in float32 on the CPU.
 
     Args:
-        folder: where the two lie.
+        folder: contains both files.
         attention: the implementation, "eager" or "flash".
-        least_vocab_size: how many ids it has to know, GPT-2's where text is to be made or read.
+        least_vocab_size: the smallest vocabulary to accept: GPT-2's where ids are turned into text.
 
     Raises:
-        UserError: a file is missing or damaged, the two do not fit, a tensor is none that `from_hub` takes, or the
-            vocabulary is smaller than it must be.
+        UserError: a file is missing or damaged, the two do not match, `from_hub` refuses a tensor, or the vocabulary
+            is too small.
     """
     if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
-            raise UserError(f"{pickles[0]}: pickled weights can run code when they are read; convert them to {WEIGHTS}")
+            raise UserError(f"{pickles[0]}: pickled weights can run code when loaded; convert them to {WEIGHTS}")
     try:
         described = files.read_json(folder / CONFIG)
         sizes = {name: described[name] for name in _SIZES}
@@ -60,9 +60,9 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
         tensors = dict[str, Tensor]()
         for path, listed in weight_files(folder).items():
-            shard = load_file(path)  # mapped, not read: the header is checked, the numbers stay on the disk
+            shard = load_file(path)  # mapped: checks the header, leaves the numbers on the disk
             if wrong := shard.keys() ^ (listed or shard.keys()):
-                raise UserError(f"{path}: {INDEX} and this file differ on tensor {min(wrong)!r:.80}; fetch both again")
+                raise UserError(f"{path}: differs from {INDEX} on tensor {min(wrong)!r:.80}; fetch both again")
             tensors |= shard
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
@@ -71,67 +71,65 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
         raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason:.500}") from None
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:
-            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}, this GPT-2 knows only {known[0]!r}")
+            raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}; only {known[0]!r} is supported")
     _check_size(folder, config, tensors)
     if config.vocab_size < least_vocab_size:
         raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}")
-    with torch.device("meta"):  # no weights are drawn, or there twice: of the largest GPT-2 they take 6 GB
+    with torch.device("meta"):  # allocates no weights, which take 6 GB in the largest GPT-2
         model = GPT(config, seed=None)
     model.load_state_dict(from_hub(tensors, model), assign=True)
     if config.tie_weights:
-        model.wte.weight = model.lm_head.weight  # assigned by two names, they are two parameters
+        model.wte.weight = model.lm_head.weight  # load_state_dict assigned two parameters
     return model
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return the files that hold the weights in `folder`, WEIGHTS or else what INDEX lists, and the tensors it lists.
+    """Return the weight files in `folder` and the tensors that INDEX lists for each; none for a single WEIGHTS.
 
     Raises:
         ValidationError: INDEX lists no file, or one outside `folder`.
     """
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return {folder / WEIGHTS: set()}
-    found: dict[Path, set[str]] = {}
+    tensors: dict[Path, set[str]] = {}
     for tensor, name in _WEIGHT_MAP.validate_python(files.read_json(folder / INDEX).get("weight_map")).items():
-        found.setdefault(folder / name, set()).add(tensor)
-    return dict(sorted(found.items()))
+        tensors.setdefault(folder / name, set()).add(tensor)
+    return dict(sorted(tensors.items()))
 
 
 def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError where config.json asks for more than the file holds, before any memory is taken for it."""
+    """Raise UserError if config.json describes a larger network than the weights, before memory is allocated."""
     C, L = config.n_embd, config.n_layer
-    asked = 12 * L * C * C + (config.vocab_size + config.n_positions) * C  # without biases, LayerNorms, an untied head
-    there = sum(tensor.numel() for tensor in tensors.values())
+    need = 12 * L * C * C + (config.vocab_size + config.n_positions) * C  # without biases, LayerNorms, an untied head
+    stored = sum(tensor.numel() for tensor in tensors.values())
     sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
-    if asked > there or len(tensors) < L:
+    if need > stored or len(tensors) < L:
         raise UserError(
-            f"{folder / CONFIG}: {sizes:.200} make a larger network than the {there:,} numbers in its weights; "
-            "they do not belong together, or one is damaged: fetch both again"
+            f"{folder / CONFIG}: {sizes:.200} make a larger network than the {stored:,} numbers in its weights; "
+            "one of the two is damaged or from another network: fetch both again"
         )
     if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:
         raise UserError(f"{folder / CONFIG}: {sizes:.200}: eager attention's masks would fill the memory; use flash")
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """Return the hub's `tensors` as a state dict of `model`.
+    """Convert the hub's `tensors` to a state dict of `model`.
 
-    Keys may carry the prefix `transformer.`; the causal masks among the tensors are skipped; `lm_head.weight` may be
-    left out, or repeat wte, where `model` ties the two.
+    Keys may have the prefix `transformer.`. Causal masks are skipped. If `model` ties the two, `lm_head.weight` may be
+    missing or must equal wte.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape or type, holds NaN or infinity, or a tied lm_head
+        UserError: a tensor is missing, unknown, of the wrong shape or type, or has NaN or infinity; or a tied lm_head
             differs from wte.
     """
     config, state = model.config, dict[str, Tensor]()
-    masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # transformers saved these constants once
+    masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # older files contain these constants
     for key, tensor in tensors.items():
         name = key.removeprefix("transformer.")
         if wrapper := re.search(r"(_orig_mod\.|module\.)+", key):
             raise UserError(f"checkpoint: {key!r:.80}: cut off the prefix {wrapper[0]!r:.80} of torch.compile or DDP")
         if name in state:
-            raise UserError(
-                f"checkpoint: tensor {name!r:.80} is there twice, with and without the prefix 'transformer.'"
-            )
+            raise UserError(f"checkpoint: tensor {name!r:.80} occurs with and without the prefix 'transformer.'")
         if name not in masks or tensor.shape != (1, 1, config.n_positions, config.n_positions):
             transposed = _TRANSPOSED.fullmatch(name) and tensor.dim() == 2
             state[name] = tensor.t().contiguous() if transposed else tensor.clone()  # not the file's own pages
@@ -142,7 +140,7 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
         raise UserError(f"checkpoint: tensor {missing[0]} is missing ({len(missing)} in all)")
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(
-            f"checkpoint: tensor {unknown[0]!r:.80} is not part of a GPT-2 of this size ({len(unknown)} in all)"
+            f"checkpoint: unknown tensor {unknown[0]!r:.80} for a GPT-2 of this size ({len(unknown)} in all)"
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
@@ -153,32 +151,43 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
             )
         state[name] = tensor.float()
         if not state[name].isfinite().all():
-            raise UserError(f"checkpoint: {name} holds NaN or infinity; fetch it again, or take one from before that")
+            raise UserError(f"checkpoint: {name} contains NaN or infinity; fetch it again, or use an earlier one")
     if config.tie_weights and not torch.equal(state["lm_head.weight"], state["wte.weight"]):
         raise UserError("checkpoint: lm_head.weight differs from wte.weight, but the config ties the two")
     return state
 
 
 def to_hub(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of `model` under the hub's names and in its layout; a tied lm_head is left out."""
-    state = {
-        name: tensor.detach().cpu().t().contiguous() if _TRANSPOSED.fullmatch(name) else tensor.detach().cpu()
-        for name, tensor in model.state_dict().items()
-    }
+    """Return the weights of `model` on the CPU under the hub's names and in its layout, without a tied lm_head."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_weights:
         del state["lm_head.weight"]
-    return state
+    return {name: t.t().contiguous() if _TRANSPOSED.fullmatch(name) else t for name, t in state.items()}
 
 
-def save_gpt(model: GPT, folder: Path) -> None:
-    """Write `model` to `folder` as config.json and model.safetensors, to be read here or by transformers."""
-    described = {
+def to_transformers(model: GPT) -> Any:
+    """Return transformers' GPT2LMHeadModel with the weights of `model`; <|endoftext|> does not end its texts."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # not at the top: takes seconds
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = GPT2Config(**describe(model), bos_token_id=None, eos_token_id=None)
+    return GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=to_hub(model))
+
+
+def describe(model: GPT) -> dict[str, Any]:
+    """Return the content of config.json for `model`."""
+    return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{name: known[0] for name, known in _FIXED.items()},
         **{name: getattr(model.config, name) for name in _SIZES},
         "tie_word_embeddings": model.config.tie_weights,
     }
+
+
+def save_gpt(model: GPT, folder: Path) -> None:
+    """Write `model` to `folder` as config.json and model.safetensors; `load_gpt` and transformers can read them."""
     with files.replacing(folder / WEIGHTS, folder / CONFIG) as (weights, config):
         save_file(to_hub(model), weights, metadata={"format": "pt"})
-        config.write_text(json.dumps(described, indent=2) + "\n")
+        config.write_text(json.dumps(describe(model), indent=2) + "\n")

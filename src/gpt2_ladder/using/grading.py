@@ -1,9 +1,9 @@
-"""HellaSwag, completion style: which of four endings a network finds likeliest after a context.
+"""Grade a network on HellaSwag, completion style: find the likeliest of four endings of a context.
 
-The text is taken as it is; an ending is tokenized apart from its context, with a blank before it. `acc` goes by the log
-probability of the whole ending, `acc_norm` by its mean over the ending's tokens. So does hellaswag.py of build-nanogpt,
-where OpenAI's 124M weights have acc 0.2859 and acc_norm 0.2955 on all 10,042 examples. lm-evaluation-harness has other
-numbers under the same names (0.2892, 0.3114): it cleans the text, and its acc_norm divides by characters.
+The text is used unchanged; an ending is tokenized separately from its context, with a space before it. `acc` compares
+log probabilities of whole endings, `acc_norm` their means over an ending's tokens, as build-nanogpt's hellaswag.py
+does; there OpenAI's 124M weights have acc 0.2859 and acc_norm 0.2955 on all 10,042 examples. lm-evaluation-harness has
+different numbers under the same names (0.2892, 0.3114): it cleans the text, and its acc_norm divides by characters.
 
 Source: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?".
 """
@@ -24,11 +24,11 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 
-IGNORED = -100  # what F.cross_entropy takes for a target that does not count
+IGNORED = -100  # F.cross_entropy skips this target
 
 
 class Example(BaseModel):
-    """One line of hellaswag_val.jsonl, as far as it is needed: `label` is the index of the right ending."""
+    """One line of hellaswag_val.jsonl without the keys that are not used; `label` is the index of the right ending."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -38,10 +38,10 @@ class Example(BaseModel):
 
 
 def read(path: Path) -> list[Example]:
-    """Return the examples in `path`, one JSON object a line.
+    """Read the examples in `path`, one JSON object per line.
 
     Raises:
-        UserError: there is none, or a line is none.
+        UserError: a line is not an example, or the file is empty.
     """
     examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -52,7 +52,7 @@ def read(path: Path) -> list[Example]:
             where = ".".join(map(str, first["loc"])) or "line"
             raise UserError(f"{path}:{number}: not a HellaSwag example: {where}: {printable(first['msg'])}") from None
     if not examples:
-        raise UserError(f"{path}: there is no example in it")
+        raise UserError(f"{path}: contains no examples; delete it to download it again")
     return examples
 
 
@@ -60,19 +60,16 @@ def read(path: Path) -> list[Example]:
 def log_probabilities(
     model: GPT, context: list[int], endings: list[list[int]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the log probability in nats of each of E `endings` after `context`, and its mean over the ending's tokens.
+    """Return the log probability of each of E `endings` after `context` in nats, and its mean over the ending's tokens.
 
-    All go through the network as one batch, padded on the right, where no token of theirs sees the padding.
+    The endings form one batch, padded on the right, where no token can attend to the padding.
 
     Returns:
         float32 (E,) twice.
     """
     idx = pad_sequence([torch.tensor((context + ending)[:-1]) for ending in endings], batch_first=True)  # (E, T)
-    targets = pad_sequence(
-        [torch.tensor([IGNORED] * (len(context) - 1) + ending) for ending in endings],
-        batch_first=True,
-        padding_value=IGNORED,
-    ).to(device)  # (E, T)
+    ids = [torch.tensor([IGNORED] * (len(context) - 1) + ending) for ending in endings]
+    targets = pad_sequence(ids, batch_first=True, padding_value=IGNORED).to(device)  # (E, T)
     logits = model(idx.to(device))[0]  # (E, T, V)
     losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none")  # (E, T)
     sums = -losses.sum(1)  # (E,)
@@ -82,25 +79,25 @@ def log_probabilities(
 def grade(
     model: GPT, examples: Sequence[Example], encoding: tiktoken.Encoding, device: torch.device
 ) -> Iterator[tuple[bool, bool]]:
-    """Yield for each of `examples` whether its right ending is the likeliest: as a whole, and by the mean of a token.
+    """Yield for each example whether its right ending is the likeliest, as a whole and by the mean over its tokens.
 
     Raises:
-        UserError: the network's context is too short for an example.
+        UserError: an example is longer than the network's context.
     """
     for number, example in enumerate(examples, 1):
         context = encoding.encode_ordinary(example.ctx)
         endings = [encoding.encode_ordinary(" " + ending) for ending in example.endings]
-        longest, room = len(context) + max(map(len, endings)) - 1, model.config.n_positions
-        if longest > room:
-            raise UserError(f"example {number} takes {longest} positions; this network has n_positions {room}")
+        longest, n_positions = len(context) + max(map(len, endings)) - 1, model.config.n_positions
+        if longest > n_positions:
+            raise UserError(f"example {number} takes {longest} positions; this network has n_positions {n_positions}")
         sums, means = log_probabilities(model, context, endings, device)
         yield int(sums.argmax()) == example.label, int(means.argmax()) == example.label
 
 
-def accuracy(right: Sequence[bool]) -> tuple[float, list[float]]:
-    """Return the share of what is `right`, and Wilson's 95 % interval for it.
+def accuracy(correct: Sequence[bool]) -> tuple[float, list[float]]:
+    """Return the share of correct answers and its 95 % Wilson interval.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """
-    interval = binomtest(sum(right), len(right)).proportion_ci(confidence_level=0.95, method="wilson")
-    return sum(right) / len(right), [float(interval.low), float(interval.high)]
+    interval = binomtest(sum(correct), len(correct)).proportion_ci(confidence_level=0.95, method="wilson")
+    return sum(correct) / len(correct), [float(interval.low), float(interval.high)]

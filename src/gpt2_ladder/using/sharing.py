@@ -1,4 +1,4 @@
-"""A network -> a folder as the Hugging Face hub has them: weights, tokenizer, and a card of what is known of it."""
+"""Write a network to a folder in the Hugging Face hub's format: weights, tokenizer and a model card."""
 
 import json
 import tempfile
@@ -15,7 +15,7 @@ from gpt2_ladder.reporting.facts import templates
 from gpt2_ladder.sources import hub_format
 
 END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
-CARD = "README.md"  # by which name the hub shows it
+CARD = "README.md"  # the name under which the hub shows it
 
 
 def trimmed(model: GPT) -> GPT:
@@ -31,43 +31,41 @@ def trimmed(model: GPT) -> GPT:
 
 
 def card(facts: Mapping[str, Any]) -> str:
-    """Return the model card: a header that the hub reads, then `facts` in words and nothing else."""
+    """Return the model card: a header for the hub, then `facts` in words."""
     return templates.get_template("card.md").render(**facts) + "\n"
 
 
 def check_target(folder: Path) -> None:
-    """Raise UserError where something is at `folder` already: nothing is ever overwritten."""
+    """Raise UserError unless `folder` does not exist or is an empty folder: nothing is ever overwritten."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder}: is not a folder; name one that is not there yet")
+        raise UserError(f"{folder}: is not a folder; name a new one")
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty, and nothing is overwritten; name a folder that is not there yet")
+        raise UserError(f"{folder}: is not empty, and nothing is overwritten; name a new folder")
 
 
 def write_folder(folder: Path, model: GPT, card: str, encoder_json: Path, vocab_bpe: Path) -> None:
-    """Write `model`, GPT-2's tokenizer from OpenAI's two files, and the `card` to `folder`: all of it, or nothing.
+    """Write `model`, GPT-2's tokenizer from OpenAI's two files and the `card` to `folder`: all of it, or nothing.
 
     Raises:
-        UserError: there is something at `folder`.
+        UserError: `folder` is not new or empty.
     """
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     ends = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
-    # without a token to pad with transformers warns; the rows that pad the vocabulary stand for no text
-    generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}
+    generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}  # without it transformers warns
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
-        generation["suppress_tokens"] = padding
-    tokens = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions}
+        generation["suppress_tokens"] = padding  # these ids stand for no text
+    contents = {
+        hub_format.CONFIG: hub_format.describe(model) | ends | {"dtype": "float32"},
+        "generation_config.json": generation,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions},
+    }
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        whole = Path(temporary) / "whole"
-        hub_format.save_gpt(model, whole)
-        described = files.read_json(whole / hub_format.CONFIG) | ends | {"dtype": "float32"}
-        for name, content in (
-            (hub_format.CONFIG, described),
-            ("generation_config.json", generation),
-            ("tokenizer_config.json", tokens),
-        ):
-            files.write(whole / name, json.dumps(content, indent=2) + "\n")
-        files.write(whole / "vocab.json", encoder_json.read_bytes())
-        files.write(whole / "merges.txt", vocab_bpe.read_bytes())
-        files.write(whole / CARD, card)
-        whole.replace(folder)  # an empty folder gives way
+        complete = Path(temporary) / "complete"
+        hub_format.save_gpt(model, complete)
+        for name, content in contents.items():
+            files.write(complete / name, json.dumps(content, indent=2) + "\n")
+        files.write(complete / "vocab.json", encoder_json.read_bytes())
+        files.write(complete / "merges.txt", vocab_bpe.read_bytes())
+        files.write(complete / CARD, card)
+        complete.replace(folder)  # replaces an empty folder

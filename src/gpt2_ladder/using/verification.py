@@ -1,4 +1,4 @@
-"""Whether our GPT is the same function as transformers' GPT-2, and the weights those that everybody else has."""
+"""Check that our GPT computes the same function as transformers' GPT-2, and that weights are OpenAI's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,8 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training.tokenizer import END_OF_TEXT
-from gpt2_ladder.using import sampling
 
-# Two right implementations differ by rounding, and rounding grows with the logits: 2e-6 at 3, 7e-4 at 105 were seen.
+# Correct implementations differ by rounding, which grows with the logits: 2e-6 at 3 and 7e-4 at 105 were measured.
 RELATIVE_TOLERANCE = 2e-5
 # Source: llm.c's test_gpt2.c, the loss of OpenAI's 124M weights on the batch that `llmc_batch` builds.
 LLMC_LOSS, LLMC_TOLERANCE = 5.270007, 1e-2
@@ -22,11 +21,11 @@ LLMC_LOSS, LLMC_TOLERANCE = 5.270007, 1e-2
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far our network is from transformers', with eager and flash attention, whichever is worse.
+    """The difference between our network and transformers', for eager or flash attention, whichever is worse.
 
     Attributes:
-        max_abs_logit_diff: largest difference between two logits.
-        max_abs_logit: largest logit, the measure of that difference.
+        max_abs_logit_diff: the largest difference between two logits.
+        max_abs_logit: the largest logit, to which the difference is compared.
         greedy_tokens_equal: whether the greedy continuations are the same, token for token.
     """
 
@@ -42,37 +41,51 @@ class Comparison:
 
 @torch.no_grad()
 def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Comparison:
-    """Load the checkpoint in `folder` into our GPT and into transformers, and run both in float32 on the CPU.
+    """Load the checkpoint in `folder` into our GPT and into transformers', and compare both in float32 on the CPU.
 
     Args:
-        folder: config.json and model.safetensors, as the hub has them.
+        folder: contains config.json and model.safetensors in the hub's format.
         idx: ids whose logits are compared, int64 (B, T).
-        prompt: ids that are continued greedily, int64 (1, T).
-        new_tokens: by how many.
+        prompt: ids to continue greedily, int64 (1, T).
+        new_tokens: length of the continuation.
     """
     reference = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
     expected_logits = reference(idx).logits  # (B, T, V)
-    expected_ids = reference.generate(
+    expected_ids = reference.generate(  # ends early after <|endoftext|>
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
     )
     differences, equal = [], True
     for attention in ("eager", "flash"):
         ours = hub_format.load_gpt(folder, attention)
         differences.append((ours(idx)[0] - expected_logits).abs().max())
-        # transformers stops at <|endoftext|>, ours goes on
-        ids = sampling.generate(ours, prompt, new_tokens)[:, : expected_ids.size(1)]
-        equal = equal and torch.equal(ids, expected_ids)
-        del ours  # before the next is loaded: with the reference, two networks are in memory and not three
-    worst = torch.stack(differences).max().item()  # NaN stays NaN here; Python's max would drop it
+        # ours continues the prompt in the same way if it predicts each new token from those before it
+        predicted = ours(expected_ids[:, :-1])[0].argmax(-1)  # (1, T + new_tokens - 1)
+        equal = equal and torch.equal(predicted[:, prompt.size(1) - 1 :], expected_ids[:, prompt.size(1) :])
+        del ours  # before loading the next: two networks in memory, not three
+    worst = torch.stack(differences).max().item()  # keeps NaN, which Python's max would drop
     return Comparison(worst, expected_logits.abs().max().item(), equal)
 
 
-def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
-    """Return llm.c's test batch, (x, y) of int64 (4, 64): the text's first 257 tokens, a separator before every part.
+@torch.no_grad()
+def sample(model: GPT, idx: Tensor, new_tokens: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """Continue every row of `idx`, int64 (B, T), by `new_tokens` drawn from the `top_k` likeliest tokens each.
 
-    `<|endoftext|>` stands before the text and after every blank line, and the blank lines are kept.
+    Returns:
+        int64 (B, T + new_tokens).
     """
-    separated = END_OF_TEXT + text[:4096].replace("\n\n", "\n\n" + END_OF_TEXT)  # 257 tokens are far fewer characters
+    for _ in range(new_tokens):
+        logits = model(idx)[0][:, -1]  # (B, V)
+        logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
+        idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
+    return idx
+
+
+def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
+    """Return llm.c's test batch, (x, y) of int64 (4, 64), from the first 257 tokens of `text`.
+
+    `<|endoftext|>` comes before the text and after every blank line; the blank lines are kept.
+    """
+    separated = END_OF_TEXT + text[:4096].replace("\n\n", "\n\n" + END_OF_TEXT)  # 4,096 characters are enough
     ids = torch.tensor(encoding.encode(separated, allowed_special={END_OF_TEXT})[: 4 * 64 + 1])
     return ids[:-1].view(4, 64), ids[1:].view(4, 64)
 
@@ -82,9 +95,11 @@ def llmc_loss(model: GPT, text: str, encoding: tiktoken.Encoding) -> float:
     """Return the loss in nats on llm.c's test batch.
 
     Raises:
-        UserError: it is not what OpenAI's weights give.
+        UserError: it differs from the loss of OpenAI's weights.
     """
     loss = float(model(*llmc_batch(text, encoding))[1])
     if not abs(loss - LLMC_LOSS) <= LLMC_TOLERANCE:
-        raise UserError(f"verify: llm.c's batch has loss {loss:.6f}, OpenAI's weights give {LLMC_LOSS}: wrong weights")
+        raise UserError(
+            f"verify: llm.c's batch has loss {loss:.6f}, expected {LLMC_LOSS}: fetch OpenAI's weights again"
+        )
     return loss
