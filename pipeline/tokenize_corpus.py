@@ -1,6 +1,6 @@
-"""Turn the corpus into shards of token ids: of tiny Shakespeare the first 90 % for training, the rest for validation.
+"""Write the corpus as shards of token ids; of tiny Shakespeare 90 % for training and the rest for validation.
 
-Not called tokenize.py: run as a script, that name would shadow the standard library's.
+Not called tokenize.py: as a script, that name would shadow the standard library's.
 """
 
 import shutil
@@ -22,8 +22,8 @@ def main() -> None:
     if params.data.source == "tiny-shakespeare":
         write_tiny_shakespeare(params.data, encoding)
     else:
-        bpe, processes = (VOCAB_BPE, ENCODER_JSON), torch.get_num_threads()
-        corpora.write(params.data, *bpe, VAL_SHARD, TRAIN_SHARD, SHARDS, processes)
+        processes = torch.get_num_threads()
+        corpora.write(params.data, VOCAB_BPE, ENCODER_JSON, VAL_SHARD, TRAIN_SHARD, SHARDS, processes)
     shards = (TRAIN_SHARD, VAL_SHARD)
     files.forget_damaged([*shards, *map(data.sidecar_path, shards), *SHARDS.iterdir()])
 
@@ -31,10 +31,11 @@ def main() -> None:
 def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
     files.check_sha256(CORPUS, CORPUS_SHA256)
     text = "".join(documents.read_text(CORPUS))
-    cut = int(0.9 * len(text))
-    for path, part in ((TRAIN_SHARD, text[:cut]), (VAL_SHARD, text[cut:])):
-        ids = [one for some in documents.parts(str(CORPUS), [part]) for one in encoding.encode_ordinary(some)]
-        data.write_shard(path, ids)
+    middle = int(0.9 * len(text))
+    for path, part in ((TRAIN_SHARD, text[:middle]), (VAL_SHARD, text[middle:])):
+        data.write_shard(
+            path, [i for piece in documents.parts(str(CORPUS), [part]) for i in encoding.encode_ordinary(piece)]
+        )
         shard = data.open_shard(path)
         if encoding.decode(shard.tolist()) != part:
             raise UserError(f"{path}: decoding the shard does not give the text back")

@@ -1,7 +1,7 @@
-"""Compare any two levels of results/benchmark.json, or this machine with another one.
+"""Compare two levels of results/benchmark.json, or this machine with another one.
 
-python -m pipeline.tools.compare flash bf16             how many times as fast flash is as bf16 here
-python -m pipeline.tools.compare other/benchmark.json   the ladder here and there, side by side
+python -m pipeline.tools.compare flash bf16             how much faster flash is than bf16 on this machine
+python -m pipeline.tools.compare other/benchmark.json   the ladders of both machines, side by side
 """
 
 from pathlib import Path
@@ -16,35 +16,37 @@ from pipeline import BENCHMARK, run
 
 def main(*arguments: str) -> None:
     if len(arguments) == 2:
-        level, over = arguments
+        level, base = arguments
         here = read(BENCHMARK)
-        found = here.compare(level, over, here.noise())
-        more = f" (about {found['rounds_to_settle']:,} rounds would settle it)" if found["rounds_to_settle"] else ""
+        result = here.compare(level, base, here.noise())
+        rounds = result["rounds_to_settle"]
+        more = f" (about {rounds:,} rounds would settle it)" if rounds else ""
         print(
-            f"{level} over {over}: {here.gain(level, over)} times as fast, {found['verdict']}{more}; {describe(here)}"
+            f"{level} over {base}: {here.gain(level, base)} times as fast, {result['verdict']}{more}; {describe(here)}"
         )
     elif len(arguments) == 1:
         here, there = read(BENCHMARK), read(Path(arguments[0]))
         print(f"here:  {describe(here)}\nthere: {describe(there)}\n")
         print(tables.markdown_table(tables.side_by_side(here, there), text_columns=1))
     else:
-        raise UserError(f"{len(arguments)} arguments: give two levels, or the benchmark.json of another machine")
+        raise UserError(f"{len(arguments)} arguments: name two levels, or the benchmark.json of another machine")
 
 
 def read(path: Path) -> Measurement:
-    """Return the measurement at `path`."""
+    """Read a benchmark.json; raise UserError if it is not one."""
     try:
         return Measurement.model_validate_json(path.read_bytes())
     except (IsADirectoryError, ValidationError) as error:
         raise UserError(f"{path}: not a benchmark.json of this project ({' '.join(str(error).split()):.200})") from None
 
 
-def describe(found: Measurement) -> str:
-    """Say in a line where and how `found` was measured."""
-    machine = found.environment
+def describe(measurement: Measurement) -> str:
+    """Describe the machine and the settings of a measurement in one line."""
+    machine = measurement.environment
     return (
-        f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, {found.model}, "
-        f"B={found.batch_size}, T={found.block_size}, {len(found.rounds)} rounds, control {found.noise()}"
+        f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, {measurement.model}, "
+        f"B={measurement.batch_size}, T={measurement.block_size}, {len(measurement.rounds)} rounds, "
+        f"control {measurement.noise()}"
     )
 
 

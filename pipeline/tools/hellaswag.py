@@ -1,6 +1,6 @@
-"""Ask a network the 10,042 questions of HellaSwag, or the first of them, and count the right endings it finds.
+"""Evaluate a network on HellaSwag's 10,042 questions, or on the first N.
 
-No stage of `dvc repro`: 12 MB come from GitHub at the first call, and all questions take over an hour on two cores.
+Not a stage of `dvc repro`: the first call downloads 12 MB from GitHub; all questions take over an hour on two cores.
 """
 
 from pathlib import Path
@@ -16,46 +16,42 @@ from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, check_we
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
 GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag"
-SOURCES = tuple(
-    Url(f"{GITHUB}/{revision}/data/{QUESTIONS.name}")
-    for revision in ("a29ff8e9a04bba4bd6588223785ce105328adc57", "master")
-)
-FOUND = RESULTS / "hellaswag.json"
+REVISIONS = ("a29ff8e9a04bba4bd6588223785ce105328adc57", "master")
+SOURCES = tuple(Url(f"{GITHUB}/{revision}/data/{QUESTIONS.name}") for revision in REVISIONS)
 
 
 def main(*arguments: str) -> None:
     params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.tools.hellaswag", description=__doc__)
-    parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help="a folder, as data/gpt2 or models/trial")
-    parser.add_argument("--limit", type=int, help="ask so many only, the first of the file")
-    asked = parser.parse_args(arguments)
-    if asked.limit is not None and asked.limit < 1:
-        raise UserError(f"--limit {asked.limit}: at least one question must be asked")
-    check_weights(asked.model)
+    parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help="a folder, such as models/trial")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N questions")
+    args = parser.parse_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be 1 or more")
+    check_weights(args.model)
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    model = hub_format.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()
+    model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()
     with downloads.download_lock(QUESTIONS.parent):
         downloads.fetch(QUESTIONS, SHA256, SOURCES)
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
     examples = grading.read(QUESTIONS)
-    origin = downloads.read_provenance(*hub_format.weight_files(asked.model))
-    print(f"{asked.model}: {origin['note'] or origin['source']}", flush=True)
-    grades = []
-    chosen = examples[: asked.limit]
-    for right in grading.grade(model, chosen, encoding, device):
-        grades.append(right)
+    origin = downloads.read_provenance(*hub_format.weight_files(args.model))
+    print(f"{args.model}: {origin['note'] or origin['source']}", flush=True)
+    grades, chosen = [], examples[: args.limit]
+    for grade in grading.grade(model, chosen, encoding, device):
+        grades.append(grade)
         if len(grades) % 100 == 0 or len(grades) == len(chosen):
-            (acc, bounds), (acc_norm, norm_bounds) = (grading.accuracy(one) for one in zip(*grades, strict=True))
+            (acc, bounds), (acc_norm, norm_bounds) = (grading.accuracy(column) for column in zip(*grades, strict=True))
             print(
                 f"hellaswag: {len(grades):,}/{len(chosen):,}  acc {acc:.4f} [{bounds[0]:.4f}, {bounds[1]:.4f}]  "
                 f"acc_norm {acc_norm:.4f} [{norm_bounds[0]:.4f}, {norm_bounds[1]:.4f}]",
                 flush=True,
             )
     write_json(
-        FOUND,
+        RESULTS / "hellaswag.json",
         {
-            "model": str(asked.model),
+            "model": str(args.model),
             **origin,
             "environment": environment.fingerprint,
             "n": len(grades),

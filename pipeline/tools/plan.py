@@ -1,4 +1,4 @@
-"""Will it fit, and how fast could it be? Predict every speed level's memory and least time; nothing is allocated."""
+"""Predict the peak memory and the least step time of every speed level without allocating anything."""
 
 import re
 
@@ -15,15 +15,15 @@ from pipeline import Parser, read_environment, run
 SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
 GIB = 2**30
 NOTE = """\
-Peak: of torch's tensors; compiled levels need at most as much. Largest B: leaves 1 GiB and a tenth of the rest free for
-what is no tensor. Least ms: the roofline, arithmetic at the GPU's peak or bytes at its bandwidth; not a measurement.
-docs/GPU.md says how far off both are."""
+Peak: memory of torch's tensors; compiled levels need at most as much. Largest B: leaves 1 GiB and a tenth of the rest
+free for everything else. Least ms: the roofline, arithmetic at the GPU's peak or bytes at its bandwidth; not measured.
+docs/GPU.md shows the errors of both predictions."""
 
 
 def main(*arguments: str) -> None:
     params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.tools.plan", description=__doc__)
-    parser.add_argument("--memory", type=str, help="of a GPU that is not here, as in 24GiB")
+    parser.add_argument("--memory", help="plan for a GPU with this much free memory, such as 24GiB")
     memory = parser.parse_args(arguments).memory
     if memory is not None:
         cuda, free, where = True, parse_memory(memory), f"an NVIDIA GPU with {memory} free"
@@ -35,16 +35,13 @@ def main(*arguments: str) -> None:
         where = f"{environment.device_name}, {free / GIB:.1f} GiB free"
         gpus = (environment.device_name,) if environment.device_name in cost.KNOWN_PEAKS else SHOWN
     if cuda and params.machine != "gpu":
-        print("machine: cpu in params.yaml: this plans the CPU's shape for a GPU; set machine: gpu to plan the GPU's")
+        print("params.yaml: machine is cpu, so this plan uses the CPU's shape; set machine: gpu for the GPU's")
     shape = params.shape("speed")
     B, T = shape.batch_size, shape.block_size
-    flops = B * T * cost.flops_per_token(params.size, T)
-    table = Table(
-        title=f"GPT-2 ({params.model}) at {B} x {T} on {where}; {flops / 1e12:.2f} TFLOP a step", box=box.SIMPLE
-    )
+    tflop = B * T * cost.flops_per_token(params.size, T) / 1e12
+    table = Table(title=f"GPT-2 ({params.model}) at {B} x {T} on {where}; {tflop:.2f} TFLOP a step", box=box.SIMPLE)
     table.add_column("level")
-    titles = ["peak\nGiB", f"largest B\nat T={T}", *(f"least ms\n{gpu.removeprefix('NVIDIA ')}" for gpu in gpus)]
-    for title in titles:
+    for title in ("peak\nGiB", f"largest B\nat T={T}", *(f"least ms\n{gpu.removeprefix('NVIDIA ')}" for gpu in gpus)):
         table.add_column(title, justify="right")
     for name, level in params.levels.items():
         if level.group == "speed":
@@ -52,26 +49,22 @@ def main(*arguments: str) -> None:
             step = planning.trace_step(network, operand, B, T, cuda)
             largest = planning.largest_batch(network, operand, T, cuda, free)
             times = [planning.least_ms(step, gpu, level.precision, level.compile) for gpu in gpus]
-            table.add_row(
-                name,
-                f"{step.peak_bytes / GIB:.2f}",
-                str(largest) if largest else "none",
-                *("-" if ms is None else f"{ms:,.3g}" for ms in times),
-            )
+            cells = ["-" if ms is None else f"{ms:,.3g}" for ms in times]
+            table.add_row(name, f"{step.peak_bytes / GIB:.2f}", str(largest or "none"), *cells)
     Console(width=100).print(table)
     print(NOTE)
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of `text`, as in 24GiB, 80GB or 512 MiB.
+    """Return the bytes of a size such as 24GiB, 80GB or 512 MiB.
 
     Raises:
         UserError: it is not a number and a unit.
     """
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
-    if not found:
-        raise UserError(f"--memory {text}: write a number and a unit, as in 24GiB or 80GB")
-    number, prefix, binary = found.groups()
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UserError(f"--memory {text}: write a number and a unit, such as 24GiB or 80GB")
+    number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** {"m": 2, "g": 3}[prefix.lower()])
 
 

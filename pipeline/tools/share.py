@@ -1,6 +1,6 @@
-"""Make a folder for the Hugging Face hub out of the trial's network: `python -m pipeline.tools.share ../my-gpt2`.
+"""Write the trial's network to a folder for the Hugging Face hub: `python -m pipeline.tools.share ../my-gpt2`.
 
-It holds what transformers loads, and a card whose facts are those of the very run that trained the network.
+The folder contains what transformers loads, and a card with the facts of the run that trained the network.
 """
 
 import hashlib
@@ -32,41 +32,40 @@ from pipeline import (
 )
 from pipeline.trial import make_job
 
-# what a commit must hold to repeat a run
+# what a commit must contain to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
-
 MOST_NAMED = 20  # files of a corpus
 
 
 def main(*arguments: str) -> None:
     parser = Parser(prog="python -m pipeline.tools.share", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where to put it: a folder that is not there yet")
-    parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help="another network, a folder as data/gpt2")
-    parser.add_argument("--trim", action="store_true", help="cut the rows off that pad the vocabulary to 50304")
-    asked = parser.parse_args(arguments)
-    sharing.check_target(asked.folder)
-    facts = read_run() if asked.model.resolve() == TRIAL.resolve() else None
-    check_weights(asked.model)
+    parser.add_argument("folder", type=Path, help="the new folder")
+    parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help="another network, a folder like data/gpt2")
+    parser.add_argument("--trim", action="store_true", help="remove the rows that pad the vocabulary to 50304")
+    args = parser.parse_args(arguments)
+    sharing.check_target(args.folder)
+    facts = read_run() if args.model.resolve() == TRIAL.resolve() else None
+    check_weights(args.model)
     tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)  # refuses damaged files
-    model = hub_format.load_gpt(asked.model, "flash", GPT2_VOCAB_SIZE)  # flash: it builds no masks
+    model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE)  # flash: builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
-    if asked.trim:
+    if args.trim:
         model = sharing.trimmed(model)
     card = sharing.card(
         {
-            "name": asked.folder.resolve().name,
+            "name": args.folder.resolve().name,
             "config": model.config,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "padding": 0 if asked.trim else padding,
-            "trimmed": asked.trim and padding > 0,
+            "padding": 0 if args.trim else padding,
+            "trimmed": args.trim and padding > 0,
             "run": facts,
-            "source": downloads.read_provenance(*hub_format.weight_files(asked.model)),
+            "source": downloads.read_provenance(*hub_format.weight_files(args.model)),
         }
     )
-    sharing.write_folder(asked.folder, model, card, ENCODER_JSON, VOCAB_BPE)
-    print(f"{asked.folder}: {', '.join(sorted(path.name for path in asked.folder.iterdir()))}")
-    print(f"Read {asked.folder / sharing.CARD} and choose a licence in its head; then, to publish it:")
-    name, folder = shlex.quote(asked.folder.resolve().name), shlex.quote(str(asked.folder))
+    sharing.write_folder(args.folder, model, card, ENCODER_JSON, VOCAB_BPE)
+    print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
+    print(f"Read {args.folder / sharing.CARD} and choose a license at its top. Then publish the folder:")
+    name, folder = shlex.quote(args.folder.resolve().name), shlex.quote(str(args.folder))
     print(f"hf auth login && hf upload OWNER/{name} {folder} .")
 
 
@@ -74,38 +73,34 @@ def read_run() -> dict[str, Any]:
     """Return the facts of the run that trained the trial's network.
 
     Raises:
-        UserError: there is no network, or DVC finds that settings, code, data, results or network are not those of one
-            and the same run any more.
+        UserError: there is no network, or settings, code, data, results and network are no longer those of one run.
     """
-    written = RESULTS / "trial" / "metrics.json"
+    metrics = RESULTS / "trial" / "metrics.json"
     if not (TRIAL / hub_format.WEIGHTS).exists():
-        result = files.read_json(written) if written.exists() else {}
-        reason = result.get("reason") or "none has been trained, or it was not pulled"
-        raise UserError(f"{TRIAL}: holds no network ({reason}); `dvc repro trial` trains one")
+        reason = (files.read_json(metrics) if metrics.exists() else {}).get("reason") or "not trained, or not pulled"
+        raise UserError(f"{TRIAL}: contains no network ({reason}); train it with `dvc repro trial`")
     if changed := _changed("tokenize", "trial"):
         raise UserError(
-            f"{TRIAL}: the network and what a card would say of it are not of one run, since these have changed: "
-            f"{', '.join(changed)}; run `dvc repro trial`, or get back to the committed state"
+            f"{TRIAL}: the card would not describe the run that trained this network, because these have changed: "
+            f"{', '.join(changed)}; run `dvc repro trial`, or return to the committed state"
         )
-    params, environment, result = params_yaml.load(), read_environment(), files.read_json(written)
+    params, environment, manifest = params_yaml.load(), read_environment(), data.read_manifest(SHARDS)
     shape, recipe = params.shape("speed"), params.recipe
-    manifest, shakespeare = data.read_manifest(SHARDS), params.data.source == "tiny-shakespeare"
-    root, read = Path(params.data.path).parent, manifest["made_of"]["inputs"]
-    # not where they lie on this machine
-    inputs = {name.removeprefix(f"{root}/"): found for name, found in read.items()}
-    digest = hashlib.sha256("".join(read.values()).encode())
+    root, hashes = Path(params.data.path).parent, manifest["made_of"]["inputs"]
+    inputs = {name.removeprefix(f"{root}/"): sha256 for name, sha256 in hashes.items()}
+    if len(inputs) > MOST_NAMED:
+        digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
+        inputs = {f"{len(inputs):,} files, of whose hashes": digest}
     settings = describe(make_job(params), params, environment)
     return {
-        "result": result,
+        "result": files.read_json(metrics),
         "shape": shape,
         "tokens": shape.steps * (recipe.tokens_per_step or shape.batch_size * shape.block_size),
         "settings": {key: value for key, value in settings.items() if key not in ("environment", "level")},
         "environment": environment,
-        "corpus": downloads.read_provenance(CORPUS) if shakespeare and CORPUS.exists() else None,
+        "corpus": downloads.read_provenance(CORPUS) if params.data.source == "tiny-shakespeare" else None,
         "source": params.data.source,
-        "read": inputs
-        if len(inputs) <= MOST_NAMED
-        else {f"{len(inputs):,} files, of whose hashes": digest.hexdigest()},
+        "read": inputs,
         "train": [shard for shard in manifest["shards"] if shard["path"] != str(VAL_SHARD)],
         "val": files.read_json(data.sidecar_path(VAL_SHARD)),
         "commit": _commit(),
@@ -113,23 +108,23 @@ def read_run() -> dict[str, Any]:
 
 
 def _changed(*stages: str) -> list[str]:
-    """Return what differs from dvc.lock, by hash, in `stages`: parameters, dependencies, outputs."""
+    """Return the parameters, dependencies and outputs of `stages` that differ from dvc.lock."""
     command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        why = (result.stderr.strip().splitlines() or ["no reason"])[0]
-        raise UserError(f"dvc status cannot tell of which run the network is: {why}")
+        reason = (result.stderr.strip().splitlines() or ["no reason"])[0]
+        raise UserError(f"dvc status cannot show which run trained the network: {reason}")
     names: list[str] = []
     for stage, kinds in json.loads(result.stdout).items():
         for kind in kinds:
             changes = next(iter(kind.values())) if isinstance(kind, dict) else {f"{stage}'s command": ""}
-            for name, how in changes.items():
-                names += [f"{name}: {key}" for key in how] if isinstance(how, dict) else [name]
+            for name, change in changes.items():
+                names += [f"{name}: {key}" for key in change] if isinstance(change, dict) else [name]
     return names
 
 
 def _commit() -> str | None:
-    """Return the commit that holds the code and the settings here; None where some are in none."""
+    """Return the commit that contains the present code and settings; None if some are not committed."""
     status = subprocess.run(["git", "status", "--porcelain", "--", *DESCRIBED], capture_output=True, check=False)
     if status.returncode or status.stdout:
         return None

@@ -1,4 +1,4 @@
-"""Corpora of several files, as shards: the tokens of the whole, whatever interrupts their making."""
+"""Corpora of several files become shards with the tokens of the whole, even after interruptions."""
 
 import base64
 import io
@@ -35,14 +35,14 @@ LETTERS = st.sampled_from(list("abs1'. \n\t\r\x0b\x1c\x85\u00a0\u2003\u3000é你
 DOCUMENTS = ["First Citizen:\nSpeak.\n", "naïve café, 你好 🙂 ", "an <|endoftext|> that is text", "\n\n  end  \n" * 40]
 
 
-def made(**changes) -> Data:
+def make_settings(**changes) -> Data:
     settings = params_yaml.load(REPOSITORY / "params.yaml").data.model_dump()
     return Data(**{**settings, "val_tokens": 7, "shard_tokens": 50, **changes})
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, bpe_files):
-    """A folder with GPT-2's encoding, in which corpora.write leaves its shards."""
+    """A folder with GPT-2's encoding, for the shards of corpora.write."""
     monkeypatch.chdir(tmp_path)
     link_encoding(bpe_files)
 
@@ -60,14 +60,13 @@ def tokens():
 
 
 def expected(encoding, documents):
-    """Return documents as tiktoken has them, joined."""
-    ids = [one for document in documents for one in (encoding.eot_token, *encoding.encode_ordinary(document))]
-    return ids[1:]
+    """Return the tokens of documents, joined by <|endoftext|>."""
+    return [i for text in documents for i in (encoding.eot_token, *encoding.encode_ordinary(text))][1:]
 
 
 def concatenate(encoding, parts):
     """Return the tokens of `parts`, one after the other."""
-    return [one for part in parts for one in encoding.encode_ordinary(part)]
+    return [i for part in parts for i in encoding.encode_ordinary(part)]
 
 
 def parquet(table=None, **columns) -> bytes:
@@ -90,8 +89,8 @@ def write_parquet(path, documents, **columns):
 
 
 @given(st.text(LETTERS, max_size=80) | st.text(" \n\t\r\u00a0a", max_size=80) | st.text(max_size=80), st.integers(1, 5))
-@example("a\n\nb", 3)  # of which "a\n\n" alone would have one token for both line feeds
-@example("\u00a0" + "\n" * 50 + "b", 2)  # whose line feeds merge in pairs, but for the last one
+@example("a\n\nb", 3)  # "a\n\n" on its own would have one token for both line feeds
+@example("\u00a0" + "\n" * 50 + "b", 2)  # line feeds merge in pairs, except the last one
 @example("don't 's ''s", 1)
 @settings(max_examples=400, deadline=None)
 def test_a_text_in_parts_has_the_tokens_of_the_whole(encoding, text, size):
@@ -102,8 +101,8 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(encoding, text, size):
     assert concatenate(encoding, parts) == encoding.encode_ordinary(text)
 
 
-def test_of_white_space_in_ascii_only_two_line_feeds_are_in_one_token(encoding):
-    """Otherwise a run of it could not be cut."""
+def test_the_only_ascii_white_space_in_one_token_is_two_line_feeds(encoding):
+    """This allows cuts in a run of white space."""
     blanks = b" \t\n\x0b\x0c\r"
     for token in encoding.token_byte_values():
         for first, second in itertools.pairwise(token):
@@ -121,19 +120,19 @@ def test_of_white_space_in_ascii_only_two_line_feeds_are_in_one_token(encoding):
     ],
     ids=["blanks", "tabs", "line feeds", "DOS line ends"],
 )
-def test_a_million_white_space_characters_become_the_tokens_of_the_whole(checkout, encoding, source, run, count):
+def test_a_million_white_space_characters_have_the_tokens_of_the_whole(checkout, encoding, source, run, count):
     text, some = f"a{run}b", f"a{run[:300_000]}b"
     assert concatenate(encoding, documents.parts("", [some])) == encoding.encode_ordinary(some)
     path = Path(f"raw.{source}")
     path.write_bytes(text.encode() if source == "text" else parquet(text=["one", text, "two"]))
-    write(made(source=source, path=str(path), shard_tokens=10**7))
+    write(make_settings(source=source, path=str(path), shard_tokens=10**7))
     ids = np.concatenate([data.open_shard(VAL_SHARD), data.open_shard(TRAIN_SHARD)])
     assert len(ids) == count + 4 * (source == "parquet")
     assert encoding.decode(ids.tolist()) == (text if source == "text" else f"one<|endoftext|>{text}<|endoftext|>two")
 
 
 DRAW = random.Random(0)
-WITHOUT_BLANKS = {
+WITHOUT_SPACES = {
     "base64": base64.b64encode(DRAW.randbytes(9000)).decode(),
     "minified": "".join(DRAW.choices(["function(){return_1}", "x='y';", "a.b(c)", "if(!d)", "[1,2]"], k=1500)),
     "Chinese": "".join(DRAW.choices("的一是不了人我在有他这中、。", k=9000)),
@@ -141,15 +140,15 @@ WITHOUT_BLANKS = {
 }
 
 
-@pytest.mark.parametrize("text", WITHOUT_BLANKS.values(), ids=WITHOUT_BLANKS)
-def test_text_without_blanks_is_cut_where_letters_digits_and_signs_meet(encoding, monkeypatch, text):
+@pytest.mark.parametrize("text", WITHOUT_SPACES.values(), ids=WITHOUT_SPACES)
+def test_text_without_spaces_is_cut_between_letters_digits_and_signs(encoding, monkeypatch, text):
     monkeypatch.setattr(documents, "PIECE", 100)
     parts = [*documents.parts("a.txt", [text])]
     assert max(map(len, parts)) <= 200
     assert concatenate(encoding, parts) == encoding.encode_ordinary(text)
 
 
-def test_a_long_word_is_searched_for_cuts_at_most_twice(monkeypatch):
+def test_a_long_word_is_searched_at_most_twice(monkeypatch):
     searched = []
     monkeypatch.setattr(documents, "_ends", lambda pair: searched.append(pair) or pair == "a1")
     monkeypatch.setattr(documents, "PIECE", 100)
@@ -163,13 +162,13 @@ def test_a_word_of_1_mib_is_accepted():
     assert [*documents.parts("a.txt", [f"1{word}1"])] == ["1", word, "1"]
 
 
-def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, encoding, monkeypatch):
+def test_text_files_become_shards_joined_by_endoftext(checkout, encoding, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 16)
     for number, document in enumerate(DOCUMENTS):
         path = Path(f"raw/{number}/a.txt")
         path.parent.mkdir(parents=True)
-        path.write_text(document, encoding="utf-8-sig" if number == 1 else "utf-8")  # the mark is no text
-    write(made(source="text", path="raw"), processes=2)
+        path.write_text(document, encoding="utf-8-sig" if number == 1 else "utf-8")  # the mark is not text
+    write(make_settings(source="text", path="raw"), processes=2)
     ids, count = tokens()
     assert ids == expected(encoding, DOCUMENTS)
     assert count == 1 + -(-(len(ids) - 7) // 50)
@@ -178,10 +177,10 @@ def test_text_files_become_shards_of_a_fixed_size_joined_by_endoftext(checkout, 
 
 
 @pytest.mark.parametrize("source", ["text", "parquet"])
-def test_hidden_files_and_those_without_text_are_left_out(checkout, encoding, source):
+def test_hidden_and_empty_files_are_skipped(checkout, encoding, source):
     suffix = {"text": "txt", "parquet": "parquet"}[source]
     contents = {
-        name: f"{name} is a file that may be read"
+        name: f"{name} is a file, and this is its text"
         for name in ("a", "b/a", ".hidden", "._b", ".checkpoints/x", "b/.c/d")
     }
     for name, text in {**contents, "0": "", "c": ""}.items():
@@ -190,11 +189,11 @@ def test_hidden_files_and_those_without_text_are_left_out(checkout, encoding, so
         path.write_bytes(text.encode() if source == "text" else parquet(text=[text]))
 
     def read(path):
-        write(made(source=source, path=path, shard_tokens=1000))
+        write(make_settings(source=source, path=path, shard_tokens=1000))
         return [*data.open_shard(VAL_SHARD), *data.open_shard(TRAIN_SHARD)]
 
     assert read(".raw") == expected(encoding, [contents["a"], contents["b/a"]])
-    for name in (".hidden", ".checkpoints/x"):  # named by you
+    for name in (".hidden", ".checkpoints/x"):  # if named in data.path
         assert read(f".raw/{name}.{suffix}") == expected(encoding, [contents[name]])
     assert read(".raw/b/.c") == expected(encoding, [contents["b/.c/d"]])
 
@@ -207,17 +206,15 @@ def test_hidden_files_and_those_without_text_are_left_out(checkout, encoding, so
     ],
     ids=str,
 )
-def test_the_rows_of_parquet_files_are_documents_and_those_without_text_are_left_out(
-    checkout, encoding, monkeypatch, kind
-):
+def test_parquet_rows_are_documents_and_empty_rows_are_skipped(checkout, encoding, monkeypatch, kind):
     monkeypatch.setattr(documents, "PIECE", 30)
     write_parquet(Path("raw/a.parquet"), column([DOCUMENTS[0], None, DOCUMENTS[1], ""], kind), n=[1, 2, 3, 4])
     write_parquet(Path("raw/b.parquet"), column(DOCUMENTS[2:], kind))
-    write(made(source="parquet", path="raw"))
+    write(make_settings(source="parquet", path="raw"))
     assert tokens()[0] == expected(encoding, DOCUMENTS)
 
 
-def test_fineweb_edu_comes_from_the_hub_at_its_commit_and_is_removed_once_read(
+def test_fineweb_edu_is_downloaded_at_its_commit_and_removed_after_reading(
     checkout, encoding, monkeypatch, tmp_path_factory
 ):
     folder = tmp_path_factory.mktemp("hub")
@@ -227,7 +224,7 @@ def test_fineweb_edu_comes_from_the_hub_at_its_commit_and_is_removed_once_read(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with fake_hub.serve(folder, corpora.FINEWEB_COMMIT) as (endpoint, requests):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + URL)
-        write(made(source="fineweb-edu"))
+        write(make_settings(source="fineweb-edu"))
     assert tokens()[0] == expected(encoding, DOCUMENTS)
     at = f"/datasets/HuggingFaceFW/fineweb-edu/resolve/{corpora.FINEWEB_COMMIT}/sample/10BT"
     assert {request.split()[1] for request in requests} == {f"{at}/00{number}_00000.parquet" for number in range(2)}
@@ -236,10 +233,10 @@ def test_fineweb_edu_comes_from_the_hub_at_its_commit_and_is_removed_once_read(
     assert sorted(path.name for path in SHARDS.iterdir()) == [*names, "manifest.json"]
 
 
-def test_what_is_whole_already_is_kept_and_what_is_missing_is_made_again(checkout, encoding, monkeypatch, capsys):
+def test_complete_shards_are_kept_and_missing_ones_written_again(checkout, encoding, monkeypatch, capsys):
     monkeypatch.setattr(documents, "PIECE", 30)
     write_parquet(Path("raw.parquet"), DOCUMENTS * 5)
-    wanted = made(source="parquet", path="raw.parquet")
+    wanted = make_settings(source="parquet", path="raw.parquet")
     write(wanted)
     ids, count = tokens()
     (SHARDS / "000004.bin").unlink()  # the sixth
@@ -247,7 +244,7 @@ def test_what_is_whole_already_is_kept_and_what_is_missing_is_made_again(checkou
     times = {path: path.stat().st_mtime_ns for path in paths}
     capsys.readouterr()
     write(wanted)
-    assert "goes on after 5 shards" in capsys.readouterr().out
+    assert "resuming after 5 shards" in capsys.readouterr().out
     assert tokens() == (ids, count)
     assert [path.stat().st_mtime_ns == before for path, before in times.items()] == [True] * 5 + [False] * (count - 6)
     other = wanted.model_copy(update={"shard_tokens": 49})
@@ -259,54 +256,54 @@ def test_what_is_whole_already_is_kept_and_what_is_missing_is_made_again(checkou
     assert [*data.open_shard(VAL_SHARD), *data.open_shards(TRAIN_SHARD, SHARDS)[:]] == ids
 
 
-def test_killed_while_it_tokenizes_the_next_run_makes_the_same_shards(checkout, encoding):
-    """SIGKILL to the stage alone: its processes must end by themselves."""
+def test_killed_while_it_tokenizes_the_next_run_writes_the_same_shards(checkout, encoding):
+    """SIGKILL only the stage: its worker processes must end by themselves."""
     write_parquet(Path("raw.parquet"), DOCUMENTS * 1000)
     program = """
 import sys
 from pathlib import Path
 from gpt2_ladder.sources import documents
 documents.PIECE = 2000
-from test_corpora import made, write
+from test_corpora import make_settings, write
 if __name__ == "__main__":
-    write(made(source="parquet", path="raw.parquet", shard_tokens=5000), processes=2)
+    write(make_settings(source="parquet", path="raw.parquet", shard_tokens=5000), processes=2)
 """
     environment = os.environ | {"PYTHONPATH": f"{processes.IMPORTABLE}:{REPOSITORY / 'tests/sources'}"}
     Path("program.py").write_text(program)
-    for lines in (1, 4, 2):  # each tells of a shard, but the first of a run that goes on
+    for lines in (1, 4, 2):  # one per shard, after the line about resuming
         process = subprocess.Popen([sys.executable, "program.py"], env=environment, stdout=subprocess.PIPE, text=True)
         assert all(process.stdout.readline() for _ in range(lines))
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)  # its other processes would hold the pipe
+        process.communicate(timeout=60)  # worker processes would keep the pipe open
     done = subprocess.run(
         [sys.executable, "program.py"], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    assert re.match(r"data/shards: goes on after [4-9] shards\n", done.stdout)
+    assert re.match(r"data/shards: resuming after [4-9] shards\n", done.stdout)
     ids = [*data.open_shard(VAL_SHARD), *data.open_shards(TRAIN_SHARD, SHARDS)[:]]
     assert ids == expected(encoding, DOCUMENTS * 1000)
-    (SHARDS / ".writing-x").mkdir()  # as a kill may leave it
-    write(made(source="parquet", path="raw.parquet", shard_tokens=10**6))
+    (SHARDS / ".writing-x").mkdir()  # as after a kill
+    write(make_settings(source="parquet", path="raw.parquet", shard_tokens=10**6))
     assert [path.name for path in SHARDS.iterdir()] == ["manifest.json"]
 
 
-def test_a_corpus_of_more_files_than_a_small_manifest_can_name_goes_on_too(checkout, capsys):
+def test_a_corpus_of_13_000_files_resumes_too(checkout, capsys):
     Path("raw").mkdir()
     for number in range(13_000):
         Path(f"raw/{number}.txt").write_text("a b")
-    wanted = made(source="text", path="raw", shard_tokens=10**6)
+    wanted = make_settings(source="text", path="raw", shard_tokens=10**6)
     write(wanted)
     assert (SHARDS / "manifest.json").stat().st_size > 2**20
     write(wanted)
-    assert "goes on after 2 shards" in capsys.readouterr().out
+    assert "resuming after 2 shards" in capsys.readouterr().out
 
 
-def test_a_corpus_that_is_refused_leaves_the_shards_of_the_previous_one(checkout, encoding):
+def test_a_refused_corpus_leaves_the_shards_of_the_previous_one(checkout, encoding):
     write_parquet(Path("raw.parquet"), DOCUMENTS)
-    write(made(source="parquet", path="raw.parquet"))
+    write(make_settings(source="parquet", path="raw.parquet"))
     before = tokens()
     write_parquet(Path("raw.parquet"), [*DOCUMENTS, "a" * 2**21])
     with pytest.raises(UserError, match=r"^raw\.parquet: row 5: a word of more than 1,048,576 bytes at offset 0;"):
-        write(made(source="parquet", path="raw.parquet", val_tokens=10**6))
+        write(make_settings(source="parquet", path="raw.parquet", val_tokens=10**6))
     assert tokens() == before
 
 
@@ -335,8 +332,8 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
         ("text", "a.txt", "Приветмир".encode("utf-16-le"), UTF16.format("LE")),
         ("text", "a.txt", "Hello\n".encode("utf-32"), r"a\.txt: this is UTF-32, not UTF-8; .*iconv -f UTF-32 "),
         ("text", "a.txt", "Hello\n".encode("utf-32-be"), r"a\.txt: this is UTF-32BE, not UTF-8; .*iconv -f UTF-32BE "),
-        ("text", "a.txt", b"", r"data\.path = raw: there is no text in it; name another"),
-        ("text", "a.txt", b"\xef\xbb\xbf", r"data\.path = raw: there is no text in it; name another"),
+        ("text", "a.txt", b"", r"data\.path = raw: contains no text; name another"),
+        ("text", "a.txt", b"\xef\xbb\xbf", r"data\.path = raw: contains no text; name another"),
         (
             "text",
             "a.txt",
@@ -348,12 +345,12 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
         ("parquet", "a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),
         ("parquet", "a.parquet", parquet(body=["a"], n=[1]), r"no column 'text'; it has body, n: set data\.column"),
         ("parquet", "a.parquet", TWICE, r"more than one column 'text'; it has text, text: set data\.column"),
-        ("parquet", "a.parquet", parquet(text=[1, 2]), r"column 'text' holds int64, not text"),
-        ("parquet", "a.parquet", parquet(text=[["a"]]), r"column 'text' holds list<element: string>, not text"),
-        ("parquet", "a.parquet", parquet(text=pa.array([], pa.string())), r"data\.path = raw: there is no text in it"),
-        ("parquet", "b.txt", b"", r"data\.path = raw: no file, and no folder with \*\.parquet in it"),
-        ("text", ".a.txt", b"hidden", r"data\.path = raw: no file, and no folder with \*\.txt in it"),
-        ("text", "a.txt", b"too short", r"data\.val_tokens = 7: the corpus has no tokens beyond them"),
+        ("parquet", "a.parquet", parquet(text=[1, 2]), r"column 'text' contains int64, not text"),
+        ("parquet", "a.parquet", parquet(text=[["a"]]), r"column 'text' contains list<element: string>, not text"),
+        ("parquet", "a.parquet", parquet(text=pa.array([], pa.string())), r"data\.path = raw: contains no text"),
+        ("parquet", "b.txt", b"", r"data\.path = raw: not a file or a folder with \*\.parquet files"),
+        ("text", ".a.txt", b"hidden", r"data\.path = raw: not a file or a folder with \*\.txt files"),
+        ("text", "a.txt", b"too short", r"data\.val_tokens = 7: leaves no tokens for training"),
         ("text", "a.txt", b"a1a1a1a", r"data\.val_tokens = 7: the corpus has only 7 bytes; lower it"),
     ],
     ids=[
@@ -372,28 +369,28 @@ UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -
         *("no such column", "twice", "numbers", "list", "no rows", "no file", "hidden", "too short", "few bytes"),
     ],
 )
-def test_what_cannot_be_read_is_named_in_one_line(checkout, source, name, content, message):
+def test_a_corpus_that_cannot_be_read_is_one_error_line(checkout, source, name, content, message):
     Path("raw").mkdir()
     Path(f"raw/{name}").write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        write(made(source=source, path="raw"))
+        write(make_settings(source=source, path="raw"))
     assert len(str(caught.value).splitlines()) == 1
     assert not TRAIN_SHARD.exists()
     assert SHARDS.exists() == VAL_SHARD.exists()
 
 
-def test_a_process_that_was_killed_is_named(checkout, monkeypatch):
+def test_a_killed_worker_process_is_reported(checkout, monkeypatch):
     monkeypatch.setattr(corpora, "encode", _die)
     write_parquet(Path("raw.parquet"), DOCUMENTS)
-    with pytest.raises(UserError, match="a tokenizing process was killed, by lack of memory perhaps"):
-        write(made(source="parquet", path="raw.parquet"), processes=2)
+    with pytest.raises(UserError, match="a tokenizing process was killed, perhaps for lack of memory"):
+        write(make_settings(source="parquet", path="raw.parquet"), processes=2)
 
 
 def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_stage_reads_what_the_settings_name(checkout, monkeypatch, encoding):
+def test_the_stage_reads_the_corpus_in_params_yaml(checkout, monkeypatch, encoding):
     text = (REPOSITORY / "params.yaml").read_text()
     text = text.replace("source: tiny-shakespeare", "source: text").replace("val_tokens: 1000000", "val_tokens: 7")
     Path("params.yaml").write_text(text.replace("shard_tokens: 100000000", "shard_tokens: 50"))

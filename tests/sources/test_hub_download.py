@@ -1,4 +1,4 @@
-"""The whole way from a hub to a verified network, in a process of its own, since HF_ENDPOINT is read at import."""
+"""Download and verify a network from a hub, in a separate process because HF_ENDPOINT is read at import."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from helpers.hub_networks import hub_tensors, transformers_gpt2
 FETCH = """
 import json, sys
 from pathlib import Path
-from gpt2_ladder import pretrained
 from gpt2_ladder.config import ModelSize, Pretrained
+from gpt2_ladder.sources import pretrained
 from pipeline import run
 
 pretrained.SHA256 = {"gpt2": json.loads(sys.argv[2])}
@@ -32,7 +32,7 @@ run(lambda: pretrained.fetch(Path(sys.argv[1]), Pretrained(source=sys.argv[3], f
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A tiny GPT-2 with the quirks of the hub's file: no prefix, masks among the weights, no head."""
+    """A tiny GPT-2 in the layout of the hub's file: no prefix, masks among the weights, no head."""
     folder = tmp_path_factory.mktemp("published")
     transformers_gpt2().config.save_pretrained(folder)
     save_file(hub_tensors(), folder / hub_format.WEIGHTS, metadata={"format": "pt"})
@@ -51,7 +51,7 @@ def fetch(folder: Path, published: Path, endpoint: str, source: str) -> subproce
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_a_checkpoint_comes_from_the_hub_and_is_verified(tmp_path, published):
+def test_a_checkpoint_is_downloaded_and_verified(tmp_path, published):
     folder = tmp_path / "gpt2"
     with fake_hub.serve(published, pretrained.REVISIONS["gpt2"]) as (endpoint, requests):
         result = fetch(folder, published, endpoint, "openai")
@@ -59,7 +59,7 @@ def test_a_checkpoint_comes_from_the_hub_and_is_verified(tmp_path, published):
     assert not pretrained.is_stand_in(folder)
     provenance = json.loads(downloads.provenance_path(folder / hub_format.WEIGHTS).read_text())
     assert provenance["source"].startswith(f"{endpoint}/openai-community/gpt2/resolve/{pretrained.REVISIONS['gpt2']}/")
-    assert any(request.startswith("GET /lfs/") for request in requests)  # it went through the redirect
+    assert any(request.startswith("GET /lfs/") for request in requests)  # followed the redirect
     assert verification.compare(folder, random_ids(), random_ids(batch=1, time=4), new_tokens=8).passed
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
@@ -72,7 +72,7 @@ def test_a_checkpoint_comes_from_the_hub_and_is_verified(tmp_path, published):
 @pytest.mark.parametrize(
     ("name", "at"), [(hub_format.CONFIG, hub_format.CONFIG), (hub_format.WEIGHTS, fake_hub.WEIGHTS_THEMSELVES)]
 )
-def test_a_flipped_byte_is_caught_and_nothing_is_kept(tmp_path, published, name, at):
+def test_a_flipped_byte_is_detected_and_nothing_is_kept(tmp_path, published, name, at):
     folder = tmp_path / "gpt2"
     with fake_hub.serve(published, pretrained.REVISIONS["gpt2"], itertools.repeat("flip"), at) as (endpoint, _):
         result = fetch(folder, published, endpoint, "auto")

@@ -1,4 +1,4 @@
-"""A hub that goes wrong in the middle, or means harm. In this process, so the file contents are of no matter."""
+"""Hubs that fail during a download or are hostile; the contents of the files do not matter."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ CONTENT = {hub_format.CONFIG: b"{}\n", hub_format.WEIGHTS: bytes(range(256)) * 9
 SIZE = ModelSize(n_layer=2, n_head=2, n_embd=16, n_positions=32, learning_rate=1e-3, overfit_loss=1.0)
 PLANTED = "planted-password"
 HASHES = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
-OURS = ["reset", "reset halfway", "short", "500", "502", "503"]  # tried again by us, the rest by huggingface_hub
+OURS = ["reset", "reset halfway", "short", "500", "502", "503"]  # retried by us, the others by huggingface_hub
 
 
 @pytest.fixture(autouse=True)
@@ -32,32 +32,32 @@ def impatient(monkeypatch, waits):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of good files from before."""
+    """A folder with the files of a previous download."""
     folder = tmp_path / "data" / "gpt2"
     folder.mkdir(parents=True)
     for name in CONTENT:
-        (folder / name).write_bytes(b"from before")
-        downloads.write_provenance(folder / name, "before", "?")
+        (folder / name).write_bytes(b"previous")
+        downloads.write_provenance(folder / name, "previous", "?")
     return folder
 
 
 @pytest.fixture
 def fetch(tmp_path, folder, monkeypatch, capsys):
-    """A function that fetches into `folder` from a hub that is so, and shows that nothing keeps or says a password.
+    """A function that fetches into `folder` from a hub with these options, and checks that no password leaks.
 
-    `fetch.gets` counts the requests for the weights, `fetch.said` is what huggingface_hub printed.
+    `fetch.gets` counts the requests for the weights, `fetch.printed` is what huggingface_hub printed.
     """
     published = tmp_path / "published"
     published.mkdir()
     for name, content in CONTENT.items():
         (published / name).write_bytes(content)
     monkeypatch.setenv("HF_TOKEN", f"hf_{PLANTED}")
-    said = io.StringIO()
-    monkeypatch.setattr(logging.getLogger("huggingface_hub").handlers[0], "stream", said)
+    stderr = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("huggingface_hub").handlers[0], "stream", stderr)
 
-    def fetch(model: str = "gpt2", **hub_is: object) -> None:
+    def fetch(model: str = "gpt2", **options: object) -> None:
         error = ""
-        with fake_hub.serve(published, pretrained.REVISIONS[model], **hub_is) as (endpoint, requests):
+        with fake_hub.serve(published, pretrained.REVISIONS[model], **options) as (endpoint, requests):
             mirror = endpoint.replace("//", f"//user:{PLANTED}@")
             template = f"{mirror}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -68,9 +68,9 @@ def fetch(tmp_path, folder, monkeypatch, capsys):
                 raise
             finally:
                 fetch.gets = sum(request.startswith(fake_hub.WEIGHTS_THEMSELVES) for request in requests)
-                fetch.said = said.getvalue()
+                fetch.printed = stderr.getvalue()
                 everything = [
-                    *map(str.encode, (error, fetch.said, capsys.readouterr().out)),
+                    *map(str.encode, (error, fetch.printed, capsys.readouterr().out)),
                     *contents(tmp_path).values(),
                 ]
                 assert not [text for text in everything if PLANTED.encode() in text]
@@ -90,7 +90,7 @@ def test_weights_that_fail_once_come_at_the_second_try(fetch, folder, fault):
 
 
 @pytest.mark.parametrize("fault", [*faulty_server.PASSING, "401", "403", "404"])
-def test_weights_that_never_come_are_an_error_in_one_line_and_the_files_from_before_stay(fetch, folder, fault):
+def test_weights_that_never_come_are_an_error_and_previous_files_stay(fetch, folder, fault):
     before = contents(folder)
     with pytest.raises(UserError, match=r"model\.safetensors: ") as error:
         fetch(faults=itertools.repeat(fault))
@@ -100,24 +100,22 @@ def test_weights_that_never_come_are_an_error_in_one_line_and_the_files_from_bef
     assert fetch.gets == (1 if fault in ("flip", "401", "403", "404") else 3 if fault in OURS else 6)
 
 
-def test_the_first_download_of_a_larger_size_is_recorded_and_later_ones_have_to_be_the_same(fetch, folder):
+def test_later_downloads_of_a_larger_size_must_equal_the_first(fetch, folder):
     fetch("gpt2-xl")
     record = downloads.provenance_path(folder / hub_format.WEIGHTS)
     assert json.loads(record.read_text())["sha256"] == HASHES[hub_format.WEIGHTS]
     (folder / hub_format.WEIGHTS).unlink()
     before = contents(folder)
-    with pytest.raises(
-        UserError, match=f"expected {HASHES[hub_format.WEIGHTS]}: .*, or delete {record}, which tells the first"
-    ):
+    with pytest.raises(UserError, match=f"expected {HASHES[hub_format.WEIGHTS]}: .*, or delete {record} to accept it"):
         fetch("gpt2-xl", faults=["flip"])
     assert contents(folder) == before
     fetch("gpt2-xl")
     assert (folder / hub_format.WEIGHTS).read_bytes() == CONTENT[hub_format.WEIGHTS]
     fetch("gpt2-xl")
-    assert fetch.gets == 0  # what is there and as recorded is kept
+    assert fetch.gets == 0  # keeps files that match the record
 
 
-def test_the_record_of_one_size_says_nothing_of_another(fetch, folder):
+def test_the_record_of_one_size_is_not_used_for_another(fetch, folder):
     fetch("gpt2-xl")
     fetch("gpt2-medium", faults=["flip"])
     record = json.loads(downloads.provenance_path(folder / hub_format.WEIGHTS).read_text())
@@ -125,16 +123,16 @@ def test_the_record_of_one_size_says_nothing_of_another(fetch, folder):
     assert record["sha256"] == files.sha256(folder / hub_format.WEIGHTS) != HASHES[hub_format.WEIGHTS]
 
 
-def test_a_mirror_is_named_without_the_password_in_its_address(fetch, folder):
-    with pytest.raises(UserError, match=r"^http://\*\*\*@127.*: the hub answered, but.*for url 'http://\*\*\*@127"):
-        fetch(faults=["401"], at=f"GET /{pretrained._repository('gpt2')}")
-    fetch(faults=["cut"], at=f"GET /{pretrained._repository('gpt2')}")
-    assert "Error while downloading from http://***@127.0.0.1" in fetch.said
+def test_a_mirrors_password_is_never_printed(fetch, folder):
+    with pytest.raises(UserError, match=r"^http://\*\*\*@127.*: the hub responded, but.*for url 'http://\*\*\*@127"):
+        fetch(faults=["401"], at="GET /openai-community/gpt2")
+    fetch(faults=["cut"], at="GET /openai-community/gpt2")
+    assert "Error while downloading from http://***@127.0.0.1" in fetch.printed
     provenance = json.loads(downloads.provenance_path(folder / hub_format.WEIGHTS).read_text())
     assert provenance["source"].startswith("http://***@127.0.0.1")
 
 
-THEIR_HEAD = "HEAD /lfs/"  # huggingface_hub believes the last one, if it is told more
+THEIR_HEAD = "HEAD /lfs/"  # of several values huggingface_hub uses the last
 REDIRECT = f"HEAD /openai-community/gpt2/resolve/{pretrained.REVISIONS['gpt2']}/{hub_format.WEIGHTS}"
 HOSTILE = {
     (fake_hub.WEIGHTS_THEMSELVES, "Content-Disposition"): ["attachment; filename=../../evil", "filename=OUTSIDE/evil"],
@@ -149,12 +147,12 @@ HOSTILE = {
 }
 
 
-def test_a_refusal_that_huggingface_hub_takes_for_a_lost_connection_is_named_by_its_status(fetch):
-    with pytest.raises(UserError, match=r"model\.safetensors: the hub answered, but the file did not come: .* 403 "):
+def test_a_refusal_is_reported_with_its_status(fetch):
+    with pytest.raises(UserError, match=r"model\.safetensors: the hub responded, but the download failed: .* 403 "):
         fetch(faults=["403"], at=REDIRECT)
 
 
-@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub believes the size it is told
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub trusts the size in the header
 @pytest.mark.parametrize(("at", "header", "value"), [(*key, value) for key in HOSTILE for value in HOSTILE[key]])
 def test_no_word_of_a_hub_leads_out_of_the_folder(fetch, folder, tmp_path, at, header, value):
     (tmp_path / "cached").write_bytes(b"cached")

@@ -1,4 +1,4 @@
-"""Where the weights come from, and that a stand-in never passes for OpenAI's."""
+"""Sources of the weights; a stand-in is never taken for OpenAI's."""
 
 import shutil
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def fetch(folder, source: str = "auto", local: str | None = None, model: str = "
     pretrained.fetch(folder, Pretrained(source=source, folder=local), model, SIZE, seed)
 
 
-def test_a_hub_out_of_reach_gives_a_stand_in_that_says_so(tmp_path, monkeypatch, capsys):
+def test_an_unreachable_hub_gives_a_stand_in_and_a_notice(tmp_path, monkeypatch, capsys):
     point_hub_at(monkeypatch, "http://127.0.0.1:9/")
     fetch(tmp_path)
     assert pretrained.is_stand_in(tmp_path)
@@ -49,19 +49,19 @@ def test_the_stand_in_has_the_layout_of_the_hubs_file(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["stand-in", "openai"])
-def test_a_disk_without_room_is_named_before_anything_is_fetched_or_drawn(tmp_path, monkeypatch, serve, source):
+def test_a_full_disk_is_reported_before_anything_is_fetched(tmp_path, monkeypatch, serve, source):
     point_hub_at(monkeypatch, serve())
     fetch(tmp_path / "a", source="stand-in")
     with (tmp_path / "a" / hub_format.WEIGHTS).open("rb") as file:
         content = (tmp_path / "a" / hub_format.WEIGHTS).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    assert pretrained.needed(SIZE)[0] == content  # what follows the header
+    assert pretrained.needed(SIZE)[0] == content  # without the header
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * content - 1))
-    with pytest.raises(UserError, match=r"take 0\.0 GB of disk, .* 1\.1 GB of memory; 0\.0 GB are free: make room"):
+    with pytest.raises(UserError, match=r"take 0\.0 GB of disk; .* 1\.1 GB of memory; 0\.0 GB are free: free more"):
         fetch(tmp_path / "b", source=source)
     assert list((tmp_path / "b").iterdir()) == []
 
 
-def test_memory_that_does_not_hold_a_stand_in_is_named_before_it_is_drawn(tmp_path, monkeypatch):
+def test_too_little_memory_is_reported_before_a_stand_in_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda _: 10**6)
     with pytest.raises(UserError, match=r"the random stand-in needs 0\.0 GB of memory, 0\.0 GB are free"):
         fetch(tmp_path, source="stand-in")
@@ -75,8 +75,8 @@ def test_the_stand_in_follows_the_seed(tmp_path):
     assert first == again != other
 
 
-@pytest.mark.parametrize(("offline", "reason"), [(False, "nobody listens there"), (True, "HF_HUB_OFFLINE is set")])
-def test_openai_weights_out_of_reach_are_an_error_when_asked_for(tmp_path, monkeypatch, offline, reason):
+@pytest.mark.parametrize(("offline", "reason"), [(False, "connection refused"), (True, "HF_HUB_OFFLINE is set")])
+def test_source_openai_without_a_hub_is_an_error(tmp_path, monkeypatch, offline, reason):
     point_hub_at(monkeypatch, "http://127.0.0.1:9/")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(UserError, match=f"the hub cannot be reached: {reason}"):
@@ -85,7 +85,7 @@ def test_openai_weights_out_of_reach_are_an_error_when_asked_for(tmp_path, monke
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_hub_that_refuses_is_an_error_and_gives_no_stand_in(tmp_path, monkeypatch, serve, status):
+def test_a_hub_that_refuses_is_an_error_without_a_stand_in(tmp_path, monkeypatch, serve, status):
     point_hub_at(monkeypatch, serve(status=status))
     with pytest.raises(UserError, match=f"answered {status}"):
         fetch(tmp_path)
@@ -104,11 +104,11 @@ def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
     fetch(tmp_path / "out", local=str(local))
     assert not pretrained.is_stand_in(tmp_path / "out")
     point_hub_at(monkeypatch, "http://127.0.0.1:9/")
-    fetch(tmp_path / "out")  # right files are kept: a hub that is gone by now does not turn them into a stand-in
+    fetch(tmp_path / "out")  # keeps correct files though the hub is unreachable
     assert not pretrained.is_stand_in(tmp_path / "out")
 
 
-def test_a_size_that_nobody_published_always_gets_a_stand_in(tmp_path, monkeypatch, serve):
+def test_an_unpublished_size_always_gets_a_stand_in(tmp_path, monkeypatch, serve):
     point_hub_at(monkeypatch, serve())
     fetch(tmp_path, model="tiny")
     assert pretrained.is_stand_in(tmp_path)

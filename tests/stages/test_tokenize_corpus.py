@@ -1,4 +1,4 @@
-"""The tokenize stage on texts that nobody cleaned: every byte comes back, or one line says what is wrong."""
+"""The tokenize stage on unclean texts: every byte comes back, or one line reports the problem."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from pipeline import CORPUS, TRAIN_SHARD, VAL_SHARD, tokenize_corpus
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, bpe_files):
-    """A folder with all that the stage reads but the corpus."""
+    """A folder with all files that the stage reads except the corpus."""
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     link_encoding(bpe_files)
@@ -38,12 +38,12 @@ def test_every_byte_comes_back(checkout, monkeypatch, encoding, raw):
     put_corpus(monkeypatch, raw)
     tokenize_corpus.main()
     shards = [data.open_shard(path).tolist() for path in (TRAIN_SHARD, VAL_SHARD)]
-    assert b"".join(encoding.decode_single_token_bytes(one) for ids in shards for one in ids) == raw
-    assert encoding.eot_token not in shards[0] + shards[1]  # what a text says is text, never a separator
+    assert b"".join(encoding.decode_single_token_bytes(token) for ids in shards for token in ids) == raw
+    assert encoding.eot_token not in shards[0] + shards[1]  # an <|endoftext|> in the text is not a separator
 
 
 @pytest.mark.parametrize("raw", [b"good\n\xff\xfeg\0o\0o\0d\0", b"cut short \xe4\xbd", b"\xed\xa0\x80 a surrogate"])
-def test_what_is_not_utf8_is_refused_before_anything_is_written(checkout, monkeypatch, raw):
+def test_text_that_is_not_utf8_is_refused_before_anything_is_written(checkout, monkeypatch, raw):
     put_corpus(monkeypatch, raw)
     with pytest.raises(UserError, match=r"^data/input\.txt:[12]: byte 0x.. at offset \d+ is not UTF-8"):
         tokenize_corpus.main()
@@ -59,7 +59,7 @@ def test_a_damaged_corpus_is_refused_before_anything_is_written(checkout, monkey
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of a package inside DVC
-def test_a_shard_that_is_made_again_replaces_a_damaged_one_in_dvcs_cache(checkout, monkeypatch):
+def test_a_new_shard_replaces_a_damaged_one_in_dvcs_cache(checkout, monkeypatch):
     put_corpus(monkeypatch, b"Before we proceed any further, hear me speak.\n" * 20)
     with Repo.init(no_scm=True) as repo, repo.config.edit("local") as settings:
         settings["cache"] = {"type": "hardlink"}

@@ -1,4 +1,4 @@
-"""Which ending a network finds likeliest, against transformers and by hand; the questions here are our own."""
+"""HellaSwag grades against transformers and arithmetic by hand, on questions of our own."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.sources import downloads, hub_format, pretrained
+from gpt2_ladder.sources import hub_format, pretrained
 from gpt2_ladder.using import grading
 from helpers.common import REPOSITORY, environment, link_encoding, tiny
 from pipeline import ENVIRONMENT, write_json
@@ -37,34 +37,34 @@ BODY = ("\n".join(LINES) + "\n").encode()
 
 
 def by_transformers(folder: Path, context: list[int], ending: list[int]) -> torch.Tensor:
-    """The log probabilities of one ending's tokens, alone and without any padding."""
+    """Return the log probabilities of one ending's tokens, without a batch and padding."""
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        everywhere = model(torch.tensor([context + ending])).logits[0].log_softmax(-1)
-    return torch.stack([everywhere[len(context) - 1 + place, token] for place, token in enumerate(ending)])
+        logs = model(torch.tensor([context + ending])).logits[0].log_softmax(-1)  # (T, V)
+    return torch.stack([logs[len(context) - 1 + index, token] for index, token in enumerate(ending)])
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
-def test_endings_of_any_length_have_the_log_probabilities_that_transformers_gives_each_alone(tmp_path, attention):
+def test_a_batch_of_endings_has_the_log_probabilities_that_transformers_gives_each(tmp_path, attention):
     model = GPT(tiny())
     with torch.no_grad():
         for weight in model.parameters():
-            weight *= 5  # else every token is about as likely as any
+            weight *= 5  # otherwise all tokens are about equally likely
     hub_format.save_gpt(model, tmp_path)
     context, endings = [5, 80, 13], [[7], [96, 2, 44, 44, 8, 90, 1], [0, 0, 0], [33, 9]]
     sums, means = grading.log_probabilities(hub_format.load_gpt(tmp_path, attention), context, endings, CPU)
-    alone = [by_transformers(tmp_path, context, ending) for ending in endings]
+    expected = [by_transformers(tmp_path, context, ending) for ending in endings]
     assert sums.std() > 1
-    # float32, another order of operations: 1e-6 of sums near 30
-    assert sums.tolist() == pytest.approx([found.sum().item() for found in alone], abs=1e-4)
-    assert means.tolist() == pytest.approx([found.mean().item() for found in alone], abs=1e-4)
+    # another order of float32 operations: 1e-6 of sums near 30
+    assert sums.tolist() == pytest.approx([logs.sum().item() for logs in expected], abs=1e-4)
+    assert means.tolist() == pytest.approx([logs.mean().item() for logs in expected], abs=1e-4)
 
 
-def test_the_whole_ending_decides_for_acc_and_the_mean_of_its_tokens_for_acc_norm(encoding):
+def test_acc_compares_whole_endings_and_acc_norm_their_mean_per_token(encoding):
     logits = torch.zeros(50257)
-    for word, logit in ((" the", 10.0), (" a", 9.0), ("it", 9.5)):  # "it" begins a text, no ending has it
+    for word, logit in ((" the", 10.0), (" a", 9.0), ("it", 9.5)):  # "it" without a space is in no ending
         logits[encoding.encode_ordinary(word)] = logit
-    # ln(e**10 + e**9 + e**9.5 + 50254) = 11.4: " a" has -2.4, three times " the" -4.3, or -1.4 a token, others -11.4
+    # ln(e**10 + e**9 + e**9.5 + 50254) = 11.4: " a" has -2.4, 3 x " the" -4.3 (-1.4 a token), others -11.4
     model = mock.Mock(side_effect=lambda idx: (logits.expand(*idx.shape, -1), None), config=tiny())
     examples = [
         grading.Example(ctx="I see", endings=["a", "the the the", "zebra", "it"], label=label) for label in (0, 1, 2)
@@ -72,9 +72,9 @@ def test_the_whole_ending_decides_for_acc_and_the_mean_of_its_tokens_for_acc_nor
     assert list(grading.grade(model, examples, encoding, CPU)) == [(True, False), (False, True), (False, False)]
 
 
-def test_the_interval_is_wilsons():
+def test_the_interval_is_the_wilson_interval():
     share, (low, high) = grading.accuracy([True] * 3 + [False] * 7)
-    z = 1.959963984540054  # half of 95 % of a normal distribution lies below it and above 0
+    z = 1.959963984540054  # 95 % of a normal distribution are within z standard deviations
     middle, half = (3 + z**2 / 2) / (10 + z**2), z / (10 + z**2) * (3 * 7 / 10 + z**2 / 4) ** 0.5
     assert (share, low, high) == (0.3, pytest.approx(middle - half), pytest.approx(middle + half))
 
@@ -84,7 +84,6 @@ def test_the_interval_is_wilsons():
     [
         ("{", "line: Invalid JSON"),
         ("[]", "line: Input should be an object"),
-        ("", "line: Invalid JSON"),
         (LINES[0].replace('"label": 0', '"label": 4'), "label: Input should be less than or equal to 3"),
         (LINES[0].replace('"label": 0', '"label": "0"'), "label: Input should be a valid integer"),
         (LINES[0].replace('"runs."', '"runs.", "sits."'), "endings: List should have at most 4 items"),
@@ -92,20 +91,14 @@ def test_the_interval_is_wilsons():
         (LINES[0].replace("A boy fills a kettle with water. He", ""), "ctx: String should have at least 1 character"),
     ],
 )
-def test_a_line_that_is_no_example_is_named(tmp_path, line, message):
+def test_a_line_that_is_not_an_example_is_reported(tmp_path, line, message):
     (tmp_path / "val.jsonl").write_text(f"{LINES[1]}\n{line}\n")
     with pytest.raises(UserError, match=rf"val\.jsonl:2: not a HellaSwag example: {message}") as caught:
         grading.read(tmp_path / "val.jsonl")
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_no_example_at_all_is_an_error(tmp_path):
-    (tmp_path / "val.jsonl").touch()
-    with pytest.raises(UserError, match="there is no example"):
-        grading.read(tmp_path / "val.jsonl")
-
-
-def test_an_example_that_is_too_long_for_the_network_is_named(encoding):
+def test_an_example_longer_than_the_context_is_reported(encoding):
     example = grading.Example(ctx="so " * 40, endings=["a"] * 4, label=0)
     with pytest.raises(UserError, match="example 1 takes 41 positions; this network has n_positions 32"):
         list(grading.grade(GPT(tiny(vocab_size=50257)), [example], encoding, CPU))
@@ -113,7 +106,7 @@ def test_an_example_that_is_too_long_for_the_network_is_named(encoding):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, bpe_files, serve):
-    """A folder with all that the command reads, a random stand-in in data/gpt2, and our questions at its address."""
+    """A folder with all files that the command reads, a stand-in in data/gpt2, and a server with our questions."""
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     write_json(ENVIRONMENT, environment().model_dump())
@@ -124,39 +117,30 @@ def checkout(tmp_path, monkeypatch, bpe_files, serve):
     monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY)),))
 
 
-def test_the_command_counts_what_transformers_finds_right(checkout, serve, encoding, capsys):
+def test_the_command_grades_as_transformers_does(checkout, serve, encoding, capsys):
     command.main()
-    found = json.loads(Path("results/hellaswag.json").read_text())
-    right = []
+    result = json.loads(Path("results/hellaswag.json").read_text())
+    correct = []
     for ctx, endings in QUESTIONS:
         ids = [encoding.encode_ordinary(" " + ending) for ending in endings]
-        alone = [by_transformers(Path("data/gpt2"), encoding.encode_ordinary(ctx), ending) for ending in ids]
-        scores = torch.tensor([[one.sum(), one.mean()] for one in alone])
-        right.append((scores.argmax(0) == 0).tolist())
-    assert [found["acc"], found["acc_norm"]] == torch.tensor(right).float().mean(0).tolist()
-    assert (found["n"], found["of"]) == (4, 4)
-    assert found["acc_interval"][0] <= found["acc"] <= found["acc_interval"][1]
-    assert (found["model"], found["source"]) == ("data/gpt2", pretrained.STAND_IN_SOURCE)
-    assert found["note"] == pretrained.STAND_IN_NOTICE
+        expected = [by_transformers(Path("data/gpt2"), encoding.encode_ordinary(ctx), ending) for ending in ids]
+        scores = torch.tensor([[logs.sum(), logs.mean()] for logs in expected])
+        correct.append((scores.argmax(0) == 0).tolist())
+    assert [result["acc"], result["acc_norm"]] == torch.tensor(correct).float().mean(0).tolist()
+    assert (result["n"], result["of"]) == (4, 4)
+    assert result["acc_interval"][0] <= result["acc"] <= result["acc_interval"][1]
+    assert (result["model"], result["source"]) == ("data/gpt2", pretrained.STAND_IN_SOURCE)
+    assert result["note"] == pretrained.STAND_IN_NOTICE
     assert "NOT verified: random stand-in" in capsys.readouterr().out
     command.main("--limit", "3")
     limited = json.loads(Path("results/hellaswag.json").read_text())
     assert (limited["n"], limited["of"]) == (3, 4)
-    assert limited["acc"] == sum(whole for whole, _ in right[:3]) / 3
-    assert len(serve.requests) == 1  # the questions stay
-
-
-def test_weights_of_ones_own_are_not_called_openais_or_a_stand_in(checkout):
-    written = downloads.read_provenance(Path("data/gpt2") / hub_format.WEIGHTS)
-    assert written["source"] == pretrained.STAND_IN_SOURCE
-    hub_format.save_gpt(GPT(tiny(vocab_size=50257)), Path("data/gpt2"))  # what lies beside them speaks of others now
-    found = downloads.read_provenance(Path("data/gpt2") / hub_format.WEIGHTS)
-    assert found["sha256"] != written["sha256"]
-    assert (found["source"], found["note"]) == ("a local file; nothing beside it says where it comes from", None)
+    assert limited["acc"] == sum(whole for whole, _ in correct[:3]) / 3
+    assert len(serve.requests) == 1  # the questions are downloaded once
 
 
 @pytest.mark.parametrize("name", [hub_format.CONFIG, hub_format.WEIGHTS])
-def test_damaged_weights_are_refused_before_a_question_is_asked(checkout, serve, name):
+def test_damaged_weights_are_refused_before_the_download(checkout, serve, name):
     with (Path("data/gpt2") / name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(UserError, match=rf"^data/gpt2/{name}: sha256 is .*; run `dvc repro -f download`$"):
@@ -164,28 +148,16 @@ def test_damaged_weights_are_refused_before_a_question_is_asked(checkout, serve,
     assert serve.requests == []
 
 
-def test_other_questions_than_the_pinned_ones_are_refused(checkout, serve, monkeypatch, waits):
-    monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY.replace(b"eats", b"cats"))),))
-    with pytest.raises(UserError, match=r"hellaswag_val\.jsonl: no source gave the file"):
-        command.main()
-    assert not command.QUESTIONS.exists()
-    assert not Path("results/hellaswag.json").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--limit", "0"], "--limit 0: at least one question"),
+        (["--limit", "0"], "--limit 0: must be 1 or more"),
         (["nowhere"], "nowhere: not a readable checkpoint"),
         (["models/small"], r"models/small: vocab_size 97 is below GPT-2's 50257"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(checkout, serve, arguments, message):
+def test_invalid_arguments_are_reported(checkout, serve, arguments, message):
     hub_format.save_gpt(GPT(tiny()), Path("models/small"))
     with pytest.raises(UserError, match=message):
         command.main(*arguments)
     assert serve.requests == []
-
-
-def test_the_ladder_never_asks():
-    assert "hellaswag" not in (REPOSITORY / "dvc.yaml").read_text()

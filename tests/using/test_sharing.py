@@ -1,6 +1,5 @@
-"""A folder for the hub: transformers reads of it what we wrote, and its card says what is known and no more."""
+"""A folder for the hub: transformers loads it, and its card states what is known and no more."""
 
-import json
 import os
 from pathlib import Path
 
@@ -25,7 +24,7 @@ PADDED, REAL = 50304, 50257
 
 @pytest.fixture
 def write(tmp_path, bpe_files):
-    """A function that writes a network into a folder for the hub, and returns the folder."""
+    """A function that writes a network to a folder for the hub and returns the folder."""
 
     def make(model: GPT, card: str = "", name: str = "shared") -> Path:
         vocab_bpe, encoder_json = bpe_files
@@ -37,7 +36,7 @@ def write(tmp_path, bpe_files):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, bpe_files) -> Path:
-    """A folder with what the command needs, but for a trained trial."""
+    """A folder with all that the command needs except a trained trial."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/bpe").symlink_to(bpe_files[0].parent)
@@ -47,7 +46,7 @@ def project(tmp_path, monkeypatch, bpe_files) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("trim", [True, False])
-def test_padded_or_trimmed_the_real_ids_have_the_same_logits_here_and_in_transformers(write, tied, trim):
+def test_a_shared_network_has_the_same_logits_in_transformers_padded_or_trimmed(write, tied, trim):
     model, ids = GPT(tiny(vocab_size=PADDED, tie_weights=tied)), random_ids(vocab_size=REAL)
     folder = write(sharing.trimmed(model) if trim else model)
     expected = model(ids)[0][..., :REAL]
@@ -56,12 +55,12 @@ def test_padded_or_trimmed_the_real_ids_have_the_same_logits_here_and_in_transfo
     assert theirs.config.vocab_size == ours.config.vocab_size == (REAL if trim else PADDED)
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (REAL - 1, REAL - 1)
     assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == ours.config.tie_weights == tied
-    largest = expected.abs().max().item()  # two orders of summation round differently in float32
+    largest = expected.abs().max().item()  # another order of float32 summation
     for logits in (theirs(ids).logits, ours(ids)[0]):
         torch.testing.assert_close(logits[..., :REAL], expected, rtol=0, atol=RELATIVE_TOLERANCE * largest)
 
 
-def test_the_tokens_are_tiktokens(write, encoding):
+def test_the_shared_tokenizer_gives_the_tokens_of_tiktoken(write, encoding):
     tokenizer = AutoTokenizer.from_pretrained(write(GPT(tiny(vocab_size=REAL))))
     ids = encoding.encode(TEXT, allowed_special="all")
     assert tokenizer(TEXT)["input_ids"] == ids
@@ -69,9 +68,9 @@ def test_the_tokens_are_tiktokens(write, encoding):
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.model_max_length) == (REAL, REAL - 1, 32)
 
 
-def test_the_pipeline_writes_text_and_never_draws_a_padded_row(write):
+def test_transformers_pipeline_never_draws_a_padded_row(write):
     model = GPT(tiny(vocab_size=PADDED, tie_weights=False))
-    with torch.no_grad():  # the last LayerNorm gives ones, so that the padded rows' logits are 16, all others below 1
+    with torch.no_grad():  # the last LayerNorm gives ones: padded rows have logits of 16, all others below 1
         model.ln_f.weight.zero_()
         model.ln_f.bias.fill_(1)
         model.lm_head.weight[REAL:] = 1
@@ -82,7 +81,7 @@ def test_the_pipeline_writes_text_and_never_draws_a_padded_row(write):
     assert write_text("The", max_new_tokens=8)[0]["generated_text"].startswith("The")
 
 
-def test_a_folder_that_cannot_be_finished_is_not_there(write, tmp_path, monkeypatch):
+def test_an_error_while_writing_leaves_no_folder(write, tmp_path, monkeypatch):
     def full(path: Path, content: str | bytes) -> None:
         raise OSError(28, os.strerror(28))
 
@@ -101,7 +100,7 @@ def test_a_folder_that_cannot_be_finished_is_not_there(write, tmp_path, monkeypa
     ],
     ids=["a file", "a link", "a file in it"],
 )
-def test_nothing_is_overwritten(write, tmp_path, put, message):
+def test_existing_files_are_never_overwritten(write, tmp_path, put, message):
     put(tmp_path / "shared")
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(UserError, match=message):
@@ -109,7 +108,7 @@ def test_nothing_is_overwritten(write, tmp_path, put, message):
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_an_empty_folder_is_filled_and_readable_by_all_who_may(write, tmp_path):
+def test_an_empty_folder_is_filled_with_the_usual_permissions(write, tmp_path):
     (tmp_path / "shared").mkdir()
     folder = write(GPT(tiny(vocab_size=REAL)), "card")
     (tmp_path / "plain").mkdir()
@@ -121,45 +120,36 @@ def test_an_empty_folder_is_filled_and_readable_by_all_who_may(write, tmp_path):
     }
 
 
-def test_another_network_gets_a_card_that_says_what_is_not_known(project, capsys):
+def test_the_card_of_an_unknown_network_states_what_is_unknown(project, capsys):
     hub_format.save_gpt(GPT(tiny(vocab_size=PADDED)), Path("found here"))
     share.main("to/my net", "found here", "--trim")
     card = ModelCard.load(Path("to/my net/README.md"))
     facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     assert card.data.to_dict() == facts
     assert "is not known to whoever wrote this card" in card.text
-    assert "a local file; nothing beside it says where it comes from" in card.text
+    assert "a local file of unknown origin" in card.text
     assert "the rows that padded its vocabulary in training were cut off" in card.text
     assert "Training" not in card.text
     assert "none has been chosen for these weights" in card.text
     assert "hf upload OWNER/'my net' 'to/my net' ." in capsys.readouterr().out
 
 
-def test_a_vocabulary_that_is_not_gpt2s_is_refused(project):
+def test_a_network_with_another_vocabulary_is_refused(project):
     hub_format.save_gpt(GPT(tiny()), Path("other"))
     with pytest.raises(UserError, match="other: vocab_size 97 is below GPT-2's 50257"):
         share.main("to", "other")
 
 
-def test_a_trial_that_was_not_trained_or_was_skipped_is_not_shared(project):
-    with pytest.raises(UserError, match=r"models/trial: holds no network \(none has been trained, or it was not pul"):
+def test_a_trial_that_was_not_trained_is_refused(project):
+    with pytest.raises(UserError, match=r"models/trial: contains no network \(not trained, or not pulled\)"):
         share.main("to")
     write_json(Path("results/trial/metrics.json"), {"status": "skipped", "reason": "no bfloat16 here"})
-    with pytest.raises(UserError, match=r"models/trial: holds no network \(no bfloat16 here\); `dvc repro trial`"):
+    with pytest.raises(UserError, match=r"models/trial: contains no network \(no bfloat16 here\); train it"):
         share.main("to")
     assert not Path("to").exists()
 
 
-def test_what_dvc_knows_nothing_of_is_not_described(project):
+def test_a_network_outside_a_dvc_repository_is_refused(project):
     hub_format.save_gpt(GPT(tiny(vocab_size=REAL)), Path("models/trial"))
-    with pytest.raises(UserError, match="dvc status cannot tell of which run the network is: ERROR: "):
+    with pytest.raises(UserError, match="dvc status cannot show which run trained the network: ERROR: "):
         share.main("to")
-
-
-def test_generation_settings_are_those_that_transformers_reads(write):
-    folder = write(GPT(tiny(vocab_size=PADDED)))
-    settings = AutoModelForCausalLM.from_pretrained(folder).generation_config
-    assert settings.suppress_tokens == list(range(REAL, PADDED))
-    assert settings.pad_token_id == settings.eos_token_id == REAL - 1
-    plain = write(GPT(tiny(vocab_size=REAL)), name="plain") / "generation_config.json"
-    assert "suppress_tokens" not in json.loads(plain.read_text())

