@@ -18,7 +18,6 @@ from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, SHARDS, TRAIN_SHARD, V
 def main() -> None:
     params = params_yaml.load()
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
-    data.check_vocabulary(encoding.max_token_value)
     if params.data.source == "tiny-shakespeare":
         write_tiny_shakespeare(params.data, encoding)
     else:

@@ -83,7 +83,10 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     try:
         times = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
         about: dict[str, Any] = {"name": name, "group": group, "job_type": job_type, "tags": tags}
-        init = partial(wandb.init, **about, config=dict(config), project=project(), dir=folder(), settings=times)
+        # DVC_ROOT is the real repository; `dvc exp run --temp` deletes its working directory
+        about |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "config": dict(config), "settings": times}
+        folder = os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or "."  # W&B makes its folder wandb in it
+        init = partial(wandb.init, **about, dir=folder)
         mode = mode or ("online" if has_key() else "offline")
         try:
             run = init(mode=mode)
@@ -104,17 +107,6 @@ def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Map
     with Tracker(None, run) as tracker:
         tracker.summarize(results)
         tracker._mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
-
-
-def project() -> str:
-    """Return the W&B project of all runs."""
-    return os.environ.get("WANDB_PROJECT", PROJECT)
-
-
-def folder() -> Path:
-    """Return the parent of W&B's folder, which is called wandb."""
-    # DVC_ROOT is the real repository; `dvc exp run --temp` deletes its working directory
-    return Path(os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or ".")
 
 
 def run_group(fingerprint: str) -> str:

@@ -22,15 +22,6 @@ DTYPE = np.dtype("<u2")  # ids below 65,536
 MANIFEST = "manifest.json"
 
 
-def check_vocabulary(largest: int) -> None:
-    """Raise UserError if a shard cannot hold an encoding's `largest` id."""
-    if largest > (room := np.iinfo(DTYPE).max):
-        raise UserError(
-            f"the encoding's largest id is {largest:,}, but a shard holds ids up to {room:,}: use GPT-2's encoding, or "
-            "set data.DTYPE to uint32"
-        )
-
-
 def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
     """Write token `ids` to the shard `path` and describe it in its sidecar."""
     # the sidecar is put in place first: interrupted between the two, it has no shard or one that does not match
