@@ -1,8 +1,7 @@
-"""Which estimator of a gain holds 1.0 best where the truth is 1.0?  python experiments/estimators.py RUN.json ...
+"""Compare estimators of a gain where the true gain is 1.0: `python experiments/estimators.py RUN.json ...`.
 
-Judged on arms that compute the very same thing: the baseline, its control, and on a CPU tf32. Every pair of them in
-every run should give 1.0; the table shows how far from it each estimator lands, over whole runs and over random subsets
-of rounds as small as a quick run has.
+The runs have arms that compute the same: the baseline, its control, and on a CPU tf32. Every pair of them should give
+1.0; the table shows the error of each estimator over whole runs and over random subsets of SMALL rounds.
 """
 
 import itertools
@@ -18,13 +17,13 @@ SUBSETS, SMALL = 200, 8
 
 
 def trimmed(values: Times, share: float = 0.25) -> Times:
-    """Mean over the last axis without the lowest and the highest `share`."""
+    """Return the mean over the last axis without the lowest and the highest `share`."""
     ordered, cut = np.sort(values, axis=-1), int(values.shape[-1] * share)
     return ordered[..., cut : values.shape[-1] - cut].mean(axis=-1)
 
 
 def hodges_lehmann(values: Times) -> Times:
-    """Median over the last axis of the means of all pairs."""
+    """Return the median over the last axis of the means of all pairs."""
     i, j = np.triu_indices(values.shape[-1])
     return np.median((values[..., i] + values[..., j]) / 2, axis=-1)
 
@@ -43,21 +42,21 @@ ESTIMATORS: dict[str, Callable[[Times, Times], Times]] = {
 
 def main(*paths: str) -> None:
     """Print the table."""
-    dice, same = np.random.default_rng(0), []
+    generator, same = np.random.default_rng(0), []
     for path in paths:
         run = json.loads(Path(path).read_text())
         arms = [run["levels"][0], run["control"], *(["tf32"] if run["environment"]["device"] == "cpu" else [])]
-        times = {arm: np.array([one["step_ms"][arm] for one in run["rounds"]]) for arm in arms}
+        times = {arm: np.array([step["step_ms"][arm] for step in run["rounds"]]) for arm in arms}
         same += [(times[a], times[b]) for a, b in itertools.combinations(arms, 2)]
     print(f"{len(same)} pairs of equal arms in {len(paths)} runs, {len(same[0][0])} rounds in the first\n")
-    print(f"| estimator | off 1.0, root mean square | at worst | in {SMALL} rounds, root mean square |")
+    print(f"| estimator | error, root mean square | largest error | in {SMALL} rounds, root mean square |")
     print("|---|---:|---:|---:|")
     rows = []
     for name, estimate in ESTIMATORS.items():
         whole = np.array([float(estimate(a, b)) for a, b in same]) - 1
         small = []
         for a, b in same:
-            chosen = np.array([dice.choice(len(a), SMALL, replace=False) for _ in range(SUBSETS)])
+            chosen = np.array([generator.choice(len(a), SMALL, replace=False) for _ in range(SUBSETS)])
             small.append(estimate(a[chosen], b[chosen]) - 1)
         rows.append((np.sqrt((whole**2).mean()), np.abs(whole).max(), np.sqrt((np.array(small) ** 2).mean()), name))
     for rms, worst, small_rms, name in sorted(rows):

@@ -1,7 +1,7 @@
-"""Lay the predictions of `make plan` beside what a step really takes: `PYTHONPATH=src python experiments/memory.py`.
+"""Compare the memory that `make plan` predicts with measurements: `PYTHONPATH=src python experiments/memory.py`.
 
-Every row is a process of its own, which trains two steps. "allocated" is the most that torch's CPU allocator had given
-out at once, from torch.profiler; "resident" is by how much the process grew, with all that no allocator of torch sees.
+Each measurement trains two steps in its own process. "allocated" is the peak of torch's CPU allocator, from
+torch.profiler; "resident" is the growth of the process, which includes memory that torch's allocator does not see.
 """
 
 import json
@@ -31,8 +31,8 @@ MIB = 2**20
 
 
 def allocated_peak(config: GPTConfig, precision: str, batch_size: int, block_size: int) -> int:
-    """Return the most bytes that torch's CPU allocator had given out at once in a step, its kernels' own included."""
-    step, held = prepare(config, precision, batch_size, block_size)
+    """Return the peak bytes of torch's CPU allocator in a step, including its kernels' workspaces."""
+    step, allocated = prepare(config, precision, batch_size, block_size)
     with profile(profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -40,12 +40,12 @@ def allocated_peak(config: GPTConfig, precision: str, batch_size: int, block_siz
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return held + peak
+    return allocated + peak
 
 
 def resident_growth(config: GPTConfig, precision: str, batch_size: int, block_size: int) -> int:
-    """Return by how many bytes this process grows, at its largest, when it builds a network and trains two steps."""
-    (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # what the first product loads is not the step's
+    """Return by how many bytes this process grows, at its peak, when it builds a network and trains two steps."""
+    (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # loads libraries, which are not counted
     before = psutil.Process().memory_info().rss
     step, _ = prepare(config, precision, batch_size, block_size)
     step()
@@ -53,7 +53,7 @@ def resident_growth(config: GPTConfig, precision: str, batch_size: int, block_si
 
 
 def prepare(config: GPTConfig, precision: str, batch_size: int, block_size: int) -> tuple[Callable[[], object], int]:
-    """Return the second step of a new network, and the bytes that it finds: weights, AdamW's moments and buffers."""
+    """Return the second step of a new network, and the bytes allocated before it: weights, AdamW's state, buffers."""
     model = GPT(config)
     optimizer = loop.make_optimizer(model, 1e-3, planning.SETTINGS)
     ids = torch.randint(config.vocab_size, (batch_size, block_size))
@@ -61,8 +61,8 @@ def prepare(config: GPTConfig, precision: str, batch_size: int, block_size: int)
     step = partial(loop.train_step, model, optimizer, (ids, ids), autocast, CPU, batch_size)
     step()
     optimizer.zero_grad()
-    held = sum(p.numel() * p.element_size() for p in model.parameters()) * 3
-    return step, held + sum(buffer.numel() for buffer in model.buffers())
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return step, 3 * parameters + sum(buffer.numel() for buffer in model.buffers())
 
 
 def main() -> None:
@@ -75,14 +75,13 @@ def main() -> None:
             for precision in ("fp32", "bf16"):
                 config = GPTConfig(**sizes, attention=attention)
                 predicted = planning.trace_step(config, precision, *SHAPE, cuda=False).peak_bytes / MIB
-                found = []
+                cells = []
                 for what in ("allocated", "resident"):
                     command = [sys.executable, __file__, size, attention, precision, what]
-                    found.append(
-                        json.loads(subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[-1])
-                    )
-                cells = " | ".join(f"{one:,.0f} ({one / predicted - 1:+.1%})" for one in found)
-                print(f"| {size} | {attention} | {precision} | {predicted:,.0f} | {cells} |", flush=True)
+                    output = subprocess.run(command, capture_output=True, check=True).stdout
+                    mib = json.loads(output.splitlines()[-1])
+                    cells.append(f"{mib:,.0f} ({mib / predicted - 1:+.1%})")
+                print(f"| {size} | {attention} | {precision} | {predicted:,.0f} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

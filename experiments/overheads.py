@@ -1,6 +1,6 @@
-"""What is not training: tracking, loading, starting, checking. `PYTHONPATH=src:. python experiments/overheads.py`.
+"""Measure tracking, loading, starting and checking: `PYTHONPATH=src:. python experiments/overheads.py`.
 
-Run it after a climb (`dvc repro`) and with the machine otherwise idle; it changes nothing that DVC knows of.
+Run it after `dvc repro` on an idle machine. It changes nothing that DVC tracks.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from gpt2_ladder import config, params_yaml
 from gpt2_ladder.running import progress, tracking
 from gpt2_ladder.training import data
 from gpt2_ladder.training.metrics import Step
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD, environment
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, RESULTS, TRAIN_SHARD, VAL_SHARD
 
 STEPS, STEP_MS = 1000, 100.0
 SHARDS = [path for shard in (TRAIN_SHARD, VAL_SHARD) for path in (shard, data.sidecar_path(shard))]
@@ -29,7 +29,7 @@ NEEDED = [Path("params.yaml"), ENVIRONMENT, PROBE, ENCODER_JSON, *SHARDS]
 
 
 def recording_ms() -> list[float]:
-    """Return what recording one step costs, in ms: CSV, W&B offline and the progress line, for each of STEPS."""
+    """Return the milliseconds of recording each of STEPS steps: CSV, W&B offline and the progress line."""
     steps = [Step(index, 9.0, STEP_MS, 5120.0, 1.0, 2) for index in range(STEPS)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder}
@@ -46,7 +46,7 @@ def recording_ms() -> list[float]:
 
 
 def loading_ms(shape: config.Shape) -> list[float]:
-    """Return what the next batch costs, in ms."""
+    """Return the milliseconds of loading each of STEPS batches."""
     batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
     times = []
     for _ in islice(range(STEPS), STEPS):
@@ -74,14 +74,14 @@ def start_seconds() -> float:
                 if not line:
                     raise SystemExit("error: the stage ended before its first step")
             seconds = time.perf_counter() - start
-            stage.stdout.readline()  # of step 1, by which step 0 is in the file
+            stage.stdout.readline()  # step 1: now step 0 is in the file
             stage.kill()
         with (Path(folder) / RESULTS / "levels" / "fp32" / "steps.csv").open() as file:
             return seconds - float(next(csv.DictReader(file))["step_ms"]) / 1000
 
 
 def command_seconds(command: list[str], stages: int = 0) -> float:
-    """Return how long `command` takes; running more than so many DVC stages is an error: that was other work."""
+    """Return how long `command` takes; exit if it fails or runs more than `stages` DVC stages."""
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
@@ -93,11 +93,11 @@ def command_seconds(command: list[str], stages: int = 0) -> float:
 def main() -> None:
     """Measure everything and write the table into docs/PERFORMANCE.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10, help="of what starts a process")
+    parser.add_argument("--repeats", type=int, default=10, help="repeats of measurements that start a process")
     repeats = parser.parse_args().repeats
     check = [sys.executable, "-c", "from gpt2_ladder import params_yaml; params_yaml.load()"]
     again = ["dvc", "repro"]
-    command_seconds(again, stages=99)  # after which nothing is left to do but to look at the environment
+    command_seconds(again, stages=99)  # afterwards `dvc repro` runs the environment stage only
 
     def repeat(measure: Callable[[], float]) -> list[float]:
         return [measure() for _ in range(repeats)]
@@ -109,13 +109,15 @@ def main() -> None:
         ("checking params.yaml, Python's start included", "0.5 s", "s", repeat(lambda: command_seconds(check))),
         ("`dvc repro` with nothing to do", "2 s", "s", repeat(lambda: command_seconds(again, stages=1))),
     ]
-    rows = ["| what | bound | median | 95 % are below | most | times |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for what, bound, unit, times in measured:
-        most = sorted(times)[int(0.95 * (len(times) - 1))]
-        cells = [f"{value:.3g} {unit}" for value in (statistics.median(times), most, max(times))]
-        rows.append(f"| {what} | {bound} | {' | '.join(cells)} | {len(times)} |")
-    found = environment.describe()
-    rows += ["", f"On {found.device_name}, {found.threads} threads, torch {found.torch}, Python {found.python}."]
+    rows = [
+        "| what | limit | median | 95 % below | maximum | repeats |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for what, limit, unit, times in measured:
+        quantile = sorted(times)[int(0.95 * (len(times) - 1))]
+        cells = [f"{value:.3g} {unit}" for value in (statistics.median(times), quantile, max(times))]
+        rows.append(f"| {what} | {limit} | {' | '.join(cells)} | {len(times)} |")
+    rows += ["", pages.conditions()]
     print("\n".join(rows))
     pages.put(pages.PERFORMANCE, "overheads", "\n".join(rows))
 

@@ -1,17 +1,25 @@
-"""Pages of docs/ of which every benchmark writes its own part."""
+"""Write an experiment's part of a page in docs/."""
 
 import re
 from pathlib import Path
 
+from pipeline import environment
+
 PERFORMANCE, RELIABILITY = Path("docs/PERFORMANCE.md"), Path("docs/RELIABILITY.md")
 
 
+def conditions() -> str:
+    """Return one line about this machine and its software."""
+    machine = environment.describe()
+    return f"On {machine.device_name}, {machine.threads} threads, torch {machine.torch}, Python {machine.python}."
+
+
 def put(page: Path, part: str, text: str) -> None:
-    """Replace what stands in `page` between the comments `<!-- part -->` and `<!-- end of part -->` by `text`."""
+    """Replace the text of `page` between the comments `<!-- part -->` and `<!-- end of part -->` by `text`."""
     start, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
     new, places = re.subn(
         f"{start}.*?{end}", lambda _: f"{start}\n{text.strip()}\n{end}", page.read_text(), flags=re.DOTALL
     )
     if places != 1:
-        raise SystemExit(f"error: {page} has {places} places for {part}, not one: {start} ... {end}")
+        raise SystemExit(f"error: {page} has {places} places for {part}; it must have one: {start} ... {end}")
     page.write_text(new)

@@ -1,8 +1,8 @@
-"""Race a step of ours against transformers' GPT-2, or any other contestant, a process each, one step in turn.
+"""Compare the time of a training step with transformers' GPT-2: `PYTHONPATH=src:. python experiments/race.py`.
 
-`PYTHONPATH=src:. python experiments/race.py` takes every cell of CELLS and writes its part of docs/PERFORMANCE.md;
-`--contestant module:function` adds another one: a function (cell) -> step, where step takes ids and targets, int64
-(B, T) each, trains on them, from zero_grad to the optimizer's step, and returns the loss.
+Every implementation has its own process, and they take steps in turn, at each of CELLS. The table is written into
+docs/PERFORMANCE.md. `--contestant module:function` adds an implementation: a function (cell) -> step, where step takes
+ids and targets, int64 (B, T) each, trains on them, from zero_grad to the optimizer's step, and returns the loss.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from gpt2_ladder.training import devices
 from pipeline import environment
 
 Step = Callable[..., float]
-OURS, THEIRS = "benchmarks.race:ours", "benchmarks.race:transformers"
+OURS, THEIRS = "experiments.race:ours", "experiments.race:transformers"
 SHAPES = ((2, 256), (4, 64))
 SIZE = Size(n_layer=12, n_head=12, n_embd=768, n_positions=1024)
 VOCAB_SIZE, LEARNING_RATE = 50257, 3e-4
@@ -42,7 +42,7 @@ SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)  # torch's own
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the race: shape, "fp32" or "bf16", compiled or not, and whether glibc keeps freed memory."""
+    """One setting: shape, precision ("fp32" or "bf16"), compiled or not, and whether glibc keeps freed memory."""
 
     batch_size: int
     block_size: int
@@ -57,7 +57,7 @@ CELLS = [
 
 
 def ours(cell: Cell) -> Step:
-    """Return the step of this project's GPT with fused AdamW and written-out attention, at these T the faster one."""
+    """Return the step of this project's GPT with fused AdamW and eager attention, which is faster at these T."""
     from gpt2_ladder.config import GPTConfig
     from gpt2_ladder.model import GPT
     from gpt2_ladder.training import loop, runtime
@@ -75,20 +75,22 @@ def ours(cell: Cell) -> Step:
 
 
 def transformers(cell: Cell) -> Step:
-    """Return the step of a plain loop around transformers' GPT2LMHeadModel, without dropout, with fused AdamW."""
+    """Return the step of a plain loop around transformers' GPT2LMHeadModel, with fused AdamW and without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from gpt2_ladder.training import runtime
 
     torch.manual_seed(1337)
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
     if cell.compile:
         model.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=cell.precision == "bf16")
+    autocast = runtime.set_precision(cell.precision, torch.device("cpu"))
 
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
         optimizer.zero_grad()
         with autocast:
-            loss = model(x, labels=y, shift_labels=y).loss  # y is shifted already
+            loss = model(x, labels=y, shift_labels=y).loss  # y is already shifted
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -98,7 +100,7 @@ def transformers(cell: Cell) -> Step:
 
 @cache
 def open_contestant(contestant: str, cell: Cell) -> Step:
-    """Return the step of `contestant`, module:function, in this process, which is its own; once."""
+    """Build the step of `contestant`, module:function, once in its process."""
     torch.set_num_threads(environment.describe().threads)
     if cell.keep_memory:
         devices.keep_freed_memory(torch.device("cpu"))
@@ -108,8 +110,8 @@ def open_contestant(contestant: str, cell: Cell) -> Step:
 
 def take_step(contestant: str, cell: Cell, index: int) -> tuple[float, float]:
     """Take a step of `contestant` on batch `index` in its process; return the milliseconds and the loss."""
-    step, dice = open_contestant(contestant, cell), torch.Generator().manual_seed(index)
-    ids = torch.randint(VOCAB_SIZE, (cell.batch_size, cell.block_size + 1), generator=dice)
+    step, generator = open_contestant(contestant, cell), torch.Generator().manual_seed(index)
+    ids = torch.randint(VOCAB_SIZE, (cell.batch_size, cell.block_size + 1), generator=generator)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     start = time.perf_counter()
     loss = step(x, y)
@@ -117,13 +119,13 @@ def take_step(contestant: str, cell: Cell, index: int) -> tuple[float, float]:
 
 
 def peak_tflops(precision: str) -> float:
-    """Return what a bare matrix product reaches now, in TFLOP/s."""
+    """Return the rate of a bare matrix product, in TFLOP/s."""
     return devices.matmul_tflops(precision, torch.device("cpu"))
 
 
 def race(cell: Cell, contestants: Sequence[tuple[str, str, bool]], rounds: int, warm_up: int = 2) -> dict[str, Any]:
-    """Return every contestant's milliseconds by round, and the peak of a bare matrix product in the same rounds."""
-    dice = random.Random(1337)
+    """Return every contestant's milliseconds by round, and the rate of a bare matrix product in the same rounds."""
+    generator = random.Random(1337)
     step_ms: dict[str, list[float]] = {name: [] for name, _, _ in contestants}
     losses: dict[str, float] = {}
     peaks = []
@@ -132,7 +134,7 @@ def race(cell: Cell, contestants: Sequence[tuple[str, str, bool]], rounds: int, 
             name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name, _, _ in contestants
         }
         for index in range(-warm_up, rounds):
-            for name, function, keep in dice.sample(contestants, len(contestants)):
+            for name, function, keep in generator.sample(contestants, len(contestants)):
                 own = replace(cell, keep_memory=keep)
                 ms, loss = processes[name].submit(take_step, function, own, warm_up + index).result()
                 losses.setdefault(name, loss)
@@ -143,23 +145,23 @@ def race(cell: Cell, contestants: Sequence[tuple[str, str, bool]], rounds: int, 
     return {"cell": asdict(cell), "step_ms": step_ms, "first_losses": losses, "peak_tflops": peaks}
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table of all cells."""
-    others = [name for name in found[0]["step_ms"] if name != "ours"]
+    others = [name for name in results[0]["step_ms"] if name != "ours"]
     titles = ["B x T", "precision", "compiled", "ours ms", *(f"over {name}" for name in others), "of the peak"]
     rows = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
-    for one in found:
-        cell, times = Cell(**one["cell"]), one["step_ms"]
+    for result in results:
+        cell, times = Cell(**result["cell"]), result["step_ms"]
         flops = cell.batch_size * cell.block_size * cost.flops_per_token(SIZE, cell.block_size)
-        shares = [cost.tflops(flops, ms) / peak for ms, peak in zip(times["ours"], one["peak_tflops"], strict=True)]
-        gained = [str(gains.gain(times[name], times["ours"])) for name in others]
+        peaks = result["peak_tflops"]
+        shares = [cost.tflops(flops, ms) / peak for ms, peak in zip(times["ours"], peaks, strict=True)]
         rows.append(
             [
                 f"{cell.batch_size} x {cell.block_size}",
                 cell.precision,
                 "yes" if cell.compile else "no",
                 f"{statistics.median(times['ours']):,.0f}",
-                *gained,
+                *(str(gains.gain(times[name], times["ours"])) for name in others),
                 f"{statistics.median(shares):.0%}",
             ]
         )
@@ -167,15 +169,16 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def profile(contestant: str, cell: Cell) -> str:
-    """Return the Markdown table of where a step's time goes, in a process of its own."""
+    """Return a Markdown table of the costliest operators of a step, taken in its own process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        for index in range(8):  # in which the allocator finds its shape
+        for index in range(8):  # until the heap no longer grows
             ms, _ = process.submit(take_step, contestant, cell, index).result()
         operators = process.submit(profile_here, contestant, cell).result()
-    products = [one for one in operators if one.name in ("aten::mm", "aten::addmm", "aten::bmm")]
-    total = sum(one.self_ms for one in operators)
-    rows = [("matrix products", sum(one.calls for one in products), sum(one.self_ms for one in products))]
-    rows += [(f"`{one.name}`", one.calls, one.self_ms) for one in operators if one not in products][:9]
+    products = [operator for operator in operators if operator.name in ("aten::mm", "aten::addmm", "aten::bmm")]
+    others = [operator for operator in operators if operator not in products]
+    total = sum(operator.self_ms for operator in operators)
+    rows = [("matrix products", sum(each.calls for each in products), sum(each.self_ms for each in products))]
+    rows += [(f"`{each.name}`", each.calls, each.self_ms) for each in others[:9]]
     lines = ["| operator | calls | ms | of the step |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {name} | {calls} | {own_ms:,.0f} | {own_ms / total:.0%} |" for name, calls, own_ms in rows]
     return "\n".join([*lines, "", f"The last step without the profiler took {ms:,.0f} ms."])
@@ -189,23 +192,23 @@ def profile_here(contestant: str, cell: Cell) -> list[Operator]:
 
 
 def main() -> None:
-    """Race in every cell, print the table as it grows, and keep the times."""
+    """Measure every cell, print the table after each, and save all times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="in every cell, after two to warm up")
-    parser.add_argument("--contestant", help="module:function of one more")
-    parser.add_argument("--output", default="experiments/runs/race.json", help="where all times go")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="rounds per cell, after two warm-up rounds")
+    parser.add_argument("--contestant", help="module:function of another implementation")
+    parser.add_argument("--output", default="experiments/runs/race.json", help="file for all times")
     arguments = parser.parse_args()
     contestants = [("ours", OURS, True), ("transformers", THEIRS, False), ("transformers, our allocator", THEIRS, True)]
     if arguments.contestant:
         contestants.append((arguments.contestant, arguments.contestant, False))
-    found = []
+    results = []
     for cell in CELLS:
-        found.append(race(cell, contestants, arguments.rounds))
-        Path(arguments.output).write_text(json.dumps(found))
-        print(table(found), flush=True)
+        results.append(race(cell, contestants, arguments.rounds))
+        Path(arguments.output).write_text(json.dumps(results))
+        print(table(results), flush=True)
     machine = environment.describe()
     heading = f"{arguments.rounds} rounds. {machine.device_name}, {machine.threads} threads, torch {machine.torch}."
-    pages.put(pages.PERFORMANCE, "race", f"{heading}\n\n{table(found)}")
+    pages.put(pages.PERFORMANCE, "race", f"{heading}\n\n{table(results)}")
     pages.put(pages.PERFORMANCE, "profile", profile(OURS, Cell(2, 256, "bf16", compile=False)))
 
 

@@ -1,7 +1,7 @@
-"""Tokens/s and memory against B*T, threads, depth and width. `PYTHONPATH=src:. python experiments/scaling.py`.
+"""Measure tokens/s and memory against B*T, threads, depth and width: `PYTHONPATH=src:. python experiments/scaling.py`.
 
-Every point is a process of its own, which takes one step in turn with the others of its row of pictures, in an order
-drawn anew for each round, and with GPT-2 124M at B=2, T=256 on all threads, by whose rate it is divided.
+Every point has its own process. The points of one family take steps in turn, in a random order for each round, together
+with the reference, GPT-2 124M at B=2, T=256 on all threads.
 """
 
 import argparse
@@ -35,9 +35,9 @@ PICTURE = Path("docs/scaling.png")
 
 @dataclass(frozen=True)
 class Point:
-    """What is trained: bf16, flash, fused AdamW, not compiled, memory kept; heads of 64 channels."""
+    """A training with bf16, flash, fused AdamW and kept memory, not compiled; heads have 64 channels."""
 
-    tokens: int  # B * T, T = 256 but where that is too much
+    tokens: int  # B * T, with T = 256 or fewer
     threads: int
     n_layer: int = 12
     n_embd: int = 768
@@ -50,24 +50,24 @@ class Point:
 
     @property
     def size(self) -> Size:
-        """The network's."""
+        """The size of the network."""
         return Size(n_layer=self.n_layer, n_head=self.n_embd // 64, n_embd=self.n_embd, n_positions=1024)
 
 
-def families(here: Point) -> dict[str, list[Point]]:
-    """Return the points to measure, by the field that changes; `here` is in each."""
+def families(reference: Point) -> dict[str, list[Point]]:
+    """Return the points to measure, by the field that changes; `reference` is in each family."""
     values = {
         "tokens": (64, 256, 512, 1024, 2048),
-        "threads": tuple(range(1, here.threads + 1)),
+        "threads": tuple(range(1, reference.threads + 1)),
         "n_layer": (3, 6, 12, 24),
         "n_embd": (384, 768, 1024),
     }
-    return {field: [replace(here, **{field: value}) for value in values[field]] for field in values}
+    return {field: [replace(reference, **{field: value}) for value in values[field]] for field in values}
 
 
 @cache
 def build(point: Point) -> tuple[GPT, torch.optim.Optimizer]:
-    """Return network and optimizer of `point` in this process, which is its own; once."""
+    """Build the network and optimizer of `point` once in its process."""
     torch.set_num_threads(point.threads)
     devices.keep_freed_memory(CPU)
     model = GPT(GPTConfig(**point.size.model_dump(), attention="flash"))
@@ -83,7 +83,7 @@ def take_step(point: Point, index: int) -> float:
 
 
 def peak_mib() -> float:
-    """Return the most memory that this process has had."""
+    """Return the peak memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -91,42 +91,44 @@ def measure(
     points: list[Point], rounds: int, warm_up: int
 ) -> tuple[Mapping[Point, list[float]], Mapping[Point, float]]:
     """Return the milliseconds of every point by round, and its peak memory in MiB."""
-    dice = random.Random(1337)
+    generator = random.Random(1337)
     step_ms: dict[Point, list[float]] = {point: [] for point in points}
     with ExitStack() as stack:
         processes = {point: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for point in points}
         for index in range(warm_up + rounds):
-            for point in dice.sample(points, len(points)):
+            for point in generator.sample(points, len(points)):
                 ms = processes[point].submit(take_step, point, index).result()
                 if index >= warm_up:
                     step_ms[point].append(ms)
         return step_ms, {point: processes[point].submit(peak_mib).result() for point in points}
 
 
-def describe(field: str, point: Point, here: Point, ms: list[float], own_ms: list[float], mib: float) -> dict[str, Any]:
-    """Return the row of `point`: what it is, its rate, that over `here`'s in the same rounds, and its memory."""
-    scale = point.tokens / here.tokens
-    rates = [cost.tflops(point.tokens * cost.flops_per_token(point.size, point.shape[1]), one) for one in ms]
+def describe(
+    field: str, point: Point, reference: Point, ms: list[float], reference_ms: list[float], mib: float
+) -> dict[str, Any]:
+    """Return the row of `point`: its fields, its rate alone and over the reference's, and its memory."""
+    scale = point.tokens / reference.tokens
+    flops = point.tokens * cost.flops_per_token(point.size, point.shape[1])
     return {
         "field": field,
         "value": getattr(point, field),
         **asdict(point),
         "tokens_per_second": point.tokens / statistics.median(ms) * 1000,
-        "over_here": str(gains.gain([one * scale for one in own_ms], ms)) if point != here else "",
-        "tflops": statistics.median(rates),
+        "gain": str(gains.gain([scale * step_ms for step_ms in reference_ms], ms)) if point != reference else "",
+        "tflops": statistics.median(cost.tflops(flops, step_ms) for step_ms in ms),
         "gib": mib / 2**10,
     }
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Write the picture: a column for each field, tokens/s above and GiB below."""
+    """Save the picture: a column for each field, tokens/s above and GiB below."""
     titles = {"tokens": "B * T", "threads": "threads", "n_layer": "n_layer", "n_embd": "n_embd"}
     columns = []
     for field, title in titles.items():
-        own = alt.Chart(alt.Data(values=[row for row in rows if row["field"] == field])).mark_line(point=True)
+        lines = alt.Chart(alt.Data(values=[row for row in rows if row["field"] == field])).mark_line(point=True)
         x = alt.X("value:Q", title=title, scale=alt.Scale(zero=True))
         panels = [
-            own.encode(x, alt.Y(f"{name}:Q", title=text)).properties(width=150, height=120)
+            lines.encode(x, alt.Y(f"{name}:Q", title=text)).properties(width=150, height=120)
             for name, text in (("tokens_per_second", "tokens/s"), ("gib", "GiB"))
         ]
         columns.append(alt.vconcat(*panels))
@@ -134,21 +136,22 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure family by family, and write table and picture."""
+    """Measure all families and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="of every family, after five in which the heap settles")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds per family, after five of warm-up")
     rounds = parser.parse_args().rounds
     machine = environment.describe()
-    here, rows = Point(512, machine.threads), []
-    for field, points in families(here).items():
+    reference, rows = Point(512, machine.threads), []
+    for field, points in families(reference).items():
         step_ms, peaks = measure(points, rounds, warm_up=5)
-        rows += [describe(field, one, here, step_ms[one], step_ms[here], peaks[one]) for one in points]
+        reference_ms = step_ms[reference]
+        rows += [describe(field, point, reference, step_ms[point], reference_ms, peaks[point]) for point in points]
         print(*rows[-len(points) :], sep="\n", flush=True)
     lines = ["| B x T | threads | n_layer | n_embd | tokens/s | over 2 x 256, all threads, 124M | TFLOP/s | GiB |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         point = Point(*(row[name] for name in ("tokens", "threads", "n_layer", "n_embd")))
-        cells = [f"{row['tokens_per_second']:,.0f}", row["over_here"], f"{row['tflops']:.2f}", f"{row['gib']:.1f}"]
+        cells = [f"{row['tokens_per_second']:,.0f}", row["gain"], f"{row['tflops']:.2f}", f"{row['gib']:.1f}"]
         cells = ["{} x {}".format(*point.shape), str(point.threads), str(point.n_layer), str(point.n_embd), *cells]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"{rounds} rounds. {machine.device_name}, {machine.threads} threads, torch {machine.torch}."]
