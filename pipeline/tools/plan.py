@@ -56,11 +56,7 @@ def main(*arguments: str) -> None:
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of a size such as 24GiB, 80GB or 512 MiB.
-
-    Raises:
-        UserError: it is not a number and a unit.
-    """
+    """Return the bytes of a size such as 24GiB, 80GB or 512 MiB; raise UserError if it is not one."""
     match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
     if not match:
         raise UserError(f"--memory {text}: write a number and a unit, such as 24GiB or 80GB")

@@ -84,11 +84,7 @@ def main(*arguments: str) -> None:
 
 
 def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
-    """Parse the command line; `seed` is the default of --seed.
-
-    Raises:
-        UserError: an option is unknown or has a value out of range.
-    """
+    """Parse the command line; `seed` is the default of --seed. Raise UserError for invalid values."""
     parser = Parser(prog="python -m pipeline.tools.sample", description=__doc__)
     network = parser.add_mutually_exclusive_group()
     network.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"a folder, by default {TRIAL}")
@@ -116,11 +112,7 @@ def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
 
 
 def load_network(args: argparse.Namespace, params: Params) -> GPT:
-    """Return the network that `args` select; print its source on stderr if a file beside the weights records it.
-
-    Raises:
-        UserError: it cannot be loaded, or its vocabulary is not GPT-2's.
-    """
+    """Return the network that `args` select; print its source on stderr if a file beside the weights records it."""
     if args.random:
         devices.check_memory(torch.device("cpu"), count_bytes(params.size.gpt()), f"model {params.model}")
         return GPT(params.size.gpt(), params.seed)

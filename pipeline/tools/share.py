@@ -70,11 +70,7 @@ def main(*arguments: str) -> None:
 
 
 def read_run() -> dict[str, Any]:
-    """Return the facts of the run that trained the trial's network.
-
-    Raises:
-        UserError: there is no network, or settings, code, data, results and network are no longer those of one run.
-    """
+    """Return the facts of the run that trained the trial's network; raise UserError if anything changed since."""
     metrics = RESULTS / "trial" / "metrics.json"
     if not (TRIAL / hub_format.WEIGHTS).exists():
         reason = (files.read_json(metrics) if metrics.exists() else {}).get("reason") or "not trained, or not pulled"

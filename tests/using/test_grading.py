@@ -148,16 +148,7 @@ def test_damaged_weights_are_refused_before_the_download(checkout, serve, name):
     assert serve.requests == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--limit", "0"], "--limit 0: must be 1 or more"),
-        (["nowhere"], "nowhere: not a readable checkpoint"),
-        (["models/small"], r"models/small: vocab_size 97 is below GPT-2's 50257"),
-    ],
-)
-def test_invalid_arguments_are_reported(checkout, serve, arguments, message):
-    hub_format.save_gpt(GPT(tiny()), Path("models/small"))
-    with pytest.raises(UserError, match=message):
-        command.main(*arguments)
+def test_a_limit_below_1_is_refused(checkout, serve):
+    with pytest.raises(UserError, match="--limit 0: must be 1 or more"):
+        command.main("--limit", "0")
     assert serve.requests == []

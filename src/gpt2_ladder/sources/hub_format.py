@@ -40,14 +40,9 @@ _FIXED = {
 def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
     """Load config.json and model.safetensors from `folder` as a GPT in float32 on the CPU.
 
-    Args:
-        folder: contains both files.
-        attention: the implementation, "eager" or "flash".
-        least_vocab_size: the smallest vocabulary to accept: GPT-2's where ids are turned into text.
-
     Raises:
-        UserError: a file is missing or damaged, the two do not match, `from_hub` refuses a tensor, or the vocabulary
-            is too small.
+        UserError: a file is missing or damaged, the two do not match, `from_hub` refuses a tensor, or vocab_size is
+            below `least_vocab_size`.
     """
     if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -84,11 +79,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return the weight files in `folder` and the tensors that INDEX lists for each; none for a single WEIGHTS.
-
-    Raises:
-        ValidationError: INDEX lists no file, or one outside `folder`.
-    """
+    """Return the weight files in `folder` and the tensors that INDEX lists for each; none for a single WEIGHTS."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return {folder / WEIGHTS: set()}
     tensors: dict[Path, set[str]] = {}

@@ -47,8 +47,7 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
     `auto` writes a stand-in only if the hub is unreachable or has no `model` of that name.
 
     Raises:
-        UserError: `openai` is unreachable, a file differs from the pinned one or the first download, or the disk is
-            too small.
+        UserError: `openai` is unreachable, a file has another hash than the pinned one, or the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if source.source != "stand-in" and model in REVISIONS:
@@ -102,10 +101,7 @@ def is_stand_in(folder: Path) -> bool:
 
 
 def needed(size: ModelSize) -> tuple[int, int]:
-    """Return the bytes of disk for weights of `size`, and the bytes of memory for verifying them.
-
-    Verifying takes two networks and several copies of the logits of 1,024 tokens, 0.2 GB each.
-    """
+    """Return the bytes of disk for weights of `size`, and of memory for verifying them: two networks and logits."""
     disk = count_bytes(size.gpt()) + 3 * size.n_layer * size.n_positions**2  # its masks are float32, ours are bool
     return disk, 2 * disk + 2**30
 

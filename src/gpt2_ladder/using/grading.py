@@ -38,11 +38,7 @@ class Example(BaseModel):
 
 
 def read(path: Path) -> list[Example]:
-    """Read the examples in `path`, one JSON object per line.
-
-    Raises:
-        UserError: a line is not an example, or the file is empty.
-    """
+    """Read the examples in `path`, one JSON object per line; raise UserError if a line is not one."""
     examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -62,10 +58,7 @@ def log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Return the log probability of each of E `endings` after `context` in nats, and its mean over the ending's tokens.
 
-    The endings form one batch, padded on the right, where no token can attend to the padding.
-
-    Returns:
-        float32 (E,) twice.
+    The endings form one batch, padded on the right, where no token can attend to it. Both results are float32 (E,).
     """
     idx = pad_sequence([torch.tensor((context + ending)[:-1]) for ending in endings], batch_first=True)  # (E, T)
     ids = [torch.tensor([IGNORED] * (len(context) - 1) + ending) for ending in endings]
@@ -79,11 +72,7 @@ def log_probabilities(
 def grade(
     model: GPT, examples: Sequence[Example], encoding: tiktoken.Encoding, device: torch.device
 ) -> Iterator[tuple[bool, bool]]:
-    """Yield for each example whether its right ending is the likeliest, as a whole and by the mean over its tokens.
-
-    Raises:
-        UserError: an example is longer than the network's context.
-    """
+    """Yield for each example whether its right ending is the likeliest, as a whole and by the mean over its tokens."""
     for number, example in enumerate(examples, 1):
         context = encoding.encode_ordinary(example.ctx)
         endings = [encoding.encode_ordinary(" " + ending) for ending in example.endings]
