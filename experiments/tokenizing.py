@@ -1,4 +1,4 @@
-"""A corpus of 1 GB to shards, against tiktoken alone. `PYTHONPATH=src:. python experiments/tokenizing.py`.
+"""Compare writing a corpus of 1 GB as shards with tiktoken alone: `PYTHONPATH=src:. python experiments/tokenizing.py`.
 
 Run it after the download stage, from the top of the repository; it works in a temporary folder.
 """
@@ -45,29 +45,29 @@ def generate(folder: Path, megabytes: int) -> dict[str, Path]:
 
 
 def bare(megabytes: int) -> None:
-    """Have tiktoken encode so much text, from memory, to nowhere."""
+    """Encode this much text with tiktoken, from memory, and discard the tokens."""
     encoding, text = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON), CORPUS.read_text()[:MB]
     for _ in range(megabytes):
         encoding.encode_ordinary(text)
 
 
 class Memory(threading.Thread):
-    """Watches what this process and its new children have in memory, in MiB, proportionally where they share it."""
+    """Record the peak memory of this process and its new children in MiB; shared pages count once."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most, self.ended, self.others = 0.0, threading.Event(), psutil.Process().children()
+        self.peak, self.ended, self.others = 0.0, threading.Event(), psutil.Process().children()
 
     def run(self) -> None:
-        """Look every second."""
+        """Measure every second."""
         while not self.ended.wait(1):
-            family = [psutil.Process(), *(one for one in psutil.Process().children() if one not in self.others)]
-            with suppress(psutil.NoSuchProcess):  # it has just ended
-                self.most = max(self.most, sum(one.memory_full_info().pss for one in family) / 2**20)
+            family = [psutil.Process(), *(child for child in psutil.Process().children() if child not in self.others)]
+            with suppress(psutil.NoSuchProcess):  # a child has just ended
+                self.peak = max(self.peak, sum(process.memory_full_info().pss for process in family) / 2**20)
 
 
 def shards(source: str, path: Path, shard_tokens: int) -> tuple[float, float, int]:
-    """Make shards of the corpus at `path`; return the seconds, the most memory in MiB and the tokens."""
+    """Write the corpus at `path` as shards; return the seconds, the peak memory in MiB and the number of tokens."""
     changes = {"source": source, "path": str(path), "shard_tokens": shard_tokens}
     settings = Data.model_validate(params_yaml.load().data.model_dump() | changes)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -78,7 +78,7 @@ def shards(source: str, path: Path, shard_tokens: int) -> tuple[float, float, in
         corpora.write(settings, VOCAB_BPE.absolute(), ENCODER_JSON.absolute(), val, train, further, PROCESSES)
         seconds = time.perf_counter() - start
         memory.ended.set()
-        return seconds, memory.most, len(data.open_shard(val)) + len(data.open_shards(train, further))
+        return seconds, memory.peak, len(data.open_shard(val)) + len(data.open_shards(train, further))
 
 
 PROCESSES = torch.get_num_threads()
@@ -89,18 +89,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=6)
-    asked = parser.parse_args()
-    part = asked.megabytes // 4
+    args = parser.parse_args()
+    part = args.megabytes // 4
     rows = ["| corpus | MB/s a process | of tiktoken alone | tokens/s | MiB at a quarter | MiB at the whole |"]
     rows += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     with tempfile.TemporaryDirectory(dir=CORPUS.parent) as folder, ProcessPoolExecutor(PROCESSES) as pool:
         (Path(folder) / "part").mkdir()
         (Path(folder) / "whole").mkdir()
         parts = generate(Path(folder).absolute() / "part", part)
-        wholes = generate(Path(folder).absolute() / "whole", asked.megabytes)
+        wholes = generate(Path(folder).absolute() / "whole", args.megabytes)
         for source, path in parts.items():
             ours, theirs, peak = [], [], 0.0
-            for _ in range(asked.rounds):
+            for _ in range(args.rounds):
                 for arm in random.sample(["ours", "theirs"], 2):
                     if arm == "ours":
                         seconds, mib, _ = shards(source, path, 10 * MB)
@@ -111,12 +111,12 @@ def main() -> None:
                         list(pool.map(bare, [part // PROCESSES] * PROCESSES))
                         theirs.append(time.perf_counter() - start)
             seconds, mib, tokens = shards(source, wholes[source], 10 * MB)
-            cells = [f"{asked.megabytes / seconds / PROCESSES:.2f}", str(gain(theirs, ours))]
+            cells = [f"{args.megabytes / seconds / PROCESSES:.2f}", str(gain(theirs, ours))]
             rows.append(f"| {source} | {' | '.join(cells)} | {tokens / seconds:,.0f} | {peak:,.0f} | {mib:,.0f} |")
             print(rows[-1], flush=True)
-    found = environment.describe()
-    rows += ["", f"{asked.rounds} rounds of {part} MB, then {asked.megabytes} MB once. "]
-    rows[-1] += f"{found.device_name}, {PROCESSES} processes, {os.cpu_count()} cores."
+    machine = environment.describe()
+    rows += ["", f"{args.rounds} rounds of {part} MB, then {args.megabytes} MB once. "]
+    rows[-1] += f"{machine.device_name}, {PROCESSES} processes, {os.cpu_count()} cores."
     print("\n".join(rows))
     pages.put(pages.PERFORMANCE, "tokenizing", "\n".join(rows))
 

@@ -57,7 +57,7 @@ def main(*arguments: str) -> None:
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, args.seed, params.deterministic)
     encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
-    model = load_network(args, params)
+    model = hub_format.to_transformers(load_network(args, params)).to(device)
     prompt = encoding.encode_ordinary(args.prompt)
     idx = torch.tensor([prompt or [encoding.eot_token]], device=device)  # (1, T); GPT-2's texts follow <|endoftext|>
     total, n_positions = idx.size(1) + args.length, model.config.n_positions
@@ -72,13 +72,12 @@ def main(*arguments: str) -> None:
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
         how["suppress_tokens"] = padding  # these ids stand for no text
     how |= {"attention_mask": torch.ones_like(idx), "max_new_tokens": args.length}
-    network = hub_format.to_transformers(model).to(device)
     torch.manual_seed(args.seed)
     try:
         for number in range(1, args.samples + 1):
             if args.samples > 1:
                 print(f"--- {number} of {args.samples}")
-            network.generate(idx, **how, streamer=Printer(encoding, encoding.decode(prompt)))
+            model.generate(idx, **how, streamer=Printer(encoding, encoding.decode(prompt)))
     except KeyboardInterrupt:
         raise UserError("stopped by Ctrl-C") from None
 

@@ -1,4 +1,4 @@
-"""A Hugging Face hub of our own: one repository, served the way the real one serves `openai-community/gpt2`."""
+"""A Hugging Face hub on 127.0.0.1 with one repository, which answers as the real one does."""
 
 import hashlib
 import threading
@@ -22,8 +22,8 @@ def serve(
 ) -> Iterator[tuple[str, list[str]]]:
     """Serve the files of `folder` at `revision`; yield the endpoint and the growing list of requests.
 
-    Weights are redirected to another path as large files are, with the headers that huggingface_hub asks for. The
-    requests in which `at` occurs ("GET /path") meet the `faults` in turn, and get the `headers` too.
+    Weights are redirected to another path, as the hub does for large files, with the headers that huggingface_hub
+    needs. Requests that contain `at` ("GET /path") fail with the next of `faults` and get the `headers`.
     """
     requests: list[str] = []
     turns, resume = iter(faults), threading.Event()

@@ -1,4 +1,4 @@
-"""Answers of a server on 127.0.0.1, and the ways in which they go wrong."""
+"""A server on 127.0.0.1 whose responses fail in chosen ways."""
 
 import http.server
 import os
@@ -13,13 +13,13 @@ PASSING = ["reset", "reset halfway", "hang", "hang halfway", "cut", "long", "sho
 
 @contextmanager
 def running(reply: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """Let `reply` answer every GET and HEAD on a port of 127.0.0.1 meanwhile; yield the address."""
+    """Serve every GET and HEAD with `reply` on a port of 127.0.0.1; yield the address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             reply(self)
 
-        do_HEAD = do_GET  # noqa: N815  http.server calls it so
+        do_HEAD = do_GET  # noqa: N815  the name that http.server calls
 
         def log_message(self, *_: object) -> None:
             pass
@@ -41,7 +41,7 @@ def answer(
     headers: Mapping[str, str] | None = None,
     resume: threading.Event | None = None,
 ) -> None:
-    """Send `body`, or a status alone, or go wrong as `fault` names it; what hangs does so until `resume` is set."""
+    """Send `body`, or only a status, or fail as `fault` says; hanging responses continue when `resume` is set."""
     resume = resume or threading.Event()
     if fault.isdecimal():
         status, body = int(fault), b""

@@ -5,9 +5,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def transformers_gpt2(tied: bool = True, activation: str = "gelu_new") -> GPT2LMHeadModel:
+    """Return a small GPT-2 with large weights."""
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 97}
-    # weights ten times their usual size: attention far from uniform, GELU far from linear, so that a wrong one shows
+    # ten times the usual size: attention is far from uniform and GELU far from linear, so that errors show
     ends = {"bos_token_id": 96, "eos_token_id": 96}
     config = GPT2Config(
         **sizes, **ends, tie_word_embeddings=tied, initializer_range=0.2, activation_function=activation
@@ -16,7 +17,7 @@ def transformers_gpt2(tied: bool = True, activation: str = "gelu_new") -> GPT2LM
 
 
 def hub_tensors() -> dict[str, torch.Tensor]:
-    """Tensors as the hub's own file has them: no prefix, no head, a mask for every layer."""
+    """Return tensors in the layout of the hub's file: no prefix, no head, a mask for every layer."""
     tensors = {name.removeprefix("transformer."): t.clone() for name, t in transformers_gpt2().state_dict().items()}
     del tensors["lm_head.weight"]
     return tensors | {f"h.{layer}.attn.bias": torch.ones(32, 32).tril().view(1, 1, 32, 32) for layer in range(2)}

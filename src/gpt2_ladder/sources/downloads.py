@@ -109,7 +109,9 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
 
 def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
     """Return call(), retried after transient errors; `is_transient` may return the pause in seconds."""
-    stamina.instrumentation.set_on_retry_hooks([_print_retry])
+    stamina.instrumentation.set_on_retry_hooks(
+        [lambda retry: print(f"{_cause(retry.caused_by)}; retrying in {retry.wait_for:.0f} s", flush=True)]
+    )
     return stamina.RetryingCaller(attempts=ATTEMPTS, timeout=None, wait_initial=1)(is_transient, call)
 
 
@@ -198,10 +200,6 @@ def _is_transient(error: Exception) -> bool | float:
     if isinstance(error, requests.RequestException):
         return isinstance(error, (requests.Timeout, requests.exceptions.ChunkedEncodingError))
     return isinstance(error, ValueError)
-
-
-def _print_retry(details: stamina.instrumentation.RetryDetails) -> None:
-    print(f"{_cause(details.caused_by)}; retrying in {details.wait_for:.0f} s", flush=True)
 
 
 def _cause(error: Exception) -> str:

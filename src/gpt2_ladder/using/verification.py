@@ -43,11 +43,7 @@ class Comparison:
 def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Comparison:
     """Load the checkpoint in `folder` into our GPT and into transformers', and compare both in float32 on the CPU.
 
-    Args:
-        folder: contains config.json and model.safetensors in the hub's format.
-        idx: ids whose logits are compared, int64 (B, T).
-        prompt: ids to continue greedily, int64 (1, T).
-        new_tokens: length of the continuation.
+    The logits are compared on `idx`, int64 (B, T), the greedy tokens on `new_tokens` after `prompt`, int64 (1, T).
     """
     reference = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
     expected_logits = reference(idx).logits  # (B, T, V)
@@ -68,11 +64,7 @@ def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Compa
 
 @torch.no_grad()
 def sample(model: GPT, idx: Tensor, new_tokens: int, top_k: int, generator: torch.Generator) -> Tensor:
-    """Continue every row of `idx`, int64 (B, T), by `new_tokens` drawn from the `top_k` likeliest tokens each.
-
-    Returns:
-        int64 (B, T + new_tokens).
-    """
+    """Continue every row by `new_tokens` from the `top_k` likeliest each: int64 (B, T) -> (B, T + new_tokens)."""
     for _ in range(new_tokens):
         logits = model(idx)[0][:, -1]  # (B, V)
         logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
