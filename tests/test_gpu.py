@@ -1,7 +1,7 @@
-"""What a run on an NVIDIA GPU has to show, in a few minutes: `make test-gpu`, which leaves gpu-report.md.
+"""Check the ladder on an NVIDIA GPU in a few minutes: `make test-gpu`, which writes gpu-report.md.
 
-docs/GPU.md has what an H200 showed. `pytest -m gpu tests/test_gpu.py --rehearse` runs it on a CPU with the tiny model,
-where it proves nothing but that it is not broken itself; test_the_gpu_suite_can_be_rehearsed does that.
+docs/GPU.md has an H200's report. `pytest -m gpu tests/test_gpu.py --rehearse` runs these tests on a CPU with the tiny
+model, which only shows that the tests themselves work; test_the_gpu_tests_can_be_rehearsed does so.
 """
 
 import os
@@ -27,17 +27,17 @@ from helpers.memory import Capped
 from pipeline import environment, probe
 
 ROUNDS = 10
-REHEARSED = ("fp32", "bf16", "flash")  # uncompiled, because each compilation costs 10 s
-# the operators that launch a fused kernel, on CUDA and on a CPU; the math path has none of them
+REHEARSED = ("fp32", "flash")  # uncompiled, because each compilation takes 10 s
+# operators that launch a fused kernel, on CUDA and on a CPU; the math path has none of them
 ATTENTION = ("_flash_attention", "_efficient_attention", "_cudnn_attention")
-pytestmark = pytest.mark.filterwarnings("default")  # a driver's or a profiler's that nobody here has seen is no failure
+pytestmark = pytest.mark.filterwarnings("default")  # a new warning of a driver or profiler is no failure
 
 
 class Machine:
-    """The machine under test, or the CPU that stands in for it."""
+    """The GPU under test, or the CPU that stands in for it."""
 
     def __init__(self, rehearsal: bool):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks once, at the first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at the first product
         self.rehearsal = rehearsal
         self.environment = environment.describe()
         params = params_yaml.load(REPOSITORY / "params.yaml")
@@ -60,7 +60,7 @@ class Machine:
         return [(random_ids(*shape, seed=i), random_ids(*shape, seed=100 + i)) for i in range(count)]
 
     def losses(self, switches: Switches, steps: int, micro_batch: int, deterministic: bool = False) -> list[float]:
-        """The losses of a training of a new network at `switches`."""
+        """Train a new network and return its losses."""
         devices.set_deterministic(deterministic)
         try:
             model = GPT(self.params.gpt(switches), self.params.seed).to(self.device)
@@ -80,7 +80,7 @@ class Machine:
 def machine(request: pytest.FixtureRequest) -> Machine:
     rehearsal = request.config.getoption("--rehearse")
     if not rehearsal and environment.describe().device != "cuda":
-        pytest.skip("no NVIDIA GPU here; --rehearse runs this on a CPU, with the tiny model")
+        pytest.skip("this machine has no NVIDIA GPU; --rehearse runs this on a CPU with the tiny model")
     return Machine(rehearsal)
 
 
@@ -99,13 +99,13 @@ def arms(machine: Machine, micro_batch: int) -> list[Arm]:
 
 @pytest.fixture(scope="module")
 def report(request: pytest.FixtureRequest, machine: Machine) -> Iterator[dict[str, dict[str, str]]]:
-    """Columns by level; written when all tests are done, also if some failed."""
-    found: dict[str, dict[str, str]] = {name: {} for name in [*machine.levels, "all"]}
-    yield found
-    facts = [f"- {title}: {value}" for title, value in found.pop("all").items()]
-    titles = list(dict.fromkeys(title for row in found.values() for title in row))
+    """The report's columns by level; written after all tests, even if some failed."""
+    rows: dict[str, dict[str, str]] = {name: {} for name in [*machine.levels, "all"]}
+    yield rows
+    facts = [f"- {title}: {value}" for title, value in rows.pop("all").items()]
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
     lines = [" | ".join(["level", *titles]), " | ".join(["---"] * (len(titles) + 1))]
-    lines += [" | ".join([name, *(row.get(title, "") for title in titles)]) for name, row in found.items()]
+    lines += [" | ".join([name, *(row.get(title, "") for title in titles)]) for name, row in rows.items()]
     head = (
         f"# {'REHEARSAL on a CPU with the tiny model: ' if machine.rehearsal else ''}{machine.environment.device_name}"
     )
@@ -115,7 +115,7 @@ def report(request: pytest.FixtureRequest, machine: Machine) -> Iterator[dict[st
 
 
 @pytest.mark.gpu
-def test_products_are_as_exact_as_their_precision_says(machine, report):
+def test_matrix_products_are_as_exact_as_their_precision(machine, report):
     exact = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected, errors = exact @ exact, {}
     for precision in ("fp32", "tf32", "bf16"):
@@ -132,8 +132,12 @@ def test_products_are_as_exact_as_their_precision_says(machine, report):
 
 
 @pytest.mark.gpu
-def test_gains_and_shares_of_the_peak(machine, arms, report):
-    rounds = list(turns.measure(arms, machine.batches(4), machine.device, ROUNDS, 120, machine.params.seed))
+def test_gains_are_measured_and_no_level_exceeds_the_peak(machine, arms, report):
+    rounds = list(
+        turns.measure(
+            arms, machine.batches(4), machine.device, 6 if machine.rehearsal else ROUNDS, 120, machine.params.seed
+        )
+    )
     measurement = Measurement(
         estimator=ESTIMATOR,
         model=machine.params.model,
@@ -160,8 +164,8 @@ def test_gains_and_shares_of_the_peak(machine, arms, report):
         report[name]["MFU"] = f"{reached / peak:.0%}" if peak else "peak unknown"
         assert peak is None or reached < peak
     for previous, name in pairwise(machine.levels):
-        found = measurement.compare(name, previous, noise)
-        report[name]["over the level before"] = f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+        gain = measurement.compare(name, previous, noise)
+        report[name]["over the previous level"] = f"{gain['ratio']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
     if not machine.rehearsal:
         assert abs(noise.ratio - 1) < 0.02
         if machine.environment.bf16:
@@ -181,7 +185,7 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
         rows, pieces = micro_batch, 1 if micro_batch == machine.shape.batch_size else 2
         block_size = machine.shape.block_size
         step = planning.trace_step(network, switches.precision, rows, block_size, cuda, pieces)
-        # all arms' weights are there before: of the step it is the growth that counts
+        # the weights of all arms are allocated before, so only the growth counts
         held = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
         predicted = before + step.peak_bytes / 2**20 - held
         report[arm.name]["peak MiB, predicted"] = f"{measured:,.0f}, {predicted:,.0f}"
@@ -191,31 +195,33 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
 
 
 @pytest.mark.gpu
-def test_flash_runs_a_fused_kernel_and_eager_none(machine, arms, report, tmp_path):
+def test_only_flash_levels_run_a_fused_attention_kernel(machine, arms, report, tmp_path):
     for arm in arms[:-1]:
         step = partial(arm.step, machine.batches(1)[0], machine.device)
         activities = devices.profiler_activities(machine.device)
         operators = profiling.profile_step(step, activities, tmp_path / f"{arm.name}.json.gz")
-        attention = {one.name for one in operators if any(word in one.name for word in ATTENTION)}
-        report[arm.name]["costliest"] = ", ".join(f"{one.name} {one.self_ms:,.1f} ms" for one in operators[:4])
+        attention = {operator.name for operator in operators if any(word in operator.name for word in ATTENTION)}
+        report[arm.name]["costliest"] = ", ".join(
+            f"{operator.name} {operator.self_ms:,.1f} ms" for operator in operators[:4]
+        )
         report[arm.name]["attention"] = ", ".join(sorted(attention)) or "written out"
         assert bool(attention) == (machine.levels[arm.name].attention == "flash")
 
 
 @pytest.mark.gpu
-def test_no_level_pays_with_quality(machine, micro_batch, report):
+def test_every_level_has_the_losses_of_the_baseline(machine, micro_batch, report):
     steps, names = 5, list(machine.levels)
     baseline = machine.losses(machine.levels[names[0]], steps, micro_batch)
     for name in names[1:]:
         level = machine.levels[name]
         expected = loss_parity.padding_cost(level.vocab_size, machine.levels[names[0]].vocab_size)
         losses, tolerance = machine.losses(level, steps, micro_batch), getattr(machine.params.parity, level.precision)
-        found = loss_parity.compare(name, losses, baseline, tolerance, steps, expected)
-        report[name]["loss apart by"] = f"{found.largest:.6f}"
+        parity = loss_parity.compare(name, losses, baseline, tolerance, steps, expected)
+        report[name]["largest difference of the loss"] = f"{parity.largest:.6f}"
 
 
 @pytest.mark.gpu
-def test_nothing_in_a_step_waits_for_the_device(machine, arms):
+def test_no_operation_of_a_step_waits_for_the_gpu(machine, arms):
     for arm in arms[:-1]:
         batch = tuple(ids.to(machine.device) for ids in machine.batches(1)[0])
         autocast = runtime.set_precision(arm.precision, machine.device)
@@ -231,16 +237,18 @@ def test_nothing_in_a_step_waits_for_the_device(machine, arms):
 
 
 @pytest.mark.gpu
-def test_deterministic_runs_are_the_same_to_the_bit(machine, micro_batch, report):
+def test_deterministic_runs_have_the_same_bits(machine, micro_batch, report):
     for name, level in machine.levels.items():
-        runs = {wanted: [machine.losses(level, 3, micro_batch, wanted) for _ in range(2)] for wanted in (True, False)}
-        report[name]["same bits, deterministic or not"] = ", ".join(str(a == b) for a, b in runs.values())
+        runs = {
+            setting: [machine.losses(level, 2, micro_batch, setting) for _ in range(2)] for setting in (True, False)
+        }
+        report[name]["same bits with and without deterministic"] = ", ".join(str(a == b) for a, b in runs.values())
         assert runs[True][0] == runs[True][1]
 
 
 @contextmanager
 def little_memory(machine: Machine, share: float) -> Iterator[None]:
-    """Leave only `share` of what a step with the whole batch needs, on top of what is held now."""
+    """Limit free memory to `share` of what a step with the whole batch needs."""
     switches = machine.levels["fp32"]
     shape, cuda = (machine.shape.batch_size, machine.shape.block_size), devices.allocates_like_cuda(machine.device)
     step = planning.trace_step(machine.params.gpt(switches), switches.precision, *shape, cuda)
@@ -250,8 +258,8 @@ def little_memory(machine: Machine, share: float) -> Iterator[None]:
         return
     devices.reset_peak_memory(machine.device)
     _, total = torch.cuda.mem_get_info()
-    wanted = (torch.cuda.memory_allocated() + step.peak_bytes * share) / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, wanted))  # a small card is too small as it is
+    fraction = (torch.cuda.memory_allocated() + step.peak_bytes * share) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))  # a small card may have less already
     try:
         yield
     finally:
@@ -259,19 +267,20 @@ def little_memory(machine: Machine, share: float) -> Iterator[None]:
 
 
 @pytest.mark.gpu
-def test_a_batch_that_does_not_fit_is_halved_and_the_loss_stays(machine, report, capsys):
+def test_a_batch_that_does_not_fit_is_halved_with_the_same_loss(machine, report, capsys):
     fp32 = machine.levels["fp32"]
     with little_memory(machine, 0.7):
         halved = machine.losses(fp32, 3, machine.shape.batch_size)
-    assert "on with" in capsys.readouterr().out
+    assert "out of memory" in capsys.readouterr().out
     expected = machine.losses(fp32, 3, machine.shape.batch_size // 2)
     report["all"]["out of memory"] = (
-        f"halved; loss apart by {max(abs(a - b) for a, b in zip(halved, expected, strict=True)):.1e}"
+        f"halved; the loss differs by {max(abs(a - b) for a, b in zip(halved, expected, strict=True)):.1e}"
     )
     assert halved == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_gpu_suite_can_be_rehearsed(tmp_path):
+@pytest.mark.slow
+def test_the_gpu_tests_can_be_rehearsed(tmp_path):
     path = tmp_path / "gpu-report.md"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-p", "no:cacheprovider", __file__, "--rehearse"]
     result = subprocess.run(

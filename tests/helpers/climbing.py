@@ -81,7 +81,7 @@ def climb(folder: Path) -> str:
     with modify_yaml(folder / "params.yaml") as params:
         params |= {"model": "tiny", "profile": False}
         params["levels"] = {name: params["levels"][name] for name in LEVELS}
-        params["quality"]["eval_tokens"] = 512
+        params["quality"] |= {"batch_size": 2, "block_size": 16, "steps": 35, "eval_tokens": 512}
         params["machines"]["cpu"] |= {"block_size": 64, "eval_tokens": 512, "steps": 4, "warmup_steps": 1}
         params["benchmark"]["cpu"]["rounds"] = 6
     call(folder, "git", "init", "--quiet")

@@ -60,7 +60,7 @@ def test_levels_are_trained_and_the_speed_levels_agree(clone):
     assert all(len(agreement["differences"]) == 4 for agreement in parity["levels"].values())
     assert any(parity["levels"]["bf16"]["differences"])
     rows = (clone / "results/levels/untied/steps.csv").read_text().splitlines()
-    assert len(rows) == 51
+    assert len(rows) == 36  # with the titles
     assert float(rows[-1].split(",")[1]) == results["untied"]["loss_last"]
 
 
@@ -220,8 +220,7 @@ def test_the_page_with_dvcs_plots_loads_nothing_from_a_server(clone):
     [
         ("dvc metrics show", "results/levels/bf16/metrics.json"),
         ("dvc exp show --only-changed", "main|master"),
-        ("make plan", "allocator"),
-        ("make plan MEMORY=24GiB", "this plans the CPU's shape for a GPU"),
+        ("make plan MEMORY=24GiB", "(?s)this plans the CPU's shape for a GPU.*allocator"),
         ("make schema", ""),
         ('make sample PROMPT="Once upon a time"', "(?m)^Once upon a time"),
     ],

@@ -4,8 +4,8 @@ import pytest
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
-from helpers.common import REPOSITORY, measurement, params_with
-from pipeline import BENCHMARK, write_json
+from helpers.common import REPOSITORY, environment, measurement, params_with
+from pipeline import BENCHMARK, ENVIRONMENT, write_json
 from pipeline.tools import compare, plan
 
 
@@ -36,15 +36,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
         compare.main()
 
 
-def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(capsys, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
+def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(tmp_path, monkeypatch, capsys):
     levels = {name: params_with().levels[name] for name in ("init", "fp32", "flash")}
     params = params_with(model="tiny", levels=levels)
     monkeypatch.setattr(params_yaml, "load", lambda: params)
-    plan.main("--memory", "2GiB")
-    table = capsys.readouterr().out
-    assert "an NVIDIA GPU with 2GiB free" in table
-    assert [name for name in levels if f" {name} " in table] == ["fp32", "flash"]  # the speed levels
+    monkeypatch.chdir(tmp_path)
+    write_json(ENVIRONMENT, environment(threads=1).model_dump())
+    for arguments, title in (((), "on A processor, "), (("--memory", "2GiB"), "an NVIDIA GPU with 2GiB free")):
+        plan.main(*arguments)
+        table = capsys.readouterr().out
+        assert title in table
+        assert [name for name in levels if f" {name} " in table] == ["fp32", "flash"]  # the speed levels
     assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
     for memory in ("much", "", "24", f"{10**400}GiB"):
         with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, as in 24GiB"):

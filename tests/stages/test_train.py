@@ -19,16 +19,14 @@ from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, write_json
 from pipeline import train as train_stage
 
 
-def test_a_level_that_cannot_run_here_writes_the_reason_and_does_not_train(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    params = params_yaml.load(REPOSITORY / "params.yaml")
+def test_a_level_that_cannot_run_here_writes_the_reason_and_does_not_train(params):
     machine = environment.describe().model_copy(update={"compile_problem": "no C++ compiler"})
     write_json(ENVIRONMENT, machine.model_dump())
-    assert train(params, "flash", tmp_path / "flash") is False
-    result = json.loads((tmp_path / "flash" / "metrics.json").read_text())
+    assert train(params, "flash", Path("flash")) is False
+    result = json.loads(Path("flash/metrics.json").read_text())
     assert (result["status"], result["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {result[name] for name in metrics.MEASURED} == {None}
-    rows = (tmp_path / "flash" / "steps.csv").read_text()
+    rows = Path("flash/steps.csv").read_text()
     assert rows == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
 
 
