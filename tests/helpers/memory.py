@@ -6,7 +6,7 @@ from gpt2_ladder.measuring import planning
 
 
 class Capped(planning.LiveStorage):
-    """Refuses storage past `cap` bytes more than are alive when it begins, in CUDA's words."""
+    """Refuse storage beyond `cap` bytes with CUDA's error message; storage from before does not count."""
 
     def __init__(self, cap: float):
         super().__init__()

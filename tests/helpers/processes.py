@@ -1,4 +1,4 @@
-"""Python in a process of its own, for what concerns a whole process."""
+"""Run Python code in a new process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,5 +9,5 @@ IMPORTABLE = ":".join(str(REPOSITORY / name) for name in ("src", ".", "tests", "
 
 
 def run(code: str, folder: Path = REPOSITORY, arguments: Sequence[str] = (), stderr: bool = False) -> str:
-    """Run `code`, which can import what a test can, in `folder`; return what it printed, or its errors."""
+    """Run `code` in `folder` with a test's import path; return its stdout, or its stderr."""
     return call(folder, "env", f"PYTHONPATH={IMPORTABLE}", "python", "-c", code, *arguments, stderr=stderr)

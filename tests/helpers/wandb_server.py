@@ -1,4 +1,4 @@
-"""A W&B server on 127.0.0.1, which takes runs and goes wrong as a test asks it to; and a reader of offline runs."""
+"""A W&B server on 127.0.0.1 that accepts runs or fails as a test needs, and a reader of offline runs."""
 
 import http.server
 import json
@@ -19,25 +19,25 @@ KEY = "5ec2e7" * 7
 
 
 def records(folder: Path) -> dict[str, list[dict]]:
-    """What W&B's own reader finds in an offline run, by the type of record."""
+    """Read the records of an offline run with W&B's own reader, by their type."""
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[dict]] = {}
+    result: dict[str, list[dict]] = {}
     for record in map(json.loads, output.splitlines()):
-        found.setdefault(record["type"], []).append(record[record["type"]])
-    return found
+        result.setdefault(record["type"], []).append(record[record["type"]])
+    return result
 
 
 def forget_user(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Take the user's settings of W&B and DVC from this process; his key would lie in `folder`."""
+    """Remove the user's W&B and DVC settings from this process; `folder` would contain a key."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "DVC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(folder / "netrc"))
-    wandb.teardown()  # W&B reads the environment once a process
+    wandb.teardown()  # W&B reads the environment once per process
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Make of this process one of a user of the W&B server at `url`."""
+    """Log this process in to the W&B server at `url`."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", url)
     wandb.teardown()
@@ -45,9 +45,9 @@ def log_in(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @contextmanager
 def serve(fault: str = "", starts: bool = True) -> Iterator[tuple[str, list[bytes]]]:
-    """Serve what W&B's client needs; yield the address and the growing list of what it sends.
+    """Serve W&B's client; yield the address and the growing list of received requests.
 
-    All requests meet `fault`, but the one with which a run `starts`. "{}" is an answer that lacks all that was asked.
+    Every request meets `fault` except, if `starts`, the first one of a run. The fault "{}" is an empty answer.
     """
     sent: list[bytes] = []
     turn, resume = threading.Lock(), threading.Event()
@@ -59,7 +59,7 @@ def serve(fault: str = "", starts: bool = True) -> Iterator[tuple[str, list[byte
         def do_POST(self) -> None:
             request = self.rfile.read(int(self.headers["Content-Length"]))
             with turn:
-                first = starts and not any(b"mutation UpsertBucket" in one for one in sent)
+                first = starts and not any(b"mutation UpsertBucket" in earlier for earlier in sent)
                 sent.append(request)
             answer: dict = {}
             if b"mutation UpsertBucket" in request and (first or not fault):
@@ -73,7 +73,7 @@ def serve(fault: str = "", starts: bool = True) -> Iterator[tuple[str, list[byte
             body = b"{}" if fault == "{}" and not first else json.dumps(answer).encode()
             faulty_server.answer(self, body, "" if first or fault == "{}" else fault, resume=resume)
 
-        do_PUT = do_GET = do_POST  # noqa: N815  http.server calls them so
+        do_PUT = do_GET = do_POST  # noqa: N815  names that http.server calls
 
         def log_message(self, *_: object) -> None:
             pass

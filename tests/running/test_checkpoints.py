@@ -53,6 +53,7 @@ def learned() -> tuple[list[str], bytes]:
     return [",".join(row[:2] + row[4:]) for row in rows], Path("model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params, record_property):
     os.waitpid(in_a_fork(lambda: run(params, checkpoint_every=None)), 0)
     undisturbed = learned()

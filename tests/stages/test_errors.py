@@ -56,13 +56,13 @@ def test_the_free_space_is_of_the_files_disk_or_else_of_the_fullest_in_use(tmp_p
     def fail() -> None:
         raise error
 
-    with pytest.raises(SystemExit, match=rf"^error: the disk is full \({shown}\): .*; make room there and run"):
+    with pytest.raises(SystemExit, match=rf"^error: the disk is full \({shown}\): .*; free some space there and run"):
         run(fail)
 
 
 def test_a_missing_result_of_another_stage_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"^error: results/environment\.json is not there"):
+    with pytest.raises(SystemExit, match=r"^error: results/environment\.json does not exist"):
         run(read_environment)
 
 

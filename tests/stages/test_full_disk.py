@@ -16,7 +16,7 @@ from helpers.common import REPOSITORY, link_encoding, put_corpus, tiny
 from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
 
 KIB = 1024
-FULL = r"^error: the disk is full \(0\.0 GiB free in {}\): .*; make room there and run `dvc repro` again$"
+FULL = r"^error: the disk is full \(0\.0 GiB free in {}\): .*; free some space there and run `dvc repro` again$"
 
 
 @pytest.fixture

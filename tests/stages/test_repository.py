@@ -11,6 +11,7 @@ from helpers.climbing import call
 from helpers.common import REPOSITORY
 from pipeline import environment
 
+pytestmark = pytest.mark.slow
 IDENTITY = ("GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
 NO_LINKS = "".join(f"int {name}() {{ return -1; }}" for name in ("link", "linkat", "symlink", "symlinkat"))
 

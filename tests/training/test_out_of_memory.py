@@ -238,6 +238,7 @@ print(json.dumps([(s.loss, s.micro_batch) for s in loop.train(model, optimizer, 
 """
 
 
+@pytest.mark.slow
 def test_a_cpu_that_refuses_memory_halves_too():
     output = processes.run(REALLY)
     ((loss, micro_batch),) = json.loads(output.splitlines()[-1])

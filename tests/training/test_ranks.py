@@ -27,6 +27,7 @@ from helpers.common import REPOSITORY, random_ids, tiny
 from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, trial, write_json
 
 STEPS = 8
+pytestmark = pytest.mark.slow
 # Every process runs this, the agent too; what is put before it goes wrong in one of them.
 TRIAL = "from pipeline import run, trial; run(trial.main)"
 BEFORE = """
