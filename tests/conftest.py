@@ -50,7 +50,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the climb first and the other tests that need it last, so that no worker waits for it."""
+    """Put the climb at the start of the first worker's tests, and what else needs it at the end of the second's."""
     places = {"test_pipeline.py": 0, "test_experiments.py": 2, "test_team.py": 2}
     items.sort(key=lambda item: places.get(item.path.name, 1))
 

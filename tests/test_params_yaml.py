@@ -87,76 +87,39 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new", "message"),  # {} is the file and the line of `old`
     [
-        (
-            "precision: fp32",
-            "precison: fp32",
-            "params.yaml:{line}: precison: unknown key; did you mean 'precision'?",
-        ),
+        ("precision: fp32", "precison: fp32", "{}: precison: unknown key; did you mean 'precision'?"),
         ("precision: fp32", "precision: bf32", "precision = 'bf32': Input should be 'fp32', 'tf32' or 'bf16'"),
-        (
-            "seed: 1337",
-            "seed: '1337'",
-            "params.yaml:{line}: seed = '1337': Input should be a valid integer",
-        ),
+        ("seed: 1337", "seed: '1337'", "{}: seed = '1337': Input should be a valid integer"),
         ("learning_rate: 3e-4", "learning_rate: '3e-4'", "models.gpt2.learning_rate = '3e-4': Input should be a valid"),
         ("seed: 1337", "", "seed: this key is missing"),
         ("path: data/input.txt", "path: ''", "data.path = '': String should have at least 1 character"),
         ("seed: 1337", "seed: 1337\nseed: 1", "not valid YAML: found duplicate key"),
         ("compile: false", "compile: 1", "compile = 1: Input should be a valid boolean"),
-        (
-            "vocab_size: 50257",
-            "vocab_size: 50000",
-            "vocab_size = 50000: Input should be greater than or equal to 50257",
-        ),
+        ("vocab_size: 50257", "vocab_size: 50000", "vocab_size = 50000: Input should be greater than or equal to"),
         ("group: speed", "group: sped", "defaults.group = 'sped': Input should be 'quality' or 'speed'"),
         ("  fp32: {}", "  fp.32: {}", "levels.fp.32 = 'fp.32': String should match pattern"),
         ("  tf32:\n    p", "  control:\n    p", "levels.control = control: the benchmark uses this name"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
-        (
-            "  tied:\n",
-            "  tied: &row\n",
-            "params.yaml:{line}: YAML anchor or alias 'row': write the values out",
-        ),
+        ("  tied:\n", "  tied: &row\n", "{}: YAML anchor or alias 'row': write the values out"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:  ", "machines: []\nrest:  ", "machines = []: Input should be a valid dictionary"),
-        (
-            "n_embd: 768",
-            "n_embd: 770",
-            "params.yaml:{line}: models.gpt2.n_embd = 770: must be a multiple of n_head (12)",
-        ),
+        ("n_embd: 768", "n_embd: 770", "{}: models.gpt2.n_embd = 770: must be a multiple of n_head (12)"),
         ("n_head: 12", "heads: 12", "models.gpt2.heads: unknown key; did you mean 'n_head'?"),
-        (
-            "block_size: 256",
-            "block_size: 2048",
-            "params.yaml:{line}: machines.cpu.block_size = 2048: must be at most models.gpt2.n_positions (1024)",
-        ),
-        (
-            "warmup_steps: 2\n",
-            "warmup_steps: 10\n",
-            "params.yaml:{line}: machines.cpu.warmup_steps = 10: must be below steps (10)",
-        ),
+        ("block_size: 256", "block_size: 2048", "{}: machines.cpu.block_size = 2048: must be at most models.gpt2.n_po"),
+        ("warmup_steps: 2\n", "warmup_steps: 10\n", "{}: machines.cpu.warmup_steps = 10: must be below steps (10)"),
         (
             "tokens_per_step: ",
             "tokens_per_step: 500 ",
-            "recipe.tokens_per_step = 500: must be a multiple of machines.cpu's batch_size * block_size (512)",
+            "recipe.tokens_per_step = 500: must be a multiple of machines.c",
         ),
-        (
-            "lr_warmup_steps: 0",
-            "lr_warmup_steps: 10",
-            "recipe.lr_warmup_steps = 10: must be below machines.cpu.steps (10)",
-        ),
+        ("lr_warmup_steps: 0", "lr_warmup_steps: 10", "recipe.lr_warmup_steps = 10: must be below machines.cpu.steps"),
         ("learning_rate: 3e-4", "learning_rate: .inf", "models.gpt2.learning_rate = inf: Input should be a finite"),
-        ("weight_decay: 0.01", "weight_decay: .inf", "optimizer.weight_decay = inf: Input should be a finite number"),
         ("  - 0.9\n", "  - .nan\n", "optimizer.betas.0 = nan: Input should be a finite number"),
         ("seconds: 200", "seconds: .inf", "benchmark.cpu.seconds = inf: Input should be a finite number"),
         ("steps: 10\n", "steps: 10000000000000000000\n", "Input should be less than 9223372036854775808"),
-        (
-            "n_layer: 12",
-            "n_layer: 1000000000",
-            "models.gpt2.n_layer = 1000000000: Input should be less than or equal to",
-        ),
+        ("n_layer: 12", "n_layer: 1000000000", "models.gpt2.n_layer = 1000000000: Input should be less than or equal"),
         ("tokens_per_step: ", "tokens_per_step: 512000000000000 ", "Input should be less than or equal to 134217728"),
         ("    precision: tf32", "    precison: tf32", "levels.tf32.precison: unknown key; did you mean 'precision'?"),
         (
@@ -167,17 +130,13 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
         ("  fp32: {}", "  fp32: 5", "levels.fp32 = 5: Input should be a valid dictionary"),
         ("defaults:", "default:", "defaults: this key is missing"),
         ("schedule: constant", "schedule: linear", "recipe.schedule = 'linear': Input should be 'constant' or"),
-        (
-            "eval_tokens: 32768",
-            "eval_tokens: 32000",
-            "params.yaml:{line}: machines.gpu.eval_tokens = 32000: must be a multiple",
-        ),
+        ("eval_tokens: 32768", "eval_tokens: 32000", "{}: machines.gpu.eval_tokens = 32000: must be a multiple"),
     ],
 )
 def test_a_mistake_is_reported_with_its_place_and_what_is_allowed(tmp_path, old, new, message):
     with pytest.raises(UserError) as caught:
         load_with(tmp_path, (old, new))
-    message = message.replace("{line}", str(line_of(old)))
+    message = message.replace("{}", f"params.yaml:{line_of(old)}", 1) if message.startswith("{}") else message
     assert any(message in line and "params.yaml" in line for line in str(caught.value).splitlines()), caught.value
 
 
@@ -195,10 +154,8 @@ def test_activation_checkpointing_belongs_to_a_size_and_so_to_all_levels(tmp_pat
 
 
 def test_openai_weights_are_refused_for_a_size_that_has_none(tmp_path):
-    line = line_of("source: auto")
-    with pytest.raises(
-        UserError, match=rf"params\.yaml:{line}: pretrained\.source = openai: there are no weights for model tiny"
-    ):
+    message = f"params.yaml:{line_of('source: auto')}: pretrained.source = openai: there are no weights for model tiny"
+    with pytest.raises(UserError, match=message):
         load_with(tmp_path, ("model: gpt2 ", "model: tiny "), ("source: auto", "source: openai"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.climbing import call, get_back, read_metrics, set_param, stages_that_ran, wandb_runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("experiments")]
+pytestmark = pytest.mark.slow
 
 
 def test_two_queue_workers_run_the_queued_code_and_keep_the_shared_cache_whole(first_run, clone):

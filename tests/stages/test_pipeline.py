@@ -32,7 +32,7 @@ from helpers.climbing import (
 from helpers.wandb_server import KEY, records, serve
 from pipeline.tools import share
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.climbing import LEVELS, call, read_metrics, stages_that_ran
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("team")]
+pytestmark = pytest.mark.slow
 TRAININGS = {"overfit", "trial", *(f"train@{level}" for level in LEVELS)}
 
 
