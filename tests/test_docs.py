@@ -30,7 +30,7 @@ NOT_RUN = {
     "needs a GPU; test_gpu.py rehearses it": "make test-gpu",
     "names a process; test_ranks.py sends it a SIGTERM": "python -m pipeline.train",
     "takes minutes": "python -m pytest -m long -n 0; python experiments/memory.py; python experiments/determinism.py; "
-    "python experiments/overheads.py; python experiments/race.py; python experiments/sampling.py; "
+    "python experiments/overheads.py; python experiments/race.py; "
     "python experiments/scaling.py; python experiments/tokenizing.py; python experiments/reliability.py",
     "a column's title; the tests below it are part of the suite": "python -m pytest -n 0",
     "needs two machines; test_ranks.py starts two ranks on one": "torchrun --nnodes 2 --nproc-per-node 8 "
