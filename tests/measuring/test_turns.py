@@ -72,15 +72,6 @@ def test_networks_of_another_shape_have_their_own_parameters(weights):
     assert untied.wte.weight is not untied.lm_head.weight
 
 
-def test_the_baseline_has_a_second_arm_as_its_control():
-    params = params_with(model="tiny")
-    levels = {name: params.levels[name] for name in ("fp32", "bf16", "padded")}
-    arms = turns.build_arms(params, {**levels, "control": levels["fp32"]}, CPU, 2)
-    assert [arm.name for arm in arms] == ["fp32", "bf16", "padded", "control"]
-    assert arms[0].model is not arms[3].model
-    assert arms[0].optimizer is arms[1].optimizer is arms[3].optimizer is not arms[2].optimizer
-
-
 def test_every_arm_takes_one_step_a_round_in_a_random_order(arms):
     rounds = measure(arms, rounds=12)
     assert len(rounds) == 12
