@@ -50,9 +50,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     """Return the largest of batch_size, half of it, and so on, at which a step of each of `levels` fits into memory.
 
     A step that is predicted not to fit is not tried: a CPU refuses no memory, the system kills the process instead.
-
-    Raises:
-        UserError: not even one row fits; the message names the largest block_size that would.
+    Raise UserError if not even one row fits; the message names the largest block_size that would.
     """
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.allocates_like_cuda(device)
     micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)

@@ -102,8 +102,7 @@ def printable(text: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
-    Raises:
-        UserError: the file has no JSON object, or more than LARGEST_JSON bytes.
+    Raise UserError if the file has no JSON object, or more than LARGEST_JSON bytes.
     """
     with path.open("rb") as file:
         raw = file.read(LARGEST_JSON + 1)

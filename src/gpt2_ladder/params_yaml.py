@@ -20,8 +20,7 @@ MAX_DEPTH = 8  # ruamel.yaml takes seconds for thousands of nested lists, and ov
 def load(path: Path | str = "params.yaml") -> Params:
     """Read and validate `path`.
 
-    Raises:
-        UserError: one line a mistake, each with file, line, key, value, what is allowed, and the nearest known key.
+    Raise UserError with one line for each mistake: file, line, key, value, what is allowed, and the nearest known key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -41,10 +41,8 @@ def compare(
     """Compare the losses of level `name` with the baseline's, and judge the first `steps` of them.
 
     Rows that pad the vocabulary cost `expected` nats at step 0, when all tokens are equally likely, and less as the
-    network learns that they never occur. So a difference between 0 and `expected`, plus or minus `tolerance`, is accepted.
-
-    Raises:
-        UserError: a step differs by more; names the first such step with both losses.
+    network learns that they never occur. So a difference between 0 and `expected`, plus or minus `tolerance`, is
+    accepted. Raise UserError, with the first such step, if a step differs by more.
     """
     differences = tuple(loss - other for loss, other in zip(losses, baseline, strict=True))
     judged = differences[:steps]

@@ -92,10 +92,8 @@ def trace_step(
 ) -> Step:
     """Trace a training step of GPT(config) on `micro_batches` micro-batches of (batch_size, block_size) ids.
 
-    `cuda` traces as on an NVIDIA GPU, where AdamW updates all parameters at once, with a temporary copy of them.
-
-    Raises:
-        UserError: the step needs more than LARGEST bytes.
+    `cuda` traces as on an NVIDIA GPU, where AdamW updates all parameters at once, with a temporary copy of them. Raise
+    UserError if the step needs more than LARGEST bytes.
     """
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)

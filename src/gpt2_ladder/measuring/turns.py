@@ -134,10 +134,8 @@ def measure(
 ) -> Iterator[Round]:
     """Yield up to `rounds` rounds of the warmed-up `arms`: as many as fit into `seconds`, but at least MINIMUM_ROUNDS.
 
-    Each round uses one of `batches`, in turn, and times a bare matrix product at every precision in `matmuls`.
-
-    Raises:
-        RuntimeError: a step compiles again, so that its time would include the compilation.
+    Each round uses one of `batches`, in turn, and times a bare matrix product at every precision in `matmuls`. Raise
+    RuntimeError if a step compiles again, so that its time would include the compilation.
     """
     generator, start = random.Random(seed), time.perf_counter()
     for index, batch in zip(range(rounds), cycle(batches), strict=False):

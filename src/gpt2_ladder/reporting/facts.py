@@ -124,8 +124,7 @@ def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: 
 def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit: Metrics) -> dict[str, Any]:
     """Return everything that the templates lay out.
 
-    Raises:
-        UserError: a result is from another environment, or from a training on another number of devices.
+    Raise UserError if a result is from another environment, or from a training on another number of devices.
     """
     levels, results, gains, parity = ladder.levels, ladder.results, ladder.gains, ladder.parity
     environment, shapes, operators = ladder.environment, ladder.shapes, ladder.operators

@@ -72,10 +72,8 @@ class Checkpoints:
     def load(self) -> list[Step]:
         """Load the newest checkpoint into model, optimizer, batches and torch's generator, and return its steps.
 
-        Without a checkpoint, return no steps and change nothing.
-
-        Raises:
-            UserError: the checkpoint is damaged, or not the same for every rank.
+        Without a checkpoint, return no steps and change nothing. Raise UserError if the checkpoint is damaged, or not
+        the same for every rank.
         """
         for other in sorted({*FOLDER.glob(f"{self.name}/*")} - {self.folder}):
             print(f"{self.name}: ignoring {other}, which has other settings", flush=True)
@@ -100,7 +98,7 @@ class Checkpoints:
             self.optimizer.load_state_dict({"state": _optimizer_state(tensors), "param_groups": groups})
             torch.set_rng_state(tensors["generator"])
             steps = [_step(row) for row in tensors["steps"].tolist()]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
             reason = printable(" ".join(str(error).split()))[:500]
             fix = f"remove {self.folder} to train from the start"
             raise UserError(f"{path}: the checkpoint is damaged ({reason}); {fix}") from None

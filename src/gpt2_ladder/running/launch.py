@@ -21,10 +21,8 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT
 def on_ranks(count: int, device: str) -> bool:
     """Run this command on `count` ranks and return True; return False in a rank, or if one process is enough.
 
-    RANK and WORLD_SIZE mark a rank, whether it was started here or by the user's torchrun.
-
-    Raises:
-        UserError: this machine has too few devices, or torchrun started another number of ranks.
+    RANK and WORLD_SIZE mark a rank, whether it was started here or by the user's torchrun. Raise UserError if this
+    machine has too few devices, or torchrun started another number of ranks.
     """
     if "RANK" in os.environ:
         _check_rank(count)

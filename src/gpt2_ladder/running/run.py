@@ -122,8 +122,7 @@ def skip(job: Job, result: Mapping[str, Any]) -> None:
 def build(job: Job, params: Params, environment: Environment, micro_batch: int) -> Built:
     """Open the device, of several ranks this rank's, and put a seeded network and its optimizer on it.
 
-    Raises:
-        UserError: weights, gradients and AdamW's state do not fit into memory, or flash attention has no kernel.
+    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or flash attention has no kernel.
     """
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     if job.devices > 1:
@@ -176,10 +175,8 @@ def follow(
 ) -> list[Step]:
     """Show and record every step, save checkpoints to `saved`, and return all steps.
 
-    The first `resumed` of `steps` were taken, and saved, before an interruption.
-
-    Raises:
-        UserError: loss or gradient is not finite, or a signal stopped the training; saved checkpoints stay.
+    The first `resumed` of `steps` were taken, and saved, before an interruption. Raise UserError if loss or gradient is
+    not finite, or a signal stopped the training; saved checkpoints stay.
     """
     done: list[Step] = []
     with catch_signals(saved is not None) as caught:

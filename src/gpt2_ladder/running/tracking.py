@@ -70,10 +70,7 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     """Start a W&B run: online if there are a key and a network, else offline.
 
     WANDB_MODE, WANDB_PROJECT and WANDB_DIR override this. Return None if W&B is disabled, or print one line and return
-    None if it cannot start.
-
-    Raises:
-        UserError: WANDB_MODE is not one of MODES.
+    None if it cannot start. Raise UserError if WANDB_MODE is not one of MODES.
     """
     mode: Any = os.environ.get("WANDB_MODE")
     if mode and mode not in MODES:

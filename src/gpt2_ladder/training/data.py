@@ -38,8 +38,7 @@ def sidecar_path(shard: Path) -> Path:
 def open_shard(path: Path) -> np.memmap:
     """Check a shard and map it into memory, read-only: uint16 (tokens,).
 
-    Raises:
-        UserError: it has an odd number of bytes, an id outside GPT-2's vocabulary, or another shard's sidecar.
+    Raise UserError if it has an odd number of bytes, an id outside GPT-2's vocabulary, or another shard's sidecar.
     """
     check_shard(path)
     return np.memmap(path, dtype=DTYPE, mode="r")
@@ -107,8 +106,7 @@ class Shards:
 def open_shards(first: Path, folder: Path) -> Shards:
     """Map a corpus into memory: the shard `first` and the shards in `folder` that its manifest names.
 
-    Raises:
-        UserError: a shard or the manifest is damaged.
+    Raise UserError if a shard or the manifest is damaged.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {"shards": []}
     paths = [Path(shard["path"]) for shard in manifest["shards"]]
@@ -118,8 +116,7 @@ def open_shards(first: Path, folder: Path) -> Shards:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest in `folder`: the files that a corpus was made from, and its shards.
 
-    Raises:
-        UserError: the manifest is damaged.
+    Raise UserError if the manifest is damaged.
     """
     try:  # not files.read_json: a manifest names every file of the corpus and may be large
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -202,8 +199,7 @@ def local_rows(batches: Iterator[tuple[Tensor, Tensor]], rank: int, count: int) 
 def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Return an iterator over the batches whose targets are the first `tokens` tokens of `shard` after token 0.
 
-    Raises:
-        UserError: the shard is too short.
+    Raise UserError if the shard is too short.
     """
     if len(shard) < tokens + 1:
         raise UserError(

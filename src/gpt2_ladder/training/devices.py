@@ -22,8 +22,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a m
 def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torch.device:
     """Return the device "cuda" or "cpu" and set CPU threads, seeds and deterministic algorithms for the process.
 
-    Raises:
-        UserError: torch sees a GPU but results/environment.json has none, or the reverse.
+    Raise UserError if torch sees a GPU but results/environment.json has none, or the reverse.
     """
     torch.set_num_threads(threads)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's order; CUDA's default is fastest first
@@ -71,10 +70,8 @@ def check_count(name: str, count: int) -> None:
 def join_ranks(device: torch.device, threads: int) -> torch.device:
     """Connect the ranks that torchrun started, with NCCL on GPUs or gloo on CPUs, and return this rank's device.
 
-    The ranks of one machine share its `threads`.
-
-    Raises:
-        UserError: torchrun started more ranks here than there are GPUs.
+    The ranks of one machine share its `threads`. Raise UserError if torchrun started more ranks here than there are
+    GPUs.
     """
     local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     check_count(device.type, local_count)
@@ -120,11 +117,8 @@ def reset_peak_memory(device: torch.device) -> None:
 def keep_freed_memory(device: torch.device) -> None:
     """Make glibc keep freed memory for the next step, until the process ends; on a GPU torch already does.
 
-    By default glibc returns large buffers to the kernel when they are freed, and every step pays for new pages:
-    130,000 to 330,000 page faults a step of GPT-2 124M at B=2, T=256, against none.
-
-    Raises:
-        RuntimeError: glibc refuses.
+    By default glibc returns large buffers to the kernel when they are freed, and every step pays for new pages: 130,000
+    to 330,000 page faults a step of GPT-2 124M at B=2, T=256, against none. Raise RuntimeError if glibc refuses.
     """
     if device.type != "cpu":
         return
@@ -165,10 +159,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def attention_kernel(q: torch.Tensor) -> str:
     """Return the kernel that `scaled_dot_product_attention` takes for causal q, k and v like `q`, (B, H, T, D).
 
-    It is named as in torch.nn.attention.SDPBackend.
-
-    Raises:
-        UserError: a GPU would take the math kernel, which writes the (B, H, T, T) matrix as `eager` does.
+    It is named as in torch.nn.attention.SDPBackend. Raise UserError if a GPU would take the math kernel, which writes
+    the (B, H, T, T) matrix as `eager` does.
     """
     kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
     if kernel == "MATH" and q.device.type == "cuda":

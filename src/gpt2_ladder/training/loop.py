@@ -139,10 +139,8 @@ def train(
 
     The consumer's work (logging, writing) is not timed. If memory runs out, repeat the step with half the micro-batch
     and keep that for all later steps. With several ranks, `batches` has this rank's rows and a Step describes the whole
-    batch. `learning_rate` returns the learning rate of a step; gradients are scaled down to the norm `clip_norm`.
-
-    Raises:
-        UserError: memory runs out with one row, or on one of several ranks.
+    batch. `learning_rate` returns the learning rate of a step; gradients are scaled down to the norm `clip_norm`. Raise
+    UserError if memory runs out with one row, or on one of several ranks.
     """
     model.train()
     for index, batch in enumerate(batches, first_step):
@@ -160,8 +158,7 @@ def train(
 def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
     """Run `step` with `micro_batch` rows at a time, halved until it fits; return its result and the number of rows.
 
-    Raises:
-        UserError: memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
+    Raise UserError if memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
     """
     while True:
         try:
