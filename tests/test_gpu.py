@@ -5,8 +5,6 @@ model, which only shows that the tests themselves work; test_the_gpu_tests_can_b
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +20,7 @@ from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import devices, loop, runtime
+from helpers.climbing import call
 from helpers.common import REPOSITORY, random_ids
 from helpers.memory import Capped
 from pipeline import environment, probe
@@ -106,9 +105,8 @@ def report(request: pytest.FixtureRequest, machine: Machine) -> Iterator[dict[st
     titles = list(dict.fromkeys(title for row in rows.values() for title in row))
     lines = [" | ".join(["level", *titles]), " | ".join(["---"] * (len(titles) + 1))]
     lines += [" | ".join([name, *(row.get(title, "") for title in titles)]) for name, row in rows.items()]
-    head = (
-        f"# {'REHEARSAL on a CPU with the tiny model: ' if machine.rehearsal else ''}{machine.environment.device_name}"
-    )
+    rehearsal = "REHEARSAL on a CPU with the tiny model: " if machine.rehearsal else ""
+    head = f"# {rehearsal}{machine.environment.device_name}"
     shape = f"{machine.shape.batch_size} x {machine.shape.block_size} tokens, {machine.environment.model_dump()}"
     path = REPOSITORY / request.config.getoption("--gpu-report")
     path.write_text("\n".join([head, "", shape, "", *(f"| {line} |" for line in lines), "", *facts]) + "\n")
@@ -151,11 +149,8 @@ def test_gains_are_measured_and_no_level_exceeds_the_peak(machine, arms, report)
     noise = measurement.noise()
     report["all"]["the baseline against itself"] = str(noise)
     peaks = cost.KNOWN_PEAKS.get(machine.environment.device_name, {})
-    flops = (
-        machine.shape.batch_size
-        * machine.shape.block_size
-        * cost.flops_per_token(machine.params.size, machine.shape.block_size)
-    )
+    tokens = machine.shape.batch_size * machine.shape.block_size
+    flops = tokens * cost.flops_per_token(machine.params.size, machine.shape.block_size)
     for name, switches in machine.levels.items():
         step_ms = sorted(measurement.step_ms(name))[len(rounds) // 2]
         report[name]["ms"] = f"{step_ms:,.1f}"
@@ -273,21 +268,16 @@ def test_a_batch_that_does_not_fit_is_halved_with_the_same_loss(machine, report,
         halved = machine.losses(fp32, 3, machine.shape.batch_size)
     assert "out of memory" in capsys.readouterr().out
     expected = machine.losses(fp32, 3, machine.shape.batch_size // 2)
-    report["all"]["out of memory"] = (
-        f"halved; the loss differs by {max(abs(a - b) for a, b in zip(halved, expected, strict=True)):.1e}"
-    )
+    difference = max(abs(a - b) for a, b in zip(halved, expected, strict=True))
+    report["all"]["out of memory"] = f"halved; the loss differs by {difference:.1e}"
     assert halved == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_the_gpu_tests_can_be_rehearsed(tmp_path):
     path = tmp_path / "gpu-report.md"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-p", "no:cacheprovider", __file__, "--rehearse"]
-    result = subprocess.run(
-        [*command, "--gpu-report", str(path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout
-    assert "skipped" not in result.stdout
+    options = "-m", "gpu", "-n", "0", "-p", "no:cacheprovider", __file__, "--rehearse", "--gpu-report", str(path)
+    assert "skipped" not in call(REPOSITORY, "python", "-m", "pytest", *options)
     written = path.read_text()
     assert written.startswith("# REHEARSAL on a CPU")
     for name in ("fp32", "flash"):

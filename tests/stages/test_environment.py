@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import shutil
 from getpass import getuser
 from pathlib import Path
 
@@ -38,10 +37,7 @@ def write(path: Path, text: str) -> None:
 
 def test_the_environment_does_not_contain_the_commit():
     """Every level would be trained again after each commit."""
-    result = environment.describe()
-    assert result.threads >= 1
-    assert result.torch.startswith("2.")
-    assert "commit" not in result.model_dump()
+    assert "commit" not in environment.describe().model_dump()
 
 
 @pytest.mark.parametrize(("value", "threads"), [("7", 7), ("4,2", 4), (" 4 , 2 ", 4), ("", 4), (" ", 4), (None, 4)])
@@ -64,12 +60,10 @@ def test_an_invalid_number_of_threads_is_refused(monkeypatch, value):
         (f"processor : 0\nmodel name : X 1\n{X86}\n\nprocessor : 1\nmodel name : X 1\n{X86}\n", "X 1, amx_bf16", True),
         ("processor : 0\nmodel name : X 1\nflags : fpu avx2 avx512f avx512_bf16\n", "X 1, avx512_bf16", True),
         ("processor : 0\nmodel name : X 1\nflags : fpu avx2\n", "X 1, avx2", False),
-        ("processor : 0\nmodel name : X 1\nflags : fpu\n", "X 1", False),
         ("Features : fp asimd bf16\nmodel name : X 1\n", "X 1, bf16", True),
         ("flags\t:\n\nmodel name\t:\n\nmodel name : X 1\nflags : avx2\n\nflags :", "X 1, avx2", False),
         (BOARD, "arm, bf16", True),
         (MAINFRAME, "arm", False),
-        ("", "arm", False),
         (None, "arm", False),
     ],
 )
@@ -93,19 +87,14 @@ def test_two_hyperthreads_are_one_core(machine):
     [
         ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),  # a container under version 2
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
-        ("0::/\n", {"cpu.max": "900000 100000\n"}, 4),
         ("0::/\n", {"cpu.max": "max 100000\n"}, 4),
         ("0::/a/b\n", {"cpu.max": "max 100000", "a/cpu.max": "200000 100000", "a/b/cpu.max": "300000 100000"}, 2),
         ("0::/of/the/host\n", {"cpu.max": "100000 100000\n"}, 1),
         ("3:cpuset:/\n1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
         ("4:cpu,cpuacct:/d/1\n", {"cpu/d/1/cpu.cfs_quota_us": "210000\n", "cpu/d/1/cpu.cfs_period_us": "100000\n"}, 3),
-        ("4:cpuacct,cpu:/d/1\n", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 2),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        (
-            "2:cpuset:/a\n",
-            {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
-            4,
-        ),  # of another controller
+        # of another controller
+        ("2:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 4),
         ("", {"cpu.max": "50000 100000\n"}, 4),
     ],
 )
@@ -120,12 +109,12 @@ def test_a_containers_cpu_quota_limits_the_threads(machine, monkeypatch, cgroup,
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """A function that puts a program that prints a text first on PATH. GPUs are not hidden."""
+    """A function that puts a shell script first on PATH. GPUs are not hidden."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
-    def put(name: str, prints: str) -> None:
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
+    def put(name: str, script: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
 
     return put
@@ -135,41 +124,33 @@ def test_nvidia_smi_finds_an_nvidia_gpu(install, monkeypatch):
     monkeypatch.setattr(environment, "version", lambda _: "2.13.0")  # not the CPU's wheel
     monkeypatch.setattr(environment, "compile_problem", lambda links_torch: f"links torch: {links_torch}")
     for capability, bf16 in (("9.0", True), ("7.5", False)):
-        install("nvidia-smi", f"NVIDIA X, {capability}")
+        install("nvidia-smi", f"echo NVIDIA X, {capability}")
         result = environment.describe()
         assert (result.device, result.device_name, result.bf16) == ("cuda", "NVIDIA X", bf16)
         assert result.compile_problem == "links torch: False"  # code compiled for a GPU does not link torch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment.describe().device == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    install("nvidia-smi", "No devices were found")
+    install("nvidia-smi", "echo No devices were found")
     assert environment.describe().device == "cpu"
 
 
-def test_a_missing_compiler_is_reported():
+def test_a_missing_compiler_and_missing_python_headers_are_reported(monkeypatch, tmp_path):
     assert "no C++ compiler: 'no-such-compiler'" in (environment.compile_problem("no-such-compiler") or "")
-
-
-def test_missing_python_headers_are_reported(monkeypatch, tmp_path):
     assert environment.compile_problem() is None
     monkeypatch.setattr(environment.sysconfig, "get_path", lambda _: str(tmp_path))
     assert "Python.h is missing" in (environment.compile_problem() or "")
 
 
-def test_a_compiler_that_fails_gives_the_same_reason_each_time(monkeypatch):
-    monkeypatch.setattr(environment, "PROBE", "#include <no-such-header.h>\n")
-    first = environment.compile_problem()
-    assert "no-such-header.h" in (first or "")
-    assert environment.compile_problem() == first  # a changed reason would retrain every level
+def test_a_compiler_that_fails_gives_the_same_reason_each_time(install, monkeypatch):
+    """A changed reason would retrain every level."""
     assert environment.compile_problem("false") == "'false' cannot build a shared library: it gave no reason"
-
-
-def test_a_reason_contains_no_random_file_name(install, monkeypatch):
-    install("broken-g++", "")
-    Path(shutil.which("broken-g++") or "").write_text('#!/bin/sh\necho "/usr/bin/ld: /tmp/cc$$.o: bad" >&2; exit 1')
+    install("broken-g++", 'echo "/usr/bin/ld: /tmp/cc$$.o: bad" >&2; exit 1')
     first = environment.compile_problem("broken-g++")
     assert first == environment.compile_problem("broken-g++")
     assert first == "'broken-g++' cannot build a shared library: /usr/bin/ld: probe.o: bad"
+    monkeypatch.setattr(environment, "PROBE", "#include <no-such-header.h>\n")
+    assert "no-such-header.h" in (environment.compile_problem() or "")
 
 
 def test_a_path_that_inductor_cannot_pass_to_the_compiler_is_reported(tmp_path, monkeypatch):
@@ -208,10 +189,8 @@ def test_a_folder_that_inductor_cannot_use_is_reported(tmp_path, monkeypatch, in
     assert environment.compile_problem() == f"Inductor's folder cannot be used: Not a directory{fix}"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "made/here"))
     assert environment.compile_problem() is None
-    install("g++", "")  # its library cannot be loaded, as in a folder mounted with noexec
-    Path(shutil.which("g++") or "").write_text(
-        '#!/bin/sh\ncase $PWD in "$TORCHINDUCTOR_CACHE_DIR"/*) echo no library > probe.so;; *) false; esac'
-    )
+    # its library cannot be loaded, as in a folder mounted with noexec
+    install("g++", 'case $PWD in "$TORCHINDUCTOR_CACHE_DIR"/*) echo no library > probe.so;; *) false; esac')
     reason = "it holds libraries that cannot be loaded, as if mounted with noexec"
     assert environment.compile_problem() == f"Inductor's folder cannot be used: {reason}{fix}"
 
@@ -236,8 +215,7 @@ def test_the_compiler_is_tried_in_the_folder_that_inductor_will_use(tmp_path, mo
 
 @pytest.mark.parametrize(("given", "exported"), [("ada", "ada"), ("", "12345"), (None, "12345")])
 def test_make_sets_user_for_a_user_id_without_a_name(install, monkeypatch, given, exported):
-    install("id", "")  # as for a user id without a passwd entry
-    Path(shutil.which("id") or "").write_text("#!/bin/sh\n[ $1 = -u ] && echo 12345")
+    install("id", "[ $1 = -u ] && echo 12345")  # as for a user id without a passwd entry
     monkeypatch.delenv("USER", raising=False)
     if given is not None:
         monkeypatch.setenv("USER", given)

@@ -33,6 +33,7 @@ from helpers.wandb_server import KEY, records, serve
 from pipeline.tools import share
 
 pytestmark = pytest.mark.slow
+LOSSES = ("loss_first", "loss_last", "val_loss")
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +67,18 @@ def test_levels_are_trained_and_the_speed_levels_agree(clone):
 
 def test_the_trial_computes_what_the_fp32_level_computes(clone):
     trial, fp32 = read_metrics(clone, "trial"), read_metrics(clone, "levels/fp32")
-    for name in ("loss_first", "loss_last", "val_loss"):
-        assert trial[name] == fp32[name]
+    assert {name: trial[name] for name in LOSSES} == {name: fp32[name] for name in LOSSES}
     assert (clone / "models/trial/model.safetensors").exists()
 
 
 def test_bits_per_byte_count_the_bytes_of_the_predicted_tokens(clone, encoding):
+    tokens = [json.loads((clone / f"data/{name}.json").read_text())["tokens"] for name in ("train", "val")]
+    assert tokens == [301_966, 36_059]  # as in nanoGPT
     predicted = np.fromfile(clone / "data/val.bin", dtype="<u2")[1 : 512 + 1].tolist()
     for name in ("trial", "levels/allocator"):
         result = read_metrics(clone, name)
         bits = result["val_loss"] / math.log(2) * 512
         assert result["bits_per_byte"] == pytest.approx(bits / len(encoding.decode_bytes(predicted)))
-
-
-def test_the_shards_have_as_many_tokens_as_nanogpts(clone):
-    tokens = [json.loads((clone / f"data/{name}.json").read_text())["tokens"] for name in ("train", "val")]
-    assert tokens == [301_966, 36_059]
 
 
 def test_every_output_says_that_the_weights_are_a_stand_in(first_run, clone):
