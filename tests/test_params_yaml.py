@@ -130,6 +130,15 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
         ("  fp32: {}", "  fp32: 5", "levels.fp32 = 5: Input should be a valid dictionary"),
         ("defaults:", "default:", "defaults: this key is missing"),
         ("schedule: constant", "schedule: linear", "recipe.schedule = 'linear': Input should be 'constant' or"),
+        ("seed: 1337", "seed: " + "9" * 5000, "{}: '99999999999999999999'... is longer than any value"),
+        ("seed: 1337", "seed: 0x" + "f" * 5000, "{}: '0xffffffffffffffffff'... is longer than any value"),
+        ("seed: 1337", "seed: " + "[" * 1500, "{}: maps and lists are nested more than 8 deep"),  # overflowed the stack
+        ("seed: 1337", "seed: [" + "1," * 1000 + "1]", "{}: seed = [1, 1, 1"),
+        ("seed: 1337", "seed: !!int x", "{}: '<<', '!' and '%YAML' are not supported"),
+        ("seed: 1337", "seed: 1\n<<: {a: 1}", "'<<', '!' and '%YAML' are not supported"),
+        ("seed: 1337", "seed: 1\n'[key]': 1", ": [key]: unknown key"),  # pydantic's own name for a wrong key
+        ("seed: 1337", "seed: 2001-99-99", "not valid YAML: month must be in 1..12"),
+        ("seed: 1337", 'seed: 1\n"\\e[2J\\n": 1', r": \x1b[2J\n: unknown key"),
         ("eval_tokens: 32768", "eval_tokens: 32000", "{}: machines.gpu.eval_tokens = 32000: must be a multiple"),
     ],
 )
