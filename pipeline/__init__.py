@@ -15,7 +15,6 @@ try:
     from gpt2_ladder import config, files
     from gpt2_ladder.config import Environment, UserError
     from gpt2_ladder.files import ERROR_FILE
-    from gpt2_ladder.files import write_json as write_json
 
     version("torch"), version("ruamel.yaml")  # another environment may have pydantic, but rarely both of these
 except ModuleNotFoundError:
@@ -27,6 +26,7 @@ ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bp
 WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
 SHARDS = Path("data/shards")  # the shards of a large corpus after train.bin, and its manifest
+TRAINING_INPUTS = (TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON)  # as running.run.Inputs
 MODELS = Path("models")
 TRIAL = MODELS / "trial"
 RESULTS = Path("results")

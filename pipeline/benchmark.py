@@ -11,25 +11,13 @@ from pathlib import Path
 
 import torch
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Switches, UserError
 from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.training import data, devices, loop, runtime
-from pipeline import (
-    BENCHMARK,
-    GAINS,
-    PARITY,
-    PROFILE,
-    TRACES,
-    TRAIN_SHARD,
-    Parser,
-    read_environment,
-    read_json,
-    run,
-    write_json,
-)
+from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, Parser, read_environment, read_json, run
 
 
 def main(*arguments: str) -> None:
@@ -68,8 +56,8 @@ def main(*arguments: str) -> None:
         environment=environment,
         rounds=measured,
     )
-    write_json(BENCHMARK, measurement.model_dump())
-    write_json(GAINS, summary.summarize(params, levels, measurement))
+    files.write_json(BENCHMARK, measurement.model_dump())
+    files.write_json(GAINS, summary.summarize(params, levels, measurement))
 
 
 def read_levels() -> tuple[dict[str, Switches], int]:
@@ -116,7 +104,7 @@ def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.de
         for arm in arms
         if arm.name != CONTROL
     }
-    write_json(PROFILE, {name: [asdict(operator) for operator in costs] for name, costs in operators.items()})
+    files.write_json(PROFILE, {name: [asdict(operator) for operator in costs] for name, costs in operators.items()})
 
 
 def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[profiling.Operator]:

@@ -15,9 +15,9 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Literal
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Environment, UserError
-from pipeline import ENVIRONMENT, run, write_json
+from pipeline import ENVIRONMENT, run
 
 PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
@@ -34,7 +34,7 @@ def main() -> None:
         name = f"{environment.device_name} (rehearsal of a GPU's shape)"
         environment = environment.model_copy(update={"device_name": name})
     print(f"{environment.device}: {environment.device_name}, {environment.threads} threads, torch {environment.torch}")
-    write_json(ENVIRONMENT, environment.model_dump())
+    files.write_json(ENVIRONMENT, environment.model_dump())
 
 
 def warn_about_git() -> None:

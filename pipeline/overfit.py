@@ -6,11 +6,11 @@ Every level depends on the result, so nothing trains on a broken network.
 import math
 from itertools import repeat
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.running.run import Job, build, describe, follow, open_tracker
 from gpt2_ladder.training import data, devices, loop
-from pipeline import RESULTS, TRAIN_SHARD, read_environment, run, write_json
+from pipeline import RESULTS, TRAIN_SHARD, read_environment, run
 
 LEVEL = "untied"
 FIRST_LOSS_TOLERANCE = 0.3  # PyTorch's default init is a little worse than uniform: 10.98, and ln(50257) = 10.825
@@ -30,7 +30,7 @@ def main() -> None:
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}
         tracker.summarize(result)
         check(losses[0], losses[-1], level.vocab_size, params.size.overfit_loss)
-    write_json(RESULTS / "overfit.json", result)
+    files.write_json(RESULTS / "overfit.json", result)
 
 
 def check(loss_first: float, loss_last: float, vocab_size: int, bound: float) -> None:

@@ -6,11 +6,11 @@ The benchmark then measures the levels listed in results/parity.json.
 import csv
 from dataclasses import asdict
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Level, UserError
 from gpt2_ladder.measuring import loss_parity
 from gpt2_ladder.training.runtime import PRECISIONS
-from pipeline import PARITY, RESULTS, read_environment, read_metrics, run, write_json
+from pipeline import PARITY, RESULTS, read_environment, read_metrics, run
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         levels[name] = {"switches": level.model_dump(), **asdict(parity)}
     micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark's, for all levels
     content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}
-    write_json(PARITY, {**content, "levels": levels})
+    files.write_json(PARITY, {**content, "levels": levels})
 
 
 def check_matmul_precision(name: str, level: Level, recorded: str) -> None:

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPTConfig, Params, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.training import devices, loop, runtime
-from pipeline import PROBE, read_environment, run, write_json
+from pipeline import PROBE, read_environment, run
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def main() -> None:
     }
     micro_batch = find_micro_batch(params, levels, device)
     print(f"probe: {micro_batch} of {params.shape('speed').batch_size} rows at a time", flush=True)
-    write_json(PROBE, {"micro_batch": micro_batch})
+    files.write_json(PROBE, {"micro_batch": micro_batch})
 
 
 def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: torch.device) -> int:

@@ -5,7 +5,7 @@ from gpt2_ladder.config import Params, Recipe, UserError
 from gpt2_ladder.running.run import Inputs, Job
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.training import devices
-from pipeline import ENCODER_JSON, PROBE, RESULTS, SHARDS, TRAIN_SHARD, VAL_SHARD, read_environment, read_json, run
+from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_environment, read_json, run
 
 
 def main(*names: str) -> None:
@@ -18,7 +18,7 @@ def main(*names: str) -> None:
     job = make_job(params, name)
     quality = params.levels[name].group == "quality"
     micro_batch = job.shape.batch_size if quality else read_json(PROBE)["micro_batch"]
-    run_job(job, params, environment, Inputs(TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON), micro_batch)
+    run_job(job, params, environment, Inputs(*TRAINING_INPUTS), micro_batch)
 
 
 def make_job(params: Params, name: str) -> Job:

@@ -9,24 +9,13 @@ from gpt2_ladder.running.run import Inputs, Job
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training import devices
-from pipeline import (
-    ENCODER_JSON,
-    PROBE,
-    RESULTS,
-    SHARDS,
-    TRAIN_SHARD,
-    TRIAL,
-    VAL_SHARD,
-    read_environment,
-    read_json,
-    run,
-)
+from pipeline import PROBE, RESULTS, TRAINING_INPUTS, TRIAL, read_environment, read_json, run
 
 
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
     devices.check_machine(params.machine, params.rehearsal, environment)
-    inputs, micro_batch = Inputs(TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON), read_json(PROBE)["micro_batch"]
+    inputs, micro_batch = Inputs(*TRAINING_INPUTS), read_json(PROBE)["micro_batch"]
     if not run_job(make_job(params), params, environment, inputs, micro_batch, keep):
         shutil.rmtree(TRIAL, ignore_errors=True)
         TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save

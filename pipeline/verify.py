@@ -13,7 +13,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format, pretrained
 from gpt2_ladder.training import data, devices, tokenizer
 from gpt2_ladder.using import verification
-from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run, write_json
+from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
 SAMPLES, TOP_K = 5, 50
@@ -52,7 +52,7 @@ def main() -> None:
     samples = "\n".join(lines)
     print(samples, flush=True)
     files.write(RESULTS / "samples.txt", samples + "\n")
-    write_json(
+    files.write_json(
         RESULTS / "verify.json",
         {
             "weights": "stand-in" if stand_in else "openai",

@@ -17,11 +17,12 @@ from filelock import FileLock
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Params
+from gpt2_ladder.files import write_json
 from gpt2_ladder.sources import downloads
 from gpt2_ladder.training import data, tokenizer
 from helpers import climbing, faulty_server
 from helpers.common import REPOSITORY, link_encoding
-from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, write_json
+from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD
 from pipeline import environment as environment_stage
 from pipeline.download import PINNED
 

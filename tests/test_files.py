@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from gpt2_ladder.measuring.profiling import profile_step
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
@@ -24,7 +25,7 @@ from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY, tiny
-from pipeline import report, write_json
+from pipeline import report
 
 
 def picture() -> alt.Chart:

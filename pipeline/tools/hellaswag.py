@@ -5,13 +5,13 @@ Not a stage of `dvc repro`: the first call downloads 12 MB from GitHub; all ques
 
 from pathlib import Path
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.sources.downloads import Url
 from gpt2_ladder.training import devices, tokenizer
 from gpt2_ladder.using import grading
-from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, check_weights, read_environment, run, write_json
+from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, check_weights, read_environment, run
 
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
@@ -48,7 +48,7 @@ def main(*arguments: str) -> None:
                 f"acc_norm {acc_norm:.4f} [{norm_bounds[0]:.4f}, {norm_bounds[1]:.4f}]",
                 flush=True,
             )
-    write_json(
+    files.write_json(
         RESULTS / "hellaswag.json",
         {
             "model": str(args.model),

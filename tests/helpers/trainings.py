@@ -7,10 +7,10 @@ from pathlib import Path
 from gpt2_ladder.config import Params
 from gpt2_ladder.model import GPT
 from gpt2_ladder.running import run
-from pipeline import ENCODER_JSON, PROBE, SHARDS, TRAIN_SHARD, VAL_SHARD, read_environment, read_json, trial
+from pipeline import PROBE, TRAINING_INPUTS, read_environment, read_json, trial
 from pipeline import train as train_stage
 
-INPUTS = run.Inputs(TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON)
+INPUTS = run.Inputs(*TRAINING_INPUTS)
 
 
 def train(

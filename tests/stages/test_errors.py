@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from gpt2_ladder.config import UserError
-from pipeline import read_environment, run, write_json
+from gpt2_ladder.files import write_json
+from pipeline import read_environment, run
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_one():

@@ -9,11 +9,12 @@ from pathlib import Path
 import altair as alt
 import pytest
 
+from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
 from gpt2_ladder.sources import hub_format
 from helpers.common import REPOSITORY, link_encoding, put_corpus, tiny
-from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus, write_json
+from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus
 
 KIB = 1024
 FULL = r"^error: the disk is full \(0\.0 GiB free in {}\): .*; free some space there and run `dvc repro` again$"

@@ -7,8 +7,9 @@ import pytest
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from helpers.common import environment, params_with
-from pipeline import ENVIRONMENT, parity, write_json
+from pipeline import ENVIRONMENT, parity
 
 
 def metrics_of(level: str) -> Path:

@@ -4,8 +4,9 @@ import pytest
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from helpers.common import REPOSITORY, environment, measurement, params_with
-from pipeline import BENCHMARK, ENVIRONMENT, write_json
+from pipeline import BENCHMARK, ENVIRONMENT
 from pipeline.tools import compare, plan
 
 

@@ -9,13 +9,14 @@ import pytest
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from gpt2_ladder.running.run import follow
 from gpt2_ladder.training import data, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
 from helpers.trainings import train
-from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, write_json
+from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit
 from pipeline import train as train_stage
 
 

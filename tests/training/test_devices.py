@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ladder import files
 from gpt2_ladder.config import Switches, UserError
+from gpt2_ladder.files import write_json
 from gpt2_ladder.training import devices
 from helpers.common import REPOSITORY, environment
-from pipeline import ENVIRONMENT, TRIAL, read_environment, write_json
+from pipeline import ENVIRONMENT, TRIAL, read_environment
 from pipeline import environment as environment_stage
 
 CPU = torch.device("cpu")

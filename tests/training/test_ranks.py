@@ -18,13 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.running import checkpoints, launch
 from gpt2_ladder.running import run as run_module
 from gpt2_ladder.training import data, devices, loop, ranks, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY, random_ids, tiny
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, trial, write_json
+from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, trial
 
 STEPS = 8
 pytestmark = pytest.mark.slow

@@ -12,11 +12,12 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import hub_format, pretrained
 from gpt2_ladder.using import grading
 from helpers.common import REPOSITORY, environment, link_encoding, tiny
-from pipeline import ENVIRONMENT, write_json
+from pipeline import ENVIRONMENT
 from pipeline.tools import hellaswag as command
 
 CPU = torch.device("cpu")

@@ -9,11 +9,12 @@ import torch
 from huggingface_hub import constants
 
 from gpt2_ladder import files, params_yaml
+from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format, pretrained
 from helpers import fake_hub
 from helpers.common import REPOSITORY, environment, link_encoding, random_ids, tiny
-from pipeline import ENVIRONMENT, run, write_json
+from pipeline import ENVIRONMENT, run
 from pipeline.tools import sample as command
 
 

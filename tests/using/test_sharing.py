@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, p
 
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
+from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.using import sharing
 from gpt2_ladder.using.verification import RELATIVE_TOLERANCE
 from helpers.common import REPOSITORY, random_ids, tiny
-from pipeline import write_json
 from pipeline.tools import share
 
 TEXT = "Hello  world,\n\n\tnaïve e\u0301 東京 🎉\u00a0don't <|endoftext|> Next<|endoftext|>  \x00\r\n 'll 123 "
