@@ -38,7 +38,7 @@ def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], 
     """Return one row per level with parameters, losses and training speed, then the trial's row if it is given."""
     rows = [[name, change, *_training_cells(results[name])] for name, change in _changes(levels).items()]
     titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
-    return [titles, *rows, *([["trial", "the knobs of params.yaml", *_training_cells(trial)]] if trial else [])]
+    return [titles, *rows, *([["trial", "as set in params.yaml", *_training_cells(trial)]] if trial else [])]
 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
