@@ -23,7 +23,7 @@ docs/GPU.md shows the errors of both predictions."""
 def main(*arguments: str) -> None:
     params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.tools.plan", description=__doc__)
-    parser.add_argument("--memory", help="plan for a GPU with this much free memory, such as 24GiB")
+    parser.add_argument("--memory", metavar="SIZE", help="plan for a GPU with this much free memory, such as 24GiB")
     memory = parser.parse_args(arguments).memory
     if memory is not None:
         cuda, free, where = True, parse_memory(memory), f"an NVIDIA GPU with {memory} free"

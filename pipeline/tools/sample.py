@@ -93,8 +93,8 @@ def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="number of texts, by default 1")
     parser.add_argument("--length", type=int, default=100, help="new tokens of each text, by default 100")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token; by default 1")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest tokens, by default 50")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach probability P")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the TOP_K likeliest tokens, by default 50")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=seed, help="by default the seed in params.yaml")
     args = parser.parse_args(arguments)
     for option, valid, allowed in (

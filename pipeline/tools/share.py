@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+from gpt2_ladder.reporting.facts import templates
 from gpt2_ladder.running.run import describe
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, tokenizer
@@ -51,18 +52,16 @@ def main(*arguments: str) -> None:
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
     if args.trim:
         model = sharing.trimmed(model)
-    card = sharing.card(
-        {
-            "name": args.folder.resolve().name,
-            "config": model.config,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "padding": 0 if args.trim else padding,
-            "trimmed": args.trim and padding > 0,
-            "run": facts,
-            "source": downloads.read_provenance(*hub_format.weight_files(args.model)),
-        }
+    card = templates.get_template("card.md").render(
+        name=args.folder.resolve().name,
+        config=model.config,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        padding=0 if args.trim else padding,
+        trimmed=args.trim and padding > 0,
+        run=facts,
+        source=downloads.read_provenance(*hub_format.weight_files(args.model)),
     )
-    sharing.write_folder(args.folder, model, card, ENCODER_JSON, VOCAB_BPE)
+    sharing.write_folder(args.folder, model, card + "\n", ENCODER_JSON, VOCAB_BPE)
     print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
     print(f"Read {args.folder / sharing.CARD} and choose a license at its top. Then publish the folder:")
     name, folder = shlex.quote(args.folder.resolve().name), shlex.quote(str(args.folder))

@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.reporting.facts import templates
 from gpt2_ladder.sources import hub_format
 
 END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
@@ -28,11 +26,6 @@ def trimmed(model: GPT) -> GPT:
     if model.config.tie_weights:
         shorter.wte.weight = shorter.lm_head.weight
     return shorter
-
-
-def card(facts: Mapping[str, Any]) -> str:
-    """Return the model card: a header for the hub, then `facts` in words."""
-    return templates.get_template("card.md").render(**facts) + "\n"
 
 
 def check_target(folder: Path) -> None:
