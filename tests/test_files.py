@@ -123,17 +123,6 @@ def test_only_these_modules_write_without_files_write():
     assert names == {f"{name}.py" for name in known | {"pretrained", "profiling", "tracking"}}
 
 
-def test_a_reader_sees_the_whole_old_or_the_whole_new_file(tmp_path):
-    path = tmp_path / "gains.json"
-    files.write(path, "old")
-    with path.open() as reader, files.replacing(path) as (temporary,):
-        temporary.write_text("half")
-        assert path.read_text() == "old"
-        temporary.write_text("whole")
-        assert reader.read() == "old"
-    assert path.read_text() == "whole"
-
-
 def test_two_files_change_together_or_not_at_all(tmp_path):
     first, second = tmp_path / "train.json", tmp_path / "train.bin"
     first.write_text("old")

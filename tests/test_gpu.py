@@ -181,8 +181,8 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
         block_size = machine.shape.block_size
         step = planning.trace_step(network, switches.precision, rows, block_size, cuda, pieces)
         # the weights of all arms are allocated before, so only the growth counts
-        held = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
-        predicted = before + step.peak_bytes / 2**20 - held
+        weights_mib = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
+        predicted = before + step.peak_bytes / 2**20 - weights_mib
         report[arm.name]["peak MiB, predicted"] = f"{measured:,.0f}, {predicted:,.0f}"
         if not machine.rehearsal:
             assert measured < 1.05 * predicted

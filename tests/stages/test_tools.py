@@ -38,7 +38,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(tmp_path, monkeypatch, capsys):
-    levels = {name: params_with().levels[name] for name in ("init", "fp32", "flash")}
+    levels = {name: params_with().levels[name] for name in ("init", "fp32")}
     params = params_with(model="tiny", levels=levels)
     monkeypatch.setattr(params_yaml, "load", lambda: params)
     monkeypatch.chdir(tmp_path)
@@ -47,7 +47,7 @@ def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(tmp_path
         plan.main(*arguments)
         table = capsys.readouterr().out
         assert title in table
-        assert [name for name in levels if f" {name} " in table] == ["fp32", "flash"]  # the speed levels
+        assert [name for name in levels if f" {name} " in table] == ["fp32"]  # not the quality level
     assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
     for memory in ("much", "", "24", f"{10**400}GiB"):
         with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, as in 24GiB"):
