@@ -13,16 +13,21 @@ from helpers.climbing import call
 from helpers.common import REPOSITORY
 from pipeline import run
 
-STAGES = sorted(path.stem for path in REPOSITORY.glob("pipeline/*.py") if "run(main)" in path.read_text())
+MODULES = sorted(
+    ".".join(path.relative_to(REPOSITORY / "pipeline").with_suffix("").parts)
+    for path in REPOSITORY.glob("pipeline/**/*.py")
+    if "run(main)" in path.read_text()
+)
 
 
 @pytest.mark.parametrize(
     ("command", "python_path", "module"),
     [
-        *((["-m", f"pipeline.{name}", "bf16"], "", name) for name in STAGES),
+        *((["-m", f"pipeline.{name}", "bf16"], "", name) for name in MODULES),
         (["-mpipeline.train", "bf16"], "", "train"),
         (["-S", "-m", "pipeline.train", "bf16"], "src", "train"),  # -S: no installed packages, no environment
-        *(([f"pipeline/{name}.py", "bf16"], path, name) for name in ("environment", "train") for path in ("", "src")),
+        *((["pipeline/train.py", "bf16"], path, "train") for path in ("", "src")),
+        *((["pipeline/tools/plan.py", "bf16"], path, "tools.plan") for path in ("", "src")),
     ],
 )
 def test_a_stage_that_is_started_wrong_prints_the_command_that_works(command, python_path, module):
@@ -34,7 +39,7 @@ def test_a_stage_that_is_started_wrong_prints_the_command_that_works(command, py
     assert result.returncode == 1
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_stage_without_arguments_refuses_them(monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [f"pipeline/{name}.py"])
     main = importlib.import_module(f"pipeline.{name}").main
