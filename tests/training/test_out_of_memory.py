@@ -1,8 +1,10 @@
-"""Memory runs out by injection, past a cap on live storage, and once for real: the loss curve does not notice."""
+"""When memory runs out, the micro-batch is halved and the loss curve stays the same; the probe finds what fits."""
 
-import json
+import os
+import resource
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.running.run import build
 from gpt2_ladder.training import devices, loop, runtime
-from helpers import processes
 from helpers.common import REPOSITORY, environment, random_ids, tiny
 from helpers.memory import Capped
 from pipeline import probe
@@ -26,7 +27,7 @@ BATCHES = [(random_ids(B, T, seed=2 * i), random_ids(B, T, seed=2 * i + 1)) for 
 
 
 def train(memory: Capped | None = None, micro_batch: int = B, before_step: dict | None = None):
-    """Train STEPS steps, the cap changed before the steps named in `before_step`; return steps and weights."""
+    """Train on BATCHES, with the cap `before_step[i]` from step i on, and return the steps and the weights."""
     model = GPT(tiny())
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
     autocast = runtime.set_precision("fp32", CPU)
@@ -40,89 +41,87 @@ def train(memory: Capped | None = None, micro_batch: int = B, before_step: dict 
 
 
 def peak(micro_batch: int) -> int:
-    """The most bytes that a training with this micro-batch has alive."""
+    """Return the peak of live bytes in a training with this micro-batch."""
     memory = Capped(float("inf"))
     train(memory, micro_batch)
     return memory.peak
 
 
+def assert_same(result, expected) -> None:
+    """Compare steps and weights of two trainings that differ in the order of their float32 sums."""
+    # five steps of AdamW at 1e-2 turn 1e-7 of a gradient into at most 1e-5 of a weight
+    assert [step.loss for step in result[0]] == pytest.approx([step.loss for step in expected[0]], abs=1e-5)
+    torch.testing.assert_close(result[1], expected[1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("micro_batch", [4, 3, 1])
-def test_accumulated_gradients_train_as_the_whole_batch_does(micro_batch):
-    (whole, weights), (parts, others) = train(), train(micro_batch=micro_batch)
-    assert [step.micro_batch for step in parts] == [micro_batch] * STEPS
-    # float32: another order of sums; five steps of AdamW at 1e-2 make 1e-7 of a gradient at most 1e-5 of a weight
-    assert [step.loss for step in parts] == pytest.approx([step.loss for step in whole], abs=1e-5)
-    torch.testing.assert_close(others, weights, rtol=0, atol=1e-4)
+def test_accumulated_gradients_train_like_the_whole_batch(micro_batch):
+    parts = train(micro_batch=micro_batch)
+    assert [step.micro_batch for step in parts[0]] == [micro_batch] * STEPS
+    assert_same(parts, train())
 
 
-def test_a_gradient_that_is_not_scaled_by_its_share_would_be_found(monkeypatch):
-    (whole, _), split = train(), loop.split
+def test_an_unscaled_gradient_of_a_micro_batch_would_be_noticed(monkeypatch):
+    whole, split = train(), loop.split
     monkeypatch.setattr(loop, "split", lambda batch, rows: ((x, y, 1.0) for x, y, _ in split(batch, rows)))
-    wrong, _ = train(micro_batch=4)
-    assert [step.loss for step in wrong] != pytest.approx([step.loss for step in whole], abs=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(train(micro_batch=4), whole)
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(capsys):
     memory = Capped((peak(4) + peak(2)) / 2)
-    steps, _ = train(memory)
+    halved = train(memory)
     assert memory.refused == 2  # 8 rows, 4 rows
-    assert [step.micro_batch for step in steps] == [2] * STEPS
-    assert [step.loss for step in steps] == pytest.approx([step.loss for step in train()[0]], abs=1e-5)
-    assert [step.step for step in steps] == list(range(STEPS))
-    assert "out of memory with 8 rows at a time, trying 4 (CUDA out of memory" in capsys.readouterr().out
+    assert [step.micro_batch for step in halved[0]] == [2] * STEPS
+    assert [step.step for step in halved[0]] == list(range(STEPS))
+    assert_same(halved, train())
+    assert "out of memory with 8 rows at a time, continuing with 4 (CUDA out of memory" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_in_the_middle_halves_from_there_on():
-    steps, weights = train(Capped(float("inf")), before_step={3: (peak(8) + peak(4)) / 2})
-    assert [step.micro_batch for step in steps] == [8, 8, 8, 4, 4]
-    whole, others = train()
-    assert [step.loss for step in steps] == pytest.approx([step.loss for step in whole], abs=1e-5)
-    torch.testing.assert_close(weights, others, rtol=0, atol=1e-4)
+def test_memory_that_runs_out_later_halves_the_later_steps_only():
+    halved = train(Capped(float("inf")), before_step={3: (peak(8) + peak(4)) / 2})
+    assert [step.micro_batch for step in halved[0]] == [8, 8, 8, 4, 4]
+    assert_same(halved, train())
 
 
-def test_nothing_is_kept_of_the_step_that_did_not_fit(monkeypatch):
-    """Counted from the second attempt on."""
+def test_the_step_that_did_not_fit_leaves_nothing_in_memory(monkeypatch):
     memory = Capped((peak(8) + peak(4)) / 2)
+    # restart the measurement at the second attempt
     monkeypatch.setattr(loop, "reset_peak_memory", lambda _: setattr(memory, "peak", memory.live))
     train(memory)
     assert memory.refused == 1
     assert memory.peak <= peak(4)
 
 
-def test_an_error_kept_with_its_traceback_would_be_found(monkeypatch):
-    """It pins the activations of the step that did not fit, so that no smaller one fits either."""
-    kept: list[Exception] = []
-    monkeypatch.setattr(loop, "is_out_of_memory", lambda error: kept.append(error) or True)
+def test_keeping_the_error_would_keep_the_activations(monkeypatch):
+    """The traceback holds the activations of the step that did not fit, so no smaller one would fit either."""
+    errors: list[Exception] = []
+    monkeypatch.setattr(loop, "is_out_of_memory", lambda error: errors.append(error) or True)
     with pytest.raises(UserError, match="out of memory with one row"):
         train(Capped((peak(8) + peak(4)) / 2))
 
 
 def test_one_row_that_does_not_fit_is_an_error():
-    with pytest.raises(UserError, match=r"out of memory with one row at a time \(CUDA out of memory.*`make plan` says"):
+    with pytest.raises(UserError, match=r"with one row at a time \(CUDA out of memory.*`make plan` shows what fits"):
         train(Capped(peak(1) / 2))
 
 
-def test_the_optimizers_step_is_never_taken_twice(monkeypatch):
-    """Half of the parameters may be updated when memory runs out there: no smaller micro-batch mends that."""
-    memory = Capped(float("inf"))
+def test_the_optimizers_step_is_never_repeated(monkeypatch):
+    """If memory runs out there, some of the parameters may be updated already."""
+    memory, make = Capped(float("inf")), loop.make_optimizer
 
-    def full_from_here(*_: object) -> None:
-        memory.cap = memory.live
-
-    make = loop.make_optimizer
-
-    def make_optimizer(*arguments: object) -> torch.optim.Optimizer:
-        optimizer = make(*arguments)
-        optimizer.register_step_pre_hook(full_from_here)
+    def make_optimizer(*args: object) -> torch.optim.Optimizer:
+        optimizer = make(*args)
+        optimizer.register_step_pre_hook(lambda *_: setattr(memory, "cap", memory.live))
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", make_optimizer)
-    with pytest.raises(UserError, match="out of memory in the optimizer's step, which no smaller micro-batch makes"):
+    with pytest.raises(UserError, match="out of memory in the optimizer's step, which no smaller micro-batch helps"):
         train(memory)
     assert memory.refused == 1
 
 
-def test_another_error_is_no_reason_to_halve(monkeypatch):
+def test_other_errors_do_not_halve_the_micro_batch(monkeypatch):
     monkeypatch.setattr(loop, "accumulate", lambda *_: torch.ones(2, 3) @ torch.ones(2, 3))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         train()
@@ -134,61 +133,53 @@ def tiny_params(block_size: int = 64) -> config.Params:
     return params.model_copy(update={"model": "tiny", "machines": {"cpu": shape}})
 
 
-LEVELS = {name: tiny_params().levels[name] for name in ("fp32", "bf16", "flash", "padded")}
+LEVELS = {name: tiny_params().levels[name] for name in ("fp32", "bf16", "padded")}
 
 
 def need(rows: int, block_size: int = 64) -> int:
-    """What the fp32 level takes that accumulates so many rows at a time, with the padded level's weights beside it."""
+    """Return the bytes of an fp32 step with `rows` rows at a time, plus the weights of the padded level."""
     params = tiny_params()
     step = planning.trace_step(params.gpt(LEVELS["fp32"]), "fp32", rows, block_size, False, micro_batches=2)
     return step.peak_bytes + count_bytes(params.gpt(LEVELS["padded"]), 4)
 
 
-def test_the_probe_keeps_the_whole_batch_where_it_fits():
-    assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) == 8
-
-
-def test_the_probe_finds_one_micro_batch_for_all_levels_by_taking_a_step():
+def test_the_probe_returns_the_whole_batch_or_a_smaller_one_that_fits():
     everything = Capped(float("inf"))
     with everything:
-        probe.find_micro_batch(tiny_params(), LEVELS, CPU)
+        assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) == 8
     memory = Capped(everything.peak * 0.8)
     with memory:
         assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) < 8
     assert memory.refused
 
 
-def test_the_probe_does_not_try_what_is_predicted_not_to_fit(monkeypatch):
+def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda _: need(4))
-    tried = []
-    step = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *call: tried.append(call[-1]) or step(*call))
+    tried, step = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: tried.append(args[-1]) or step(*args))
     assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) <= 4
     assert max(tried) <= 4
 
 
-@pytest.mark.parametrize("free", ["row", "nothing"])
-def test_a_probe_that_fails_says_what_would_fit(monkeypatch, free):
-    memory = need(1, 32) if free == "row" else 1000
-    monkeypatch.setattr(devices, "free_memory", lambda _: memory)
-    mend = "machines.cpu.block_size: 32 would fit" if free == "row" else "not even one token would fit"
-    with pytest.raises(UserError, match=f"level 'fp32', 0.[01] GiB free: one row is predicted to be too much; {mend}"):
-        probe.find_micro_batch(tiny_params(), LEVELS, CPU)
+def test_a_failed_probe_reports_the_block_size_that_would_fit(monkeypatch):
+    for free, fix in (
+        (need(1, 32), "machines.cpu.block_size: 32 would fit"),
+        (1000, "not even one token would fit: free memory, or set model: tiny"),
+    ):
+        monkeypatch.setattr(devices, "free_memory", lambda _, free=free: free)
+        message = f"level 'fp32', 0.[01] GiB free: one row is predicted to be too much; {fix}"
+        with pytest.raises(UserError, match=message):
+            probe.find_micro_batch(tiny_params(), LEVELS, CPU)
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_networks_bytes_are_counted_without_making_it(tied, attention):
+def test_the_bytes_of_a_network_are_computed_from_its_config(tied, attention):
     model = GPT(tiny(tie_weights=tied, attention=attention))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     masks = sum(buffer.numel() for buffer in model.buffers())  # bool
     assert count_bytes(model.config, 3) == 3 * 4 * parameters + masks
     assert (masks > 0) == (attention == "eager")
-
-
-def params_of(**sizes: int) -> config.Params:
-    size = params_yaml.load(REPOSITORY / "params.yaml").models["tiny"].model_copy(update=sizes)
-    return tiny_params().model_copy(update={"models": {"tiny": size}})
 
 
 @pytest.mark.parametrize(
@@ -199,50 +190,42 @@ def params_of(**sizes: int) -> config.Params:
         (50257, {"n_positions": 10**9}, r"2,000,001,024\.1"),  # two masks of 10**18 bytes
     ],
 )
-def test_sizes_that_no_memory_holds_are_refused_with_what_they_need(monkeypatch, vocab_size, sizes, need):
-    params = params_of(**sizes)
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch, vocab_size, sizes, need):
+    params = tiny_params()
+    params = params.model_copy(update={"models": {"tiny": params.size.model_copy(update=sizes)}})
     level = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
     job = replace(train_stage.make_job(params, "fp32"), switches=level)
     monkeypatch.setattr(devices, "free_memory", lambda _: 24 * 10**9)
-    monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("memory was taken for the network"))
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("built the network"))
     message = rf"training tiny with vocab_size {vocab_size} needs {need} GB of memory, 24\.0 GB are free: free"
     with pytest.raises(UserError, match=message):
         build(job, params, environment(), 2)
 
 
-def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made():
+def test_a_batch_larger_than_the_memory_is_refused_before_it_is_made():
     params = tiny_params()
     shape = params.machines["cpu"].model_copy(update={"batch_size": 10**12})
-    with pytest.raises(
-        UserError, match=r"level 'fp32', .*: a step of 1000000000000 x 64 tokens, .* takes over [0-9,]+ GiB"
-    ):
+    message = r"level 'fp32', .*: a step of 1000000000000 x 64 tokens, .* takes over [0-9,]+ GiB"
+    with pytest.raises(UserError, match=message):
         probe.find_micro_batch(params.model_copy(update={"machines": {"cpu": shape}}), LEVELS, CPU)
 
 
-REALLY = """
-import json, resource, sys
-import torch
-from gpt2_ladder.config import AdamW
-from gpt2_ladder.model import GPT
-from gpt2_ladder.training import loop, runtime
-from helpers.common import random_ids, tiny
-CPU, SETTINGS = torch.device("cpu"), AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-model = GPT(tiny(n_positions=256, vocab_size=50257, n_embd=64))
-optimizer = loop.make_optimizer(model, 1e-3, SETTINGS)
-batch = random_ids(16, 256), random_ids(16, 256, seed=1)
-autocast = runtime.set_precision("fp32", CPU)
-loop.train_step(model, optimizer, batch, autocast, CPU, 1)
-address_space = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (address_space + 800 * 2**20, -1))  # 16 rows of float32 logits: 785 MiB each
-print(json.dumps([(s.loss, s.micro_batch) for s in loop.train(model, optimizer, [batch], autocast, CPU, 16)]))
-"""
-
-
-@pytest.mark.slow
-def test_a_cpu_that_refuses_memory_halves_too():
-    output = processes.run(REALLY)
-    ((loss, micro_batch),) = json.loads(output.splitlines()[-1])
-    assert 1 <= micro_batch < 16
-    assert 10 < loss < 12
-    assert "on with 8" in output
+def test_a_cpu_that_refuses_memory_halves_the_micro_batch(capsys):
+    model = GPT(tiny(vocab_size=50257, n_positions=128))
+    optimizer = loop.make_optimizer(model, 1e-3, SETTINGS)
+    batch = random_ids(8, 128), random_ids(8, 128, seed=1)
+    autocast = runtime.set_precision("fp32", CPU)
+    loop.train_step(model, optimizer, batch, autocast, CPU, 1)
+    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    # room for one copy of the float32 logits, 8 * 128 * 50257 * 4 bytes; a step needs several
+    resource.setrlimit(resource.RLIMIT_AS, (address_space + 200 * 2**20, before[1]))
+    try:
+        (step,) = loop.train(model, optimizer, [batch], autocast, CPU, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert 1 <= step.micro_batch < 8
+    assert 10 < step.loss < 12
+    output = capsys.readouterr().out
+    assert "continuing with 4" in output
     assert "can't allocate memory" in output
