@@ -16,12 +16,12 @@ from experiments import pages
 # fault; what it may cost, as the tests check; tests
 ROWS = [
     ("SIGKILL at a random moment of a training", "the steps since its last checkpoint, which are repeated bit for bit",
-     "tests/running/test_checkpoints.py -k fifty_random"),
+     "tests/running/test_checkpoints.py -k killed_training"),
     ("SIGTERM or Ctrl-C in a step", "nothing", "tests/running/test_checkpoints.py -k signal_ends"),
     ("a checkpoint with a flipped bit, cut, missing or half-written", "the checkpoint: refused by name, or ignored",
-     "tests/running/test_checkpoints.py -k 'damaged or being_written'"),
+     "tests/running/test_checkpoints.py -k 'damaged or half_written'"),
     ("a loss or gradient that is not finite", "the steps since the last good checkpoint",
-     "tests/running/test_checkpoints.py tests/stages/test_train.py -k no_number"),
+     "tests/running/test_checkpoints.py tests/stages/test_train.py -k 'not_finite or no_number'"),
     ("SIGKILL or an error while an output is replaced", "the new output; the previous one is intact",
      "tests/test_files.py -k 'kill_while or change_together or disk_is_full'"),
     ("a disk that fills up (tmpfs)", "the new output; the previous one is intact", "tests/stages/test_full_disk.py"),

@@ -9,21 +9,15 @@ from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiktoken
 import torch
 from filelock import FileLock
 
-from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Params
-from gpt2_ladder.files import write_json
 from gpt2_ladder.sources import downloads
-from gpt2_ladder.training import data, tokenizer
-from helpers import climbing, faulty_server
-from helpers.common import REPOSITORY, link_encoding
-from pipeline import ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD
-from pipeline import environment as environment_stage
+from gpt2_ladder.training import tokenizer
+from helpers import climbing, faulty_server, trainings
 from pipeline.download import PINNED
 
 
@@ -96,22 +90,10 @@ def encoding(bpe_files: tuple[Path, Path]) -> tiktoken.Encoding:
 
 @pytest.fixture
 def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_files: tuple[Path, Path]) -> Params:
-    """Change to a folder with random text in which a tiny model can train: 12 steps, a checkpoint every 2."""
+    """Prepare a working directory for trainings of the tiny model, and return its settings."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    write_json(ENVIRONMENT, {**environment_stage.describe().model_dump(), "threads": 1})
-    write_json(PROBE, {"micro_batch": 2})
-    for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
-        shard.parent.mkdir(exist_ok=True)
-        data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
-    link_encoding(bpe_files)
-    document = params_yaml.load(REPOSITORY / "params.yaml").model_dump()
-    document |= {"model": "tiny", "checkpoint_every": 2}
-    document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
-    document["machines"]["cpu"] |= {"block_size": 16, "steps": 12, "eval_tokens": 32}
-    document["quality"] |= {"batch_size": 2, "block_size": 16, "eval_tokens": 32}
-    document["recipe"] |= {"schedule": "cosine", "lr_warmup_steps": 3, "clip_norm": 1.0, "decay": "matrices"}
-    return Params.model_validate(document)
+    return trainings.prepare(bpe_files)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A training that is killed and goes on, against one that nobody disturbed: bit for bit the same."""
+"""A training that was killed or stopped resumes, and ends with the same bits as one that nothing interrupted."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,111 +22,90 @@ from gpt2_ladder.training.metrics import Step
 from helpers.common import tiny
 from helpers.trainings import train
 
-KILLS = 50
+KILLS = 15
+KEEP = partial(hub_format.save_gpt, folder=Path("model"))
+Result = tuple[list[str], bytes]
 
 
-def run(params: Params, **changes: object) -> None:
-    """Train as the trial does, into results/ and model/."""
-    params = params.model_copy(update=changes)
-    keep = partial(hub_format.save_gpt, folder=Path("model"))
-    train(params, keep=keep)
+def result() -> Result:
+    """Return what a training has written: every step's columns without the times, and the network's bytes."""
+    rows = [line.split(",") for line in Path("results/steps.csv").read_text().splitlines()]
+    return [",".join(row[:2] + row[4:]) for row in rows], Path("model/model.safetensors").read_bytes()
 
 
-def in_a_fork(work: Callable[[], None]) -> int:
-    """Start `work` in a copy of this process, which has torch imported already, and return its number."""
+@pytest.fixture
+def undisturbed(params: Params) -> Result:
+    train(params.model_copy(update={"checkpoint_every": None}), keep=KEEP)
+    steps, network = result()
+    assert len(steps) == 13  # the header and 12 steps
+    return steps, network
+
+
+def train_in_a_fork(params: Params) -> int:
+    """Start a training in a copy of this process, which has already imported torch, and return the copy's pid."""
     sys.stdout.flush()
-    if number := os.fork():
-        return number
+    if pid := os.fork():
+        return pid
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        work()
+        train(params, keep=KEEP)
         code = 0
     finally:
         os._exit(code)
 
 
-def learned() -> tuple[list[str], bytes]:
-    """What a training has left: every step's columns but the times, and the network's bytes."""
-    rows = [line.split(",") for line in Path("results/steps.csv").read_text().splitlines()]
-    return [",".join(row[:2] + row[4:]) for row in rows], Path("model/model.safetensors").read_bytes()
-
-
 @pytest.mark.slow
-def test_a_training_killed_at_fifty_random_moments_learns_the_same_bits(params, record_property):
-    os.waitpid(in_a_fork(lambda: run(params, checkpoint_every=None)), 0)
-    undisturbed = learned()
-    assert len(undisturbed[0]) == 13  # titles and 12 steps
+def test_a_killed_training_resumes_with_the_same_bits(params, undisturbed, record_property):
     start = time.perf_counter()
-    assert os.waitpid(in_a_fork(lambda: run(params)), 0)[1] == 0
+    assert os.waitpid(train_in_a_fork(params), 0)[1] == 0
     whole_s = time.perf_counter() - start
-    assert learned() == undisturbed
-    dice, kills, ends, went_on = random.Random(7), 0, 0, 0
-    # a kill before the first checkpoint proves little: on a busy machine there are more of them
-    while kills < KILLS or went_on <= KILLS / 4 or not ends:
-        went_on += bool(list(Path("checkpoints").glob("trial/*/*.json")))
-        child = in_a_fork(lambda: run(params))
-        if kills < KILLS or went_on <= KILLS / 4:
-            time.sleep(dice.uniform(0, whole_s))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+    assert result() == undisturbed
+    generator, kills, ends, resumed = random.Random(7), 0, 0, 0
+    # a kill before the first checkpoint proves little, so enough of them must come later
+    while kills < KILLS or resumed <= KILLS / 4 or not ends:
+        resumed += any(Path("checkpoints").glob("trial/*/*.json"))
+        pid = train_in_a_fork(params)
+        if kills < KILLS or resumed <= KILLS / 4:
+            time.sleep(generator.uniform(0, whole_s))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status):
             kills += 1
             continue
         ends += 1
         assert status == 0
-        assert learned() == undisturbed
-        assert not list(Path("checkpoints").glob("trial/*"))  # a training that has ended leaves none
+        assert result() == undisturbed
+        assert not list(Path("checkpoints").glob("trial/*"))  # a finished training leaves none
         for path in (Path("results/steps.csv"), Path("model/model.safetensors")):
             path.unlink()
     record_property("tried", kills)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_says_where_it_goes_on(params, monkeypatch, number):
-    os.waitpid(in_a_fork(lambda: run(params, checkpoint_every=None)), 0)
-    undisturbed = learned()
-    step = loop.train_step
-    taken = []
+def test_a_signal_ends_the_step_and_saves_a_checkpoint(params, undisturbed, monkeypatch, number):
+    step, calls = loop.train_step, []
 
-    def train_step(*arguments, **options):
-        taken.append(None)
-        if len(taken) == 4:
+    def train_step(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:
             os.kill(os.getpid(), number)
-        return step(*arguments, **options)
+        return step(*args, **options)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    with pytest.raises(UserError, match=rf"trial: stopped by {number.name} after step 3; .* goes on, is checkpoints"):
-        run(params, checkpoint_every=100)
+    params = params.model_copy(update={"checkpoint_every": 100})
+    message = rf"trial: stopped by {number.name} after step 3; the next run resumes from .* checkpoints/"
+    with pytest.raises(UserError, match=message):
+        train(params, keep=KEEP)
     assert len(list(Path("checkpoints").glob("trial/*/*"))) == 2
-    run(params, checkpoint_every=100)
+    train(params, keep=KEEP)
     assert "resumed after step 3: times" in json.loads(Path("results/metrics.json").read_text())["note"]
-    assert len(taken) == 12
-    assert learned() == undisturbed
+    assert len(calls) == 12
+    assert result() == undisturbed
 
 
-def stopped_at(params: Params, monkeypatch: pytest.MonkeyPatch, steps: int) -> Path:
-    """Train until after `steps` steps the network gives NaN, and return the checkpoint's JSON file."""
-    step = loop.train_step
-    taken = []
-
-    def train_step(*arguments, **options):
-        taken.append(None)
-        loss, *rest = step(*arguments, **options)
-        return loss * float("nan") if len(taken) > steps else loss, *rest
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", train_step)
-        with pytest.raises(UserError) as caught:
-            run(params)
-    assert f"trial: at step {steps} the loss is nan" in str(caught.value)
-    (state,) = Path("checkpoints").glob("trial/*/*.json")
-    assert str(caught.value).endswith(f"the next run resumes from the last good checkpoint, {state}")
-    return state
-
-
-def test_what_is_drawn_goes_on_where_it_stood(tmp_path, monkeypatch):
-    """No level draws anything while it trains: only a network with dropout would notice."""
+def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):
+    """No level draws random numbers while it trains: only a network with dropout would show a mistake."""
     monkeypatch.chdir(tmp_path)
     model = GPT(tiny())
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
@@ -139,42 +117,56 @@ def test_what_is_drawn_goes_on_where_it_stood(tmp_path, monkeypatch):
     assert torch.equal(torch.rand(4), drawn)
 
 
-def test_a_loss_that_is_no_number_is_never_saved(params, monkeypatch):
-    state = stopped_at(params, monkeypatch, 5)
+@pytest.fixture
+def state(params: Params, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train until the loss is NaN at step 5, and return the JSON file of the checkpoint."""
+    step, calls = loop.train_step, []
+
+    def train_step(*args, **options):
+        calls.append(args)
+        loss, *rest = step(*args, **options)
+        return loss * float("nan") if len(calls) > 5 else loss, *rest
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", train_step)
+        with pytest.raises(UserError, match="trial: at step 5 the loss is nan") as caught:
+            train(params)
+    (path,) = Path("checkpoints").glob("trial/*/*.json")
+    assert str(caught.value).endswith(f"the next run resumes from the last good checkpoint, {path}")
+    return path
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(state):
     assert state.name == "00000004.json"
 
 
-def test_a_checkpoint_of_other_settings_is_left_alone(params, monkeypatch, capsys):
-    state = stopped_at(params, monkeypatch, 5)
-    other = params.model_copy(update={"seed": 1})
-    run(other)
-    assert f"trial: {state.parent} which has other settings" in capsys.readouterr().out
+def test_a_checkpoint_with_other_settings_is_ignored_and_stays(params, state, capsys):
+    train(params.model_copy(update={"seed": 1}))
+    assert f"trial: ignoring {state.parent}, which has other settings" in capsys.readouterr().out
     assert state.exists()
-    run(params)
+    train(params)
     assert "trial: resuming after step 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "no json", "other"])
-def test_a_damaged_checkpoint_is_refused_with_the_mend(params, monkeypatch, damage):
-    state = stopped_at(params, monkeypatch, 5)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "not JSON", "another hash"])
+def test_a_damaged_checkpoint_is_refused_with_the_fix(params, state, damage):
     tensors = state.with_suffix(".safetensors")
     raw = tensors.read_bytes()
-    if damage == "flip":
+    if damage == "flipped":
         tensors.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     elif damage == "cut":
         tensors.write_bytes(raw[:-1])
-    elif damage == "gone":
+    elif damage == "missing":
         tensors.unlink()
     else:
-        state.write_text("{" if damage == "no json" else json.dumps({"sha256": 5}))
+        state.write_text("{" if damage == "not JSON" else json.dumps({"sha256": 5}))
     with pytest.raises(UserError, match=rf"{state.stem}.*; remove {state.parent} to train from the start"):
-        run(params)
+        train(params)
 
 
-def test_a_checkpoint_that_was_being_written_counts_for_nothing(params, monkeypatch):
-    state = stopped_at(params, monkeypatch, 5)
+def test_a_half_written_checkpoint_is_ignored_and_removed(params, state):
     (state.parent / "00000009.safetensors").write_bytes(b"half")
     (state.parent / ".writing-x").mkdir()
-    run(params)
+    train(params)
     assert len(Path("results/steps.csv").read_text().splitlines()) == 13
     assert not list(checkpoints.FOLDER.glob("trial/*"))
