@@ -1,14 +1,17 @@
-"""Several ranks against one process: the same batch, the same curve; and what happens when a rank or the job is killed.
+"""Two ranks learn what one process learns from the same batches, also after a rank or the job was stopped.
 
-The ranks are real: a stage's process starts torchrun's agent, which starts two more, on gloo.
+The ranks are real: a stage's process starts torchrun's agent, which starts two ranks that communicate with gloo.
 """
 
+import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,156 +19,137 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+import pipeline
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import UserError
-from gpt2_ladder.files import write_json
+from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.files import ERROR_FILE, write_json
 from gpt2_ladder.model import GPT
-from gpt2_ladder.running import checkpoints, launch
-from gpt2_ladder.running import run as run_module
+from gpt2_ladder.running import checkpoints, launch, run
 from gpt2_ladder.training import data, devices, loop, ranks, runtime
 from gpt2_ladder.training.metrics import Step
-from helpers.common import REPOSITORY, random_ids, tiny
-from pipeline import ENCODER_JSON, ENVIRONMENT, PROBE, TRAIN_SHARD, VAL_SHARD, environment, trial
+from helpers import trainings
+from helpers.common import REPOSITORY, params_with, random_ids, tiny
+from pipeline import PROBE, train, trial
 
 STEPS = 8
-pytestmark = pytest.mark.slow
-# Every process runs this, the agent too; what is put before it goes wrong in one of them.
 TRIAL = "from pipeline import run, trial; run(trial.main)"
-BEFORE = """
-import os, signal, time, torch
+# put before TRIAL, so that every process runs it, the agent too; rank 1 does `action` before its nth step
+FAULT = """
+import os, signal, time
 from gpt2_ladder.training import loop
-rank, first_try = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-step, taken = loop.train_step, 0
-def train_step(*arguments, **options):
-    global taken
-    taken += 1
-    if rank == "1" and first_try and taken == 6:
-        {}
-    return step(*arguments, **options)
+step, calls = loop.train_step, []
+def train_step(*args, **options):
+    calls.append(args)
+    first_try = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if os.environ["RANK"] == "1" and first_try and len(calls) == {nth}:
+        {action}
+    return step(*args, **options)
 loop.train_step = train_step
 """
 
 
-def prepare(folder: Path, bpe_files: tuple[Path, Path], **changes: object) -> None:
-    """Fill `folder` with what the trial of a tiny model needs, its text random; 8 rows a step, a checkpoint every 2."""
-    write_json(folder / ENVIRONMENT, {**environment.describe().model_dump(), "threads": 2})
-    write_json(folder / PROBE, {"micro_batch": 1})  # a rank takes its four rows one by one
-    for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
-        (folder / shard).parent.mkdir(exist_ok=True)
-        data.write_shard(folder / shard, np.random.default_rng(seed).integers(0, 50257, 2000).tolist())
-    (folder / ENCODER_JSON).parent.mkdir()
-    (folder / ENCODER_JSON).symlink_to(bpe_files[1])
-    document = params_yaml.load(REPOSITORY / "params.yaml").model_dump()
-    document |= {"model": "tiny", "checkpoint_every": 2, "devices": 2, **changes}
-    document["models"]["tiny"] |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
-    shape = {"batch_size": 4, "block_size": 16, "steps": STEPS, "eval_tokens": 128}
-    document["machines"]["cpu"] |= shape
-    document["quality"] |= {**shape, "steps": 6}
-    document["recipe"] |= {"clip_norm": 1.0, "tokens_per_step": 128}
+def prepare(folder: Path, bpe_files: tuple[Path, Path]) -> Params:
+    """Prepare `folder` for a trial on two ranks of 8 rows a step; a rank takes its four rows one by one."""
+    with contextlib.chdir(folder):
+        document = trainings.prepare(bpe_files).model_dump()
+        write_json(PROBE, {"micro_batch": 1})
+    document["devices"] = 2
+    document["machines"]["cpu"] |= {"batch_size": 4, "steps": STEPS, "eval_tokens": 128}
+    document["recipe"]["tokens_per_step"] = 128
+    return write_params(folder, document)
+
+
+def write_params(folder: Path, document: dict) -> Params:
     (folder / "params.yaml").write_text(json.dumps(document))
+    return Params.model_validate(document)
 
 
-def run(
-    folder: Path, before: str = "", command: str = TRIAL, exit_code: int = 0, wandb: str = "disabled"
-) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "RANK"))}
-    variables |= {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {"WANDB_MODE": wandb}
-    result = subprocess.run(
-        [sys.executable, "-c", before + command], cwd=folder, env=variables, capture_output=True, text=True, check=False
-    )
+def run_trial(folder: Path, fault: str = "", exit_code: int = 0, wandb: str = "disabled") -> tuple[str, str]:
+    """Run the trial's stage in `folder` and return its stdout and stderr."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "RANK"))}
+    environment |= {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": wandb}
+    command = [sys.executable, "-c", fault + TRIAL]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == exit_code, result.stdout + result.stderr
-    return result
+    return result.stdout, result.stderr
 
 
-def steps(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results/trial/steps.csv").open() as file:
-        return list(csv.DictReader(file))
+def steps(folder: Path) -> list[dict[str, float]]:
+    with next(folder.glob("results/**/steps.csv")).open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def column(folder: Path, name: str) -> list[float]:
-    return [float(step[name]) for step in steps(folder)]
+    return [step[name] for step in steps(folder)]
 
 
 def metrics(folder: Path) -> dict:
-    return json.loads((folder / "results/trial/metrics.json").read_text())
+    return json.loads(next(folder.glob("results/**/metrics.json")).read_text())
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, bpe_files: tuple[Path, Path]) -> Path:
-    """A folder in which two ranks have trained, undisturbed."""
+    """A folder in which two ranks have trained without interruption."""
     folder = tmp_path_factory.mktemp("two")
     prepare(folder, bpe_files)
-    printed = run(folder, wandb="offline").stdout
-    assert printed.count(f"step   0/{STEPS}") == 1  # of one rank
+    output, _ = run_trial(folder, wandb="offline")
+    assert output.count(f"step   0/{STEPS}") == 1  # only rank 0 prints
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    assert not list(folder.glob("checkpoints/trial/*"))
     return folder
 
 
-def test_two_ranks_learn_what_one_process_learns_from_the_same_batches(two, tmp_path, bpe_files):
-    prepare(tmp_path, bpe_files, devices=1)
-    run(tmp_path)
-    # float32: a rank sums its four rows, then both are summed, where one process sums eight; 1e-7 of a loss near 10.8,
-    # and AdamW makes of 1e-7 of a gradient at most 1e-5 of a weight in so few steps
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_process_learns(two, tmp_path, bpe_files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    params = prepare(tmp_path, bpe_files)
+    trainings.train(params.model_copy(update={"devices": 1}))
+    # float32: two sums of four rows against one of eight differ by 1e-7 of a loss near 10.8, and AdamW turns 1e-7 of a
+    # gradient into at most 1e-5 of a weight in so few steps
     assert column(two, "loss") == pytest.approx(column(tmp_path, "loss"), abs=1e-5)
     assert column(two, "grad_norm") == pytest.approx(column(tmp_path, "grad_norm"), rel=1e-5)
-    several, one = metrics(two), metrics(tmp_path)
-    assert several["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
-    assert (several["devices"], one["devices"]) == (2, 1)
-    for step in steps(two):  # of the whole batch
-        assert float(step["tokens_per_second"]) == pytest.approx(128 / float(step["step_ms"]) * 1000)
-    assert several["tokens_per_second"] == pytest.approx(128 / several["step_ms"] * 1000)
-    assert not list(two.glob("checkpoints/trial/*"))
+    result, expected = metrics(two), metrics(tmp_path)
+    assert result["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+    assert (result["devices"], expected["devices"]) == (2, 1)
+    for step in (*steps(two), result):  # tokens of both ranks
+        assert step["tokens_per_second"] == pytest.approx(128 / step["step_ms"] * 1000)
 
 
-def same_as(folder: Path, undisturbed: Path) -> bool:
-    """Tell whether the two trainings ended with the same bits."""
-    return (
-        column(folder, "loss") == column(undisturbed, "loss")
-        and (folder / "models/trial/model.safetensors").read_bytes()
-        == (undisturbed / "models/trial/model.safetensors").read_bytes()
-    )
+@pytest.mark.slow
+def test_after_sigterm_and_a_killed_rank_the_bits_are_the_same(two, tmp_path, bpe_files, record_property):
+    document = prepare(tmp_path, bpe_files).model_dump()
+    write_params(tmp_path, document | {"checkpoint_every": 100})
+    # the agent passes the signal on to both ranks; rank 1 waits for it
+    terminate = FAULT.format(nth=4, action="os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)")
+    _, errors = run_trial(tmp_path, terminate, exit_code=1)
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: trial: stopped by SIGTERM after step 3; the next run resumes from the last good ")
+    assert error.endswith("00000004.json")
+
+    write_params(tmp_path, document)
+    kill = FAULT.format(nth=3, action="os.kill(os.getpid(), signal.SIGKILL)")
+    output, _ = run_trial(tmp_path, kill)
+    # the start, and the restart of both ranks after rank 1 died in step 6
+    resumed = [line.split(" from ")[0] for line in output.splitlines() if "resuming" in line]
+    assert resumed == ["trial: resuming after step 3", "trial: resuming after step 5"]
+    assert "resumed after step 5: times" in metrics(tmp_path)["note"]
+    assert column(tmp_path, "loss") == column(two, "loss")
+    weights = "models/trial/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (two / weights).read_bytes()
+    record_property("tried", 2)
 
 
-def test_a_killed_rank_is_restarted_and_all_go_on_from_the_last_checkpoint(two, tmp_path, bpe_files):
-    prepare(tmp_path, bpe_files)
-    result = run(tmp_path, BEFORE.format("os.kill(os.getpid(), signal.SIGKILL)"))
-    assert result.stdout.count("trial: resuming after step 3, from checkpoints/") == 1  # killed in the one with index 5
-    assert "resumed after step 3: times" in metrics(tmp_path)["note"]
-    assert same_as(tmp_path, two)
-
-
-def test_sigterm_to_the_stage_ends_the_step_of_all_ranks_saves_and_stops(two, tmp_path, bpe_files):
-    prepare(tmp_path, bpe_files, checkpoint_every=100)
-    # rank 1 waits for the signal to come, from the agent, to itself: rank 0 has it or gets it
-    before = BEFORE.format("os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)")
-    lines = run(tmp_path, before, exit_code=1).stderr.splitlines()
-    (error,) = [line for line in lines if line.startswith("error: ")]
-    assert error.startswith("error: trial: stopped by SIGTERM after step 5; the next run resumes from the last good ")
-    assert error.endswith("00000006.json")
-    assert "trial: resuming after step 5" in run(tmp_path).stdout
-    assert same_as(tmp_path, two)
-
-
-def test_a_signal_to_any_rank_stops_all(monkeypatch):
-    class Kept:  # what a Tracker and Checkpoints are asked for
-        every, saved = 100, 0
-
-        def log(self, step: Step) -> None:
-            pass
-
-        def save(self, steps: list[Step]) -> None:
-            self.saved += 1
-
-        def newest(self) -> None:
-            pass
-
-    job = trial.make_job(params_yaml.load(REPOSITORY / "params.yaml"))
-    kept, steps = Kept(), (Step(index, 3.0, 1.0, 1.0, 1.0, 4) for index in range(5))
+def test_a_signal_to_any_rank_stops_all_ranks(monkeypatch):
+    saved: list[list[Step]] = []
+    tracker = SimpleNamespace(log=lambda step: None)
+    kept = SimpleNamespace(every=100, save=saved.append, newest=lambda: None)
+    steps = (Step(index, 3.0, 1.0, 1.0, 1.0, 4) for index in range(5))
     monkeypatch.setattr(ranks, "gather", lambda value: [value, ["SIGTERM"]])
     with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 0"):
-        run_module.follow(steps, kept, job, saved=kept)
-    assert kept.saved == 1
+        run.follow(steps, tracker, trial.make_job(params_with()), saved=kept)
+    assert len(saved) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
@@ -174,43 +158,63 @@ def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch
     model = GPT(tiny())
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
     saved = checkpoints.Checkpoints("trial", {}, model, torch.optim.SGD(model.parameters()), batches, 2)
-    with pytest.raises(UserError, match="not every rank sees the same checkpoint; let all machines share the folder"):
+    with pytest.raises(UserError, match="ranks see different checkpoints; share this folder between all machines"):
         saved.load()
 
 
-def test_what_only_the_user_can_mend_ends_all_ranks_with_one_line_and_is_not_tried_again(tmp_path, bpe_files):
-    prepare(tmp_path, bpe_files, checkpoint_every=None)
-    failing = """def accumulate(*_): raise torch.OutOfMemoryError("CUDA out of memory")
-        loop.accumulate = accumulate"""
-    result = run(tmp_path, BEFORE.format(failing), exit_code=1)
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert error == (
-        "error: out of memory on rank 1 with 1 rows at a time (CUDA out of memory); lower machines.*.batch_size"
-    )
-    assert result.stdout.count(f"step   0/{STEPS}") == 1
-    assert not (tmp_path / "results/trial/metrics.json").exists()
+def test_a_rank_that_runs_out_of_memory_does_not_take_fewer_rows_alone(monkeypatch):
+    def step(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    message = r"out of memory on rank 1 with 4 rows at a time \(CUDA out of memory\); lower machines\.\*\.batch_size"
+    with pytest.raises(UserError, match=message):
+        loop.within_memory(step, 4, torch.device("cpu"))
 
 
-def test_a_quality_level_trains_on_one_device(tmp_path, bpe_files):
-    prepare(tmp_path, bpe_files)
-    run(tmp_path, command="from pipeline import run, train; run(train.main, 'untied')")
-    assert json.loads((tmp_path / "results/levels/untied/metrics.json").read_text())["devices"] == 1
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:
+    for name in launch.TORCHRUN:
+        monkeypatch.setenv(name, str(count if name.endswith("_SIZE") else rank))
+
+
+def test_an_error_of_the_user_on_a_rank_is_printed_once_and_not_retried(tmp_path, monkeypatch):
+    def fail() -> None:
+        raise UserError("too little memory")
+
+    def start_ranks(*_: object) -> None:
+        """Do what torchrun does: start a rank, and start it again when it has failed."""
+        with monkeypatch.context() as patched:
+            as_rank(patched, rank=1, count=2)
+            with pytest.raises(SystemExit) as first:
+                pipeline.run(fail)
+            with pytest.raises(SystemExit) as second:
+                launch.on_ranks(2, "cpu")
+        assert (first.value.code, second.value.code) == (1, 0)
+
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # restored after the test
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: start_ranks)
+    with pytest.raises(UserError, match=r"^too little memory$"):
+        launch.on_ranks(2, "cpu")
+    assert ERROR_FILE not in os.environ
+
+
+def test_a_quality_level_trains_on_one_device():
+    shape = params_with().machines["cpu"].model_copy(update={"batch_size": 4})
+    params = params_with(devices=2, machines={"cpu": shape})
+    assert [train.make_job(params, name).devices for name in ("untied", "fp32")] == [1, 2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_token_goes_to_exactly_one_rank(count):
-    shard = np.arange(4 * 8 * 6 + 1, dtype=np.uint16)  # each token its own place in the text
-    of_ranks = []
-    for rank in range(count):
-        batches = data.concatenate(data.Batches(shard, 4, 8), 2)
-        share = data.local_rows(batches, rank, count)
-        of_ranks.append([next(share) for _ in range(3)])
+def test_each_token_goes_to_exactly_one_rank(count):
+    shard = np.arange(4 * 8 * 6 + 1, dtype=np.uint16)  # each token is its position in the text
+    shares = [data.local_rows(data.concatenate(data.Batches(shard, 4, 8), 2), rank, count) for rank in range(count)]
     for step in range(3):
-        x, y = (torch.cat([share[step][which] for share in of_ranks]) for which in (0, 1))
-        # the whole of one step's 64 tokens, each once
-        assert sorted(x.flatten().tolist()) == list(range(64 * step, 64 * (step + 1)))
-        assert torch.equal(y, x + 1)
-        assert {len(share[step][0]) for share in of_ranks} == {8 // count}
+        xs, ys = zip(*map(next, shares), strict=True)
+        # a step has 64 tokens
+        assert sorted(torch.cat(xs).flatten().tolist()) == list(range(64 * step, 64 * (step + 1)))
+        assert torch.equal(torch.cat(ys), torch.cat(xs) + 1)
+        assert {len(x) for x in xs} == {8 // count}
 
 
 def test_gradients_are_sent_with_the_last_rows_only():
@@ -233,35 +237,36 @@ def test_gradients_are_sent_with_the_last_rows_only():
             assert sent == sorted(set(sent)) != []  # each bucket once
     finally:
         ranks.leave()
-    assert ranks.average_gradients(model) is model  # alone, nothing is wrapped
+    assert ranks.average_gradients(model) is model  # a single process needs no wrapper
 
 
-def test_devices_that_are_not_there_are_named(monkeypatch):
+def test_more_devices_than_the_machine_has_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     devices.check_count("cuda", 2)
     with pytest.raises(UserError, match="devices = 8, but this machine has 2: set devices: 2, or start the ranks"):
         launch.on_ranks(8, "cuda")
 
 
-def test_torchrun_and_params_must_agree_on_how_many_train(monkeypatch):
-    for name in launch.TORCHRUN:
-        monkeypatch.setenv(name, "16" if name.endswith("_SIZE") else "0")
+def test_torchrun_must_start_as_many_ranks_as_train(monkeypatch):
+    as_rank(monkeypatch, rank=0, count=16)
     assert launch.on_ranks(16, "cpu") is False
-    with pytest.raises(UserError, match="torchrun started 16 ranks where 1 are to train"):
+    with pytest.raises(UserError, match="torchrun started 16 ranks, but 1 must train: set `devices` in params"):
         launch.on_ranks(1, "cpu")
 
 
-def test_what_torchrun_did_not_set_is_named(monkeypatch):
+def test_a_variable_that_torchrun_did_not_set_is_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match=r"^WORLD_SIZE: not as torchrun sets it, but RANK is set; unset RANK or use"):
+    with pytest.raises(UserError, match=r"^RANK is set, but WORLD_SIZE is not as torchrun sets it; unset RANK or use"):
         launch.on_ranks(1, "cpu")
-    with pytest.raises(UserError, match=r"^WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT, MASTER_ADDR: not as"):
+    missing = ", ".join(name for name in launch.TORCHRUN if name != "RANK")
+    with pytest.raises(UserError, match=rf"^RANK is set, but {missing} is not as torchrun sets it"):
         launch.on_ranks(2, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launch.on_ranks(1, "cpu") is False
 
 
-def test_a_batch_that_cannot_be_split_is_named(tmp_path, bpe_files):
-    prepare(tmp_path, bpe_files, devices=3)
-    with pytest.raises(UserError, match=r"devices = 3: machines\.cpu\.batch_size \(4\) must be a multiple of it"):
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path):
+    document = params_with().model_dump() | {"devices": 3}
+    (tmp_path / "params.yaml").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"devices = 3: must divide machines\.cpu\.batch_size \(2\)"):
         params_yaml.load(tmp_path / "params.yaml")
