@@ -1,4 +1,4 @@
-"""The stages of dvc.yaml, one module each: read params.yaml, call gpt2_ladder, write outputs; and their paths."""
+"""The stages of dvc.yaml, one module each, and their paths. A stage reads params.yaml, calls src, writes outputs."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
 
 def _free_space(error: Exception) -> str:
-    """Return the free space in the folder where a write failed, or in the fullest folder that stages write to."""
+    """Return the free space where a write failed; if that is unknown, the smallest of all folders that stages use."""
     variables = ("TMPDIR", "WANDB_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")
     named = (Path(os.environ[name]) for name in variables if os.environ.get(name))
     folders = [Path.cwd(), CORPUS.parent, RESULTS, MODELS, Path("/tmp"), Path.home(), *named]

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def warn_about_git() -> None:
-    """Print a warning and its fix for each state of the Git repository in which DVC loses experiments or commits."""
+    """Warn about states of the Git repository that make DVC lose experiments or commits, and print the fix."""
     git = ["git", "-C", os.environ.get("DVC_ROOT", ".")]  # `dvc exp run --temp` runs this stage in a copy
     try:
         shallow, head = _output([*git, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD"]).split()

@@ -26,7 +26,7 @@ def main(*arguments: str) -> None:
         )
     elif len(arguments) == 1:
         here, there = read(BENCHMARK), read(Path(arguments[0]))
-        print(f"here:  {describe(here)}\nthere: {describe(there)}\n")
+        print(f"this machine:  {describe(here)}\nother machine: {describe(there)}\n")
         print(tables.markdown_table(tables.side_by_side(here, there), text_columns=1))
     else:
         raise UserError(f"{len(arguments)} arguments: name two levels, or the benchmark.json of another machine")

@@ -56,7 +56,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether a full disk or quota raised `error`, from its text: safetensors has its own exception."""
+    """Return whether a full disk or quota caused `error`. Compare texts, because safetensors raises no OSError."""
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 

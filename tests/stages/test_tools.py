@@ -21,7 +21,7 @@ def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
     assert "| bf16   |             150 |             2.00 [2.00, 2.00] |" in capsys.readouterr().out
     (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
     compare.main("experiments/runs/xeon-amx.json")
-    assert "there: Intel" in capsys.readouterr().out
+    assert "other machine: Intel" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_batches_follow_the_text_and_start_again_at_its_end():
 
 def test_a_shard_must_have_one_batch_and_the_token_after_it():
     assert next(data.Batches(np.arange(7, dtype="<u2"), 2, 3))[1].tolist() == [[1, 2, 3], [4, 5, 6]]
-    with pytest.raises(UserError, match="too short for one batch"):
+    with pytest.raises(UserError, match="tokens is too short: a batch needs"):
         data.Batches(np.arange(6, dtype="<u2"), 2, 3)
 
 

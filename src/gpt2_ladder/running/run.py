@@ -36,7 +36,7 @@ class Job:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens whose gradients make one step."""
+        """The number of tokens whose gradients are summed for one step."""
         return self.recipe.tokens_per_step or self.shape.batch_size * self.shape.block_size
 
 

@@ -130,12 +130,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class Batches:
     """An endless iterator over (x, y), int64 (B, T) each; y is x shifted by one token.
 
-    The text is cut into rows of `block_size` tokens. They come in the order of the text, or with a `seed` in a new
-    random order in every epoch. Rows at the end of an epoch that do not fill a batch are left out.
+    The text is cut into rows of `block_size` tokens. Without a `seed`, they come in the order of the text; with one, in a
+    new random order in every epoch. Rows at the end of an epoch that do not fill a batch are left out.
 
     Attributes:
         tokens: number of tokens in an epoch.
-        position: of the next batch, {"epoch": 0, "batch": 0} at the start. Set it to resume.
+        position: where the next batch is, {"epoch": 0, "batch": 0} at the start; set it to resume.
 
     Raises:
         UserError: the shard is too short for one batch.
@@ -146,8 +146,8 @@ class Batches:
         self._rows = (len(shard) - 1) // block_size
         if self._rows < batch_size:
             raise UserError(
-                f"a shard of {len(shard)} tokens is too short for one batch of batch_size {batch_size} * block_size "
-                f"{block_size} tokens and the token after it: use a smaller shape or a longer text"
+                f"a shard of {len(shard)} tokens is too short: a batch needs batch_size {batch_size} * block_size "
+                f"{block_size} + 1 tokens; lower one of the two, or use a longer text"
             )
         self._count = self._rows // batch_size
         self.tokens = self._count * batch_size * block_size

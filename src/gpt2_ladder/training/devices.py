@@ -41,7 +41,7 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
 def check_machine(machine: str, rehearsal: bool, environment: Environment) -> None:
     """Raise UserError unless the row `machine` ("cpu" or "gpu") of params.yaml fits this machine's device.
 
-    `rehearsal` allows the GPU's shape on a CPU.
+    With `rehearsal`, a CPU may use the row gpu.
     """
     if machine == "cpu" and environment.device == "cuda":
         raise UserError(
@@ -187,7 +187,7 @@ def peak_is_measured(device: str) -> bool:
 
 
 def matmul_tflops(precision: str, device: torch.device, size: int = 2048, repeats: int = 3) -> float:
-    """Return the TFLOP/s of a bare (size, size) matrix product: the best of `repeats`, after one untimed.
+    """Return the TFLOP/s of a bare (size, size) matrix product: the best of `repeats` runs, after one untimed run.
 
     Args:
         precision: gives the operands' type.

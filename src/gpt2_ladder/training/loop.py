@@ -45,7 +45,7 @@ def make_optimizer(
 
 
 def learning_rate_at(step: int, steps: int, learning_rate: float, recipe: config.Recipe) -> float:
-    """Return the learning rate of `step` (from 0) of `steps`.
+    """Return the learning rate at `step`, counted from 0, of a training of `steps` steps.
 
     It rises linearly to `learning_rate` during the warm-up. Then it stays there, or follows half a cosine down to a
     tenth at the last step.

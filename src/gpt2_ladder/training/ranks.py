@@ -1,4 +1,4 @@
-"""Data parallel training: what several processes (ranks), one on each device, exchange.
+"""Data parallel training: the communication between processes (ranks), one for each device.
 
 torchrun starts the ranks and `devices.join_ranks` connects them. In a single process these functions do nothing.
 """
