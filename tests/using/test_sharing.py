@@ -126,9 +126,9 @@ def test_the_card_of_an_unknown_network_states_what_is_unknown(project, capsys):
     card = ModelCard.load(Path("to/my net/README.md"))
     facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     assert card.data.to_dict() == facts
-    assert "is not known to whoever wrote this card" in card.text
+    assert "It is not known for how many steps" in card.text
     assert "a local file of unknown origin" in card.text
-    assert "the rows that padded its vocabulary in training were cut off" in card.text
+    assert "the rows that padded its vocabulary during training were removed" in card.text
     assert "Training" not in card.text
     assert "none has been chosen for these weights" in card.text
     assert "hf upload OWNER/'my net' 'to/my net' ." in capsys.readouterr().out
