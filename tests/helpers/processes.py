@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers.climbing import REPOSITORY, call
 
-IMPORTABLE = ":".join(str(REPOSITORY / name) for name in ("src", ".", "tests", "tests/running"))
+IMPORTABLE = ":".join(str(REPOSITORY / name) for name in ("src", ".", "tests"))
 
 
 def run(code: str, folder: Path = REPOSITORY, arguments: Sequence[str] = (), stderr: bool = False) -> str:
