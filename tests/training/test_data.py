@@ -154,12 +154,6 @@ def test_an_impossible_position_is_refused(epoch, batch):
         batches.position = {"epoch": epoch, "batch": batch}
 
 
-def test_a_vocabulary_that_two_bytes_cannot_count_is_refused():
-    data.check_vocabulary(65535)
-    with pytest.raises(UserError, match=r"largest id is 65,536, but a shard holds ids up to 65,535: use GPT-2's"):
-        data.check_vocabulary(65536)
-
-
 def test_validation_sees_each_of_its_tokens_once():
     shard = np.arange(30, dtype="<u2")
     inputs = torch.cat([x for x, _ in data.first_batches(shard, 24, 2, 3)])

@@ -1,9 +1,7 @@
-"""What each device can and cannot do, and that nobody else asks which it is."""
+"""Which levels a device can run, what it reports, and that only devices.py asks which device it is."""
 
 import ast
 import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -15,6 +13,7 @@ from gpt2_ladder import files
 from gpt2_ladder.config import Switches, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.training import devices
+from helpers import processes
 from helpers.common import REPOSITORY, environment
 from pipeline import ENVIRONMENT, TRIAL, read_environment
 from pipeline import environment as environment_stage
@@ -28,7 +27,7 @@ def switches(**changes: object) -> Switches:
     return Switches.model_validate({**row, "vocab_size": 50257, **past, **changes})
 
 
-def test_a_level_is_skipped_only_where_the_machine_cannot_run_it():
+def test_a_level_is_skipped_only_if_the_machine_cannot_run_it():
     assert devices.why_skipped(switches(precision="bf16", compile=True), environment(), False) is None
     without_compiler = environment(compile_problem="no C++ compiler")
     assert "no C++ compiler" in (devices.why_skipped(switches(compile=True), without_compiler, True) or "")
@@ -41,7 +40,7 @@ def test_a_level_is_skipped_only_where_the_machine_cannot_run_it():
     assert "compute capability 8.0" in (devices.why_skipped(compiled, old_gpu, True) or "")
 
 
-def test_an_allocator_that_is_not_glibc_is_not_passed_over(monkeypatch):
+def test_the_caching_allocator_needs_glibc_on_a_cpu(monkeypatch):
     caching = switches(allocator="caching")
     assert devices.why_skipped(caching, environment(), False) is None
     monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
@@ -64,7 +63,7 @@ def test_an_allocator_that_is_not_glibc_is_not_passed_over(monkeypatch):
         ("gpu", True, "cuda", "set rehearsal: false"),
     ],
 )
-def test_a_machine_of_the_other_kind_is_refused_unless_it_is_a_rehearsal(machine, rehearsal, device, message):
+def test_the_row_of_the_other_machine_is_refused_unless_it_is_a_rehearsal(machine, rehearsal, device, message):
     with pytest.raises(UserError, match=message) if message else nullcontext():
         devices.check_machine(machine, rehearsal, environment(device=device))
 
@@ -72,21 +71,21 @@ def test_a_machine_of_the_other_kind_is_refused_unless_it_is_a_rehearsal(machine
 @pytest.mark.parametrize(
     "stage", ["overfit", "probe", "train untied", "train fp32", "trial", "benchmark"], ids=lambda stage: stage
 )
-def test_every_stage_that_trains_or_measures_compares_the_machine_before_any_work(tmp_path, monkeypatch, stage):
+def test_every_stage_that_trains_or_measures_checks_the_machine_first(tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text.replace("machine: cpu ", "machine: gpu "))
     write_json(ENVIRONMENT, environment().model_dump())
-    files.write(TRIAL / "config.json", "of the previous trial")
-    monkeypatch.setattr(devices, "open_device", lambda *_: pytest.fail("the stage began to work"))
+    files.write(TRIAL / "config.json", "the previous trial's")
+    monkeypatch.setattr(devices, "open_device", lambda *_: pytest.fail("the stage started its work"))
     name, *arguments = stage.split()
     with pytest.raises(UserError, match="machine: gpu, but this machine has no GPU"):
         import_module(f"pipeline.{name}").main(*arguments)
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"models/trial/config.json", "params.yaml", "results/environment.json"}
+    paths = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert paths == {"models/trial/config.json", "params.yaml", "results/environment.json"}
 
 
-def test_a_rehearsal_is_named_in_every_table_by_its_machine(tmp_path, monkeypatch, capsys):
+def test_every_table_shows_that_its_machine_was_a_rehearsal(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "params.yaml").read_text()
     rehearsed = text.replace("machine: cpu ", "machine: gpu ").replace("rehearsal: false", "rehearsal: true")
@@ -110,22 +109,20 @@ if sys.argv[1] == "caching":
     devices.keep_freed_memory(torch.device("cpu"))
 def use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(100 * 2**20, dtype=torch.uint8)  # freed at once
+    torch.ones(100 * 2**20, dtype=torch.uint8)  # freed immediately
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults = [use() for _ in range(40)]
-print(sum(faults[-10:]))  # the heap finds its shape in the first ten
+print(sum(faults[-10:]))  # the heap grows during the first ones
 """
 
 
 @pytest.mark.parametrize("allocator", ["system", "caching"])
-def test_memory_that_is_kept_is_not_paged_in_again(allocator):
-    command = [sys.executable, "-c", PAGES, allocator]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
-    faults = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+def test_memory_that_is_kept_causes_no_more_page_faults(allocator):
+    faults = int(processes.run(PAGES, arguments=[allocator]))
     assert faults < 1_000 if allocator == "caching" else faults > 200_000  # 100 MiB are 25,600 pages of 4 KiB
 
 
-def test_a_switch_without_effect_or_hardware_is_noted():
+def test_a_switch_without_effect_or_without_hardware_gets_a_note():
     assert "no effect" in (devices.note_for(switches(precision="tf32"), environment()) or "")
     assert "emulated" in (devices.note_for(switches(precision="bf16"), environment(bf16=False)) or "")
     assert devices.note_for(switches(precision="tf32"), environment(device="cuda")) is None
@@ -152,7 +149,7 @@ def test_peak_memory_covers_what_was_allocated():
     assert before + 100 <= devices.peak_memory_mib(CPU) < 3 * (before + 100)
 
 
-def test_opening_a_device_seeds_every_generator():
+def test_opening_a_device_seeds_the_random_generator():
     drawn = []
     for seed in (1, 1, 2):
         devices.open_device("cpu", torch.get_num_threads(), seed, deterministic=False)
@@ -160,14 +157,14 @@ def test_opening_a_device_seeds_every_generator():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_opening_a_device_takes_the_first_square_root_alone():
-    """Taken by two threads at once, MKL's first one may have half the digits: a race that no test can provoke."""
+def test_opening_a_device_computes_the_first_square_root_in_one_thread():
+    """If two threads compute it, it may have half the digits: a race in MKL that no test can provoke."""
 
     class Roots(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        def __torch_dispatch__(self, operator, types, args=(), options=None):
             if operator is torch.ops.aten.sqrt.default:
-                sizes.append(arguments[0].numel())
-            return operator(*arguments, **(keywords or {}))
+                sizes.append(args[0].numel())
+            return operator(*args, **(options or {}))
 
     sizes: list[int] = []
     with Roots():
@@ -175,8 +172,8 @@ def test_opening_a_device_takes_the_first_square_root_alone():
     assert sizes == [1]
 
 
-def test_a_gpu_is_measured_by_the_functions_of_torch_cuda(monkeypatch):
-    """There is no GPU here: the calls are recorded instead."""
+def test_a_gpu_is_measured_with_the_functions_of_torch_cuda(monkeypatch):
+    """The functions are replaced, because there may be no GPU here."""
     device, called, gib = torch.device("cuda"), [], 2**30
     answers = {
         "synchronize": None,
@@ -194,7 +191,7 @@ def test_a_gpu_is_measured_by_the_functions_of_torch_cuda(monkeypatch):
     assert set(called) == set(answers)
 
 
-def test_free_memory_is_what_the_system_has():
+def test_free_memory_is_between_256_mib_and_64_tib():
     assert 2**28 < devices.free_memory(CPU) < 2**46
 
 
@@ -208,24 +205,24 @@ def test_free_memory_is_what_the_system_has():
         (ValueError("out of memory"), False),
     ],
 )
-def test_running_out_of_memory_is_known_in_every_devices_words(error, expected):
+def test_running_out_of_memory_is_recognized_on_every_device(error, expected):
     assert devices.is_out_of_memory(error) is expected
 
 
-def test_so_are_the_words_in_which_a_cpu_really_runs_out():
+def test_the_error_of_a_cpu_that_runs_out_of_memory_is_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert devices.is_out_of_memory(caught.value)
 
 
-def test_the_kernel_of_attention_is_torchs_own_choice():
+def test_the_reported_attention_kernel_is_the_one_that_torch_chooses():
     q = torch.empty(2, 2, 16, 8, requires_grad=True)
     assert devices.attention_kernel(q) == "FLASH_ATTENTION"
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
         assert devices.attention_kernel(q) == "MATH"
 
 
-def test_math_on_an_nvidia_gpu_is_refused(monkeypatch):
+def test_the_math_kernel_is_refused_on_a_gpu(monkeypatch):
     class OnGpu:
         device, shape, dtype = torch.device("cuda"), (16, 12, 1024, 64), torch.bfloat16
 
@@ -242,7 +239,7 @@ DEVICES = {"cpu", "cuda"}
 
 
 def asks_for_a_device(source: str) -> list[int]:
-    """The lines that compare something with a device's name, or use torch.cuda."""
+    """Return the lines that compare something with a device's name, or use torch.cuda."""
     lines = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):
@@ -253,7 +250,7 @@ def asks_for_a_device(source: str) -> list[int]:
     return lines
 
 
-def test_only_the_adapter_asks_which_device_it_is():
+def test_only_devices_py_asks_which_device_it_is():
     for path in [*(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")]:
         assert bool(asks_for_a_device(path.read_text())) == (path.name == "devices.py"), path
     assert asks_for_a_device("x = 1 if device.type == 'cpu' else 2")

@@ -1,4 +1,4 @@
-"""The loop, against one written out by hand."""
+"""The loop computes what one written by hand computes, and times only the step."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def batches(count: int = 4) -> list[loop.Batch]:
     return [(random_ids(seed=2 * i), random_ids(seed=2 * i + 1)) for i in range(count)]
 
 
-def test_the_losses_are_those_of_a_loop_by_hand():
+def test_the_losses_equal_those_of_a_loop_written_by_hand():
     model, expected = GPT(tiny()), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
     for x, y in batches():
@@ -44,17 +44,17 @@ def test_parameters_gradients_and_optimizer_state_stay_float32_under_bf16():
     assert {value.dtype for value in states} == {torch.float32}
 
 
-def test_the_learning_rate_rises_and_then_falls_along_a_cosine_to_a_tenth():
+def test_the_learning_rate_rises_then_falls_along_a_cosine_to_a_tenth():
     cosine = Recipe(schedule="cosine", lr_warmup_steps=2)
     rates = [loop.learning_rate_at(step, 7, 2.0, cosine) for step in range(7)]
     # by hand: 1/2, 1, then 0.1 + 0.9 (1 + cos(pi k / 4)) / 2 for k = 0 ... 4, each times 2
-    down = [0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]
-    assert rates == pytest.approx([2 * share for share in (0.5, 1.0, 1.0, *down)])
+    falling = [0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]
+    assert rates == pytest.approx([2 * share for share in (0.5, 1.0, 1.0, *falling)])
     assert [loop.learning_rate_at(step, 7, 2.0, Recipe()) for step in range(7)] == [2.0] * 7
     assert loop.learning_rate_at(0, 1, 2.0, Recipe(schedule="cosine")) == 2.0
 
 
-def test_weight_decay_can_leave_biases_and_layernorms_alone():
+def test_weight_decay_can_exclude_biases_and_layernorms():
     model = GPT(tiny())
     matrices, vectors = loop.make_optimizer(model, 1e-2, SETTINGS, decay="matrices").param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
@@ -64,14 +64,14 @@ def test_weight_decay_can_leave_biases_and_layernorms_alone():
 
 
 def train_one(model: GPT, **changes: object) -> tuple[Step, torch.Tensor]:
-    """One step of plain SGD with learning rate 1: what it adds to the weights is minus the gradient it used."""
+    """Take a step of SGD with learning rate 1, and return it with its gradient: the change of the weights, negated."""
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     (step,) = loop.train(model, optimizer, batches(1), runtime.set_precision("fp32", CPU), CPU, 2, **changes)
     return step, before - torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_that_is_recorded():
+def test_a_gradient_is_clipped_and_its_norm_before_clipping_is_recorded():
     step, gradient = train_one(GPT(tiny()))
     assert step.grad_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
     clipped_step, clipped = train_one(GPT(tiny()), clip_norm=0.1)
@@ -83,30 +83,30 @@ def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_that_is_recorded(
 def test_every_step_gets_its_learning_rate():
     model, rates = GPT(tiny()), []
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     autocast = runtime.set_precision("fp32", CPU)
     steps = loop.train(model, optimizer, batches(3), autocast, CPU, 2, 5, lambda step: step / 4)
     assert [step.step for step in steps] == [5, 6, 7]
     assert rates == [1.25, 1.5, 1.75]
 
 
-def test_fused_adamw_is_asked_for_and_updates_as_the_plain_one():
+def test_fused_adamw_is_used_and_updates_like_the_plain_one():
     plain, fused = GPT(tiny()), GPT(tiny())
     optimizers = [loop.make_optimizer(plain, 1e-2, SETTINGS), loop.make_optimizer(fused, 1e-2, SETTINGS, True)]
-    assert [one.defaults["fused"] for one in optimizers] == [None, True]
+    assert [optimizer.defaults["fused"] for optimizer in optimizers] == [None, True]
     for model, optimizer in zip((plain, fused), optimizers, strict=True):
-        dice = torch.Generator().manual_seed(0)  # gradients that are not zero: of those Adam keeps only the rounding
+        generator = torch.Generator().manual_seed(0)  # gradients near zero would leave only rounding errors
         for _ in range(3):
             for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=dice)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
     for name, parameter in plain.named_parameters():
-        # another order of the same operations: a few last bits of weights near 1, over three steps
+        # the same operations in another order: a few last bits of weights near 1 after three steps
         assert torch.allclose(parameter, fused.get_parameter(name), atol=1e-6), name
 
 
 def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
-    now = itertools.count(step=1)  # every look at the clock is one second later
+    now = itertools.count()  # each call of the clock is one second later
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
     model = GPT(tiny())
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
@@ -114,11 +114,11 @@ def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
     for step in steps:
         assert step.step_ms == 1000
         assert step.tokens_per_second == 32
-        next(now)  # the consumer takes its time
+        next(now)  # the consumer takes a second
 
 
 @pytest.mark.parametrize("micro_batch", [2, 1])
-def test_evaluation_is_the_mean_loss_and_changes_nothing(micro_batch):
+def test_evaluation_returns_the_mean_loss_and_changes_nothing(micro_batch):
     model = GPT(tiny())
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     value = loop.evaluate(model, batches(3), runtime.set_precision("fp32", CPU), CPU, micro_batch)

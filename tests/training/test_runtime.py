@@ -1,4 +1,4 @@
-"""Precision and compilation."""
+"""Precision and compilation act as their names say."""
 
 import pytest
 import torch
@@ -21,12 +21,10 @@ def restore_precision():
     ("precision", "matmul", "dtype"),
     [("fp32", "ieee", torch.float32), ("tf32", "tf32", torch.float32), ("bf16", "ieee", torch.bfloat16)],
 )
-def test_a_precision_sets_the_matmul_mode_and_the_dtype_of_products_whatever_was_set_before(
-    before, precision, matmul, dtype
-):
+def test_a_precision_sets_matmul_mode_and_dtype_after_any_other(before, precision, matmul, dtype):
     runtime.set_precision(before, CPU)
     context = runtime.set_precision(precision, CPU)
-    for _ in range(2):  # the context is entered anew at every step
+    for _ in range(2):  # every step enters the context again
         with context:
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
