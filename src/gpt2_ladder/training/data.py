@@ -130,8 +130,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class Batches:
     """An endless iterator over (x, y), int64 (B, T) each; y is x shifted by one token.
 
-    The text is cut into rows of `block_size` tokens. Without a `seed`, they come in the order of the text; with one, in a
-    new random order in every epoch. Rows at the end of an epoch that do not fill a batch are left out.
+    The text is cut into rows of `block_size` tokens. They come in the order of the text; with a `seed`, in a new random
+    order in every epoch. Rows at the end of an epoch that do not fill a batch are left out.
 
     Attributes:
         tokens: number of tokens in an epoch.
