@@ -26,7 +26,7 @@ NOT_RUN = {
     "export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; pip install dvc-s3; "
     "rm -rf .venv; .venv/bin/pip check",
     "takes 20 minutes; the climb of the tests runs its `dvc repro`": "make repro",
-    "runs the tests, or is the other half of .ci/run": "make test; make test-fast; make check",
+    "runs the tests, or is the other half of .ci/run": "make test-fast; make check",
     "needs a GPU; test_gpu.py rehearses it": "make test-gpu",
     "names a process; test_ranks.py sends it a SIGTERM": "python -m pipeline.train",
     "takes minutes": "python -m pytest -m long -n 0; python experiments/memory.py; python experiments/determinism.py; "

@@ -33,7 +33,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
     for name in ("other.json", ""):
         with pytest.raises(UserError, match=rf"{name or '.'}: not a benchmark\.json of this project"):
             compare.main(name)
-    with pytest.raises(UserError, match="0 arguments: give two levels"):
+    with pytest.raises(UserError, match="0 arguments: name two levels"):
         compare.main()
 
 
@@ -50,5 +50,5 @@ def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(tmp_path
         assert [name for name in levels if f" {name} " in table] == ["fp32"]  # not the quality level
     assert (plan.parse_memory("24GiB"), plan.parse_memory("1.5 gb")) == (24 * 2**30, 1_500_000_000)
     for memory in ("much", "", "24", f"{10**400}GiB"):
-        with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, as in 24GiB"):
+        with pytest.raises(UserError, match=f"--memory {memory}: write a number and a unit, such as 24GiB"):
             plan.main("--memory", memory)
