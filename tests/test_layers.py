@@ -1,4 +1,4 @@
-"""Who may import whom, and that dvc.yaml lists what a stage imports."""
+"""Rooms import only from lower floors, and dvc.yaml lists what a stage imports."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers import processes
 from helpers.common import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "gpt2_ladder"
-FLOORS = (  # each imports from the floors below it only; a room (a folder) also from itself
+FLOORS = (  # a module imports from lower floors and from its own room (folder)
     {"config"},
     {"files"},
     {"params_yaml", "model"},
@@ -33,16 +33,13 @@ MODULES = sorted(
 
 
 def room(path: Path) -> str:
-    """The folder or, right below src/gpt2_ladder, the module that `path` belongs to."""
-    return (
-        path.relative_to(SOURCE).with_suffix("").parts[0]
-        if SOURCE in path.parents
-        else path.relative_to(REPOSITORY).parts[0]
-    )
+    """Return the folder of `path`, or the module itself directly below src/gpt2_ladder."""
+    top = SOURCE if SOURCE in path.parents else REPOSITORY
+    return path.relative_to(top).with_suffix("").parts[0]
 
 
 def imports(path: Path) -> set[Path]:
-    """The files of ours that the file at `path` imports."""
+    """Return this repository's files that the file at `path` imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -65,7 +62,7 @@ def test_no_module_name_is_used_both_in_the_pipeline_and_in_src():
 
 
 def reach(module: str) -> set[Path]:
-    """The files that importing pipeline.<module> brings in, without UNLISTED."""
+    """Return all files that pipeline.<module> imports, directly or not, without UNLISTED."""
     files, todo = set(), [REPOSITORY / "pipeline" / f"{module}.py"]
     while todo:
         path = todo.pop()
@@ -84,12 +81,12 @@ def test_a_stage_depends_on_the_code_that_it_imports(stage):
     assert {path for path in listed if not any(path in (file, file.parent) for file in needed)} == set()
 
 
-def test_another_number_of_devices_trains_again():
+def test_a_changed_number_of_devices_retrains_levels_and_trial():
     assert {name for name, stage in STAGES.items() if "devices" in stage.get("params", ())} == {"train", "trial"}
 
 
-@pytest.mark.parametrize("stage", ["overfit", "train", "trial"])
-def test_a_training_stage_does_not_wait_for_imports_that_it_does_not_need(stage):
+def test_training_stages_import_no_slow_module_that_they_do_not_need():
     heavy = ["transformers", "altair", "pandas", "scipy", "torch._dynamo", "torch._inductor"]  # the last two: 2 s
-    code = f"import sys, pipeline.{stage}; print([name for name in {heavy} if name in sys.modules])"
+    stages = "pipeline.overfit, pipeline.train, pipeline.trial"
+    code = f"import sys, {stages}; print([name for name in {heavy} if name in sys.modules])"
     assert processes.run(code) == "[]\n"

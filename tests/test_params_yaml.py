@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import Switches, UserError
+from helpers import processes
 from helpers.common import REPOSITORY
 
 PARAMS = REPOSITORY / "params.yaml"
@@ -60,24 +59,23 @@ def test_a_row_may_leave_every_key_to_the_defaults(tmp_path):
 def test_a_mistake_in_the_defaults_is_reported_once(tmp_path):
     with pytest.raises(UserError) as caught:
         load_with(tmp_path, ("  group: speed", "  group: sped\n  speling: 1"))
-    mistakes = [line.split(":", 2)[2] for line in str(caught.value).splitlines()]
-    assert [mistake.split(" = ")[0].split(": ")[0].strip() for mistake in mistakes] == [
-        "defaults.group",
-        "defaults.speling",
-    ]
+    group, speling = str(caught.value).splitlines()
+    assert ": defaults.group = 'sped': Input should be" in group
+    assert ": defaults.speling: unknown key" in speling
 
 
-def test_a_network_takes_every_switch_that_its_config_has(tmp_path):
+def test_every_switch_of_the_network_reaches_its_config(tmp_path):
     params = load_with(tmp_path, ("    attention: flash", "    attention: flash\n    chunked_loss: true"))
+    shared = set(Switches.model_fields) & set(config.GPTConfig.model_fields)
+    assert len(shared) == 5
     for level in params.levels.values():
-        shared = set(Switches.model_fields) & set(config.GPTConfig.model_fields)
-        assert len(shared) == 5
         assert params.gpt(level).model_dump(include=shared) == level.model_dump(include=shared)
 
 
 def test_exponents_without_a_point_are_numbers():
-    assert params_yaml.load(PARAMS).models["gpt2"].learning_rate == 3e-4
-    assert params_yaml.load(PARAMS).optimizer.betas == (0.9, 0.999)
+    params = params_yaml.load(PARAMS)
+    assert params.models["gpt2"].learning_rate == 3e-4
+    assert params.optimizer.betas == (0.9, 0.999)
 
 
 def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
@@ -150,19 +148,19 @@ def test_a_mistake_is_reported_with_its_place_and_what_is_allowed(tmp_path, old,
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list", b"a: b: c", b"a: \x07", b"a: \xff"])
-def test_a_file_that_is_not_a_map_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_yaml_map_is_refused(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"params\.yaml"):
         params_yaml.load(tmp_path / "params.yaml")
 
 
-def test_activation_checkpointing_belongs_to_a_size_and_so_to_all_levels(tmp_path):
-    params = load_with(tmp_path, ("model: gpt2 ", "model: gpt2-xl "))
-    assert all(params.gpt(level).activation_checkpointing for level in params.levels.values())
-    assert not any(params_yaml.load(PARAMS).gpt(level).activation_checkpointing for level in params.levels.values())
+def test_activation_checkpointing_belongs_to_a_size_and_acts_at_all_levels(tmp_path):
+    for model, expected in (("gpt2-xl", True), ("gpt2", False)):
+        params = load_with(tmp_path, ("model: gpt2 ", f"model: {model} "))
+        assert {params.gpt(level).activation_checkpointing for level in params.levels.values()} == {expected}
 
 
-def test_openai_weights_are_refused_for_a_size_that_has_none(tmp_path):
+def test_openai_weights_are_refused_for_a_size_without_any(tmp_path):
     message = f"params.yaml:{line_of('source: auto')}: pretrained.source = openai: there are no weights for model tiny"
     with pytest.raises(UserError, match=message):
         load_with(tmp_path, ("model: gpt2 ", "model: tiny "), ("source: auto", "source: openai"))
@@ -171,8 +169,8 @@ def test_openai_weights_are_refused_for_a_size_that_has_none(tmp_path):
 @pytest.mark.parametrize("other", [("source: auto", "source: stand-in"), ("model: gpt2 ", "model: tiny ")])
 @pytest.mark.parametrize(("folder", "shown"), [("here", "here"), ("''", "")])
 def test_a_folder_of_weights_that_would_not_be_read_is_refused(tmp_path, other, folder, shown):
-    line = line_of("folder:  ")
-    with pytest.raises(UserError, match=rf"params\.yaml:{line}: pretrained\.folder = {shown}: not read with this"):
+    message = f"params.yaml:{line_of('folder:  ')}: pretrained.folder = {shown}: not read with this"
+    with pytest.raises(UserError, match=message):
         load_with(tmp_path, ("folder:  ", f"folder: {folder}  "), other)
 
 
@@ -183,6 +181,5 @@ def test_the_schema_for_editors_is_current():
 
 
 def test_reading_the_settings_does_not_import_torch():
-    code = "import sys, gpt2_ladder.config, pipeline.environment; sys.exit('torch' in sys.modules)"
-    environment = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    code = "import sys, gpt2_ladder.config, pipeline.environment; print('torch' in sys.modules)"
+    assert processes.run(code) == "False\n"
