@@ -56,8 +56,7 @@ def write(
 ) -> None:
     """Write a corpus as shards: `val`, then `train`, then 000001.bin and so on in `folder`.
 
-    Raises:
-        UserError: a file cannot be downloaded or read, or the corpus is too small.
+    Raise UserError if a file cannot be downloaded or read, or the corpus is too small.
     """
     inputs = _inputs(settings)
     versions = [VERSION, documents.PIECE, pa.__version__, tiktoken.__version__]  # positions depend on them

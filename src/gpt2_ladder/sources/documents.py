@@ -31,10 +31,8 @@ _ends = lru_cache(2**16)(tiktoken.Encoding("", pat_str=ENDS, mergeable_ranks=BYT
 def pieces(path: Path, column: str | None) -> Iterator[Piece]:
     """Yield the pieces of a text file, which is one document, or of the rows of a parquet file's `column`.
 
-    Documents without text are skipped.
-
-    Raises:
-        UserError: the file cannot be read, or has a word of more than LONGEST bytes.
+    Documents without text are skipped. Raise UserError if the file cannot be read, or has a word of more than LONGEST
+    bytes.
     """
     documents = iter([(str(path), read_text(path))]) if column is None else _rows(path, column)
     piece, size = [""], 0

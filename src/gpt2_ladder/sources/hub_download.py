@@ -28,10 +28,8 @@ def fetch(
 ) -> Path:
     """Download a file of a hub repository into `folder`, or into the hub's cache, and return its path.
 
-    Call `probe` first. The error message suggests another try, a mirror, or the `fix`.
-
-    Raises:
-        UserError: the download failed.
+    Call `probe` first. The error message suggests another try, a mirror, or the `fix`. Raise UserError if the download
+    failed.
     """
     call = partial(
         huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision, local_dir=folder

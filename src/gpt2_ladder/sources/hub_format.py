@@ -40,9 +40,8 @@ _FIXED = {
 def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
     """Load config.json and model.safetensors from `folder` as a GPT in float32 on the CPU.
 
-    Raises:
-        UserError: a file is missing or damaged, the two do not match, `from_hub` refuses a tensor, or vocab_size is
-            below `least_vocab_size`.
+    Raise UserError if a file is missing or damaged, the two do not match, `from_hub` refuses a tensor, or vocab_size is
+    below `least_vocab_size`.
     """
     if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -107,11 +106,8 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """Convert the hub's `tensors` to a state dict of `model`.
 
     Keys may have the prefix `transformer.`. Causal masks are skipped. If `model` ties the two, `lm_head.weight` may be
-    missing or must equal wte.
-
-    Raises:
-        UserError: a tensor is missing, unknown, of the wrong shape or type, or has NaN or infinity; or a tied lm_head
-            differs from wte.
+    missing or must equal wte. Raise UserError if a tensor is missing, unknown, of the wrong shape or type, or has NaN
+    or infinity; or a tied lm_head differs from wte.
     """
     config, state = model.config, dict[str, Tensor]()
     masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # older files contain these constants

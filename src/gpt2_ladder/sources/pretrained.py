@@ -44,10 +44,8 @@ STAND_IN_NOTICE = (
 def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: int) -> None:
     """Write config.json, model.safetensors and their provenance to `folder`, from the `source` in params.yaml.
 
-    `auto` writes a stand-in only if the hub is unreachable or has no `model` of that name.
-
-    Raises:
-        UserError: `openai` is unreachable, a file has another hash than the pinned one, or the disk is too small.
+    `auto` writes a stand-in only if the hub is unreachable or has no `model` of that name. Raise UserError if `openai`
+    is unreachable, a file has another hash than the pinned one, or the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if source.source != "stand-in" and model in REVISIONS:
@@ -68,10 +66,8 @@ def fetch_repository(repository: str) -> Path:
     """Download the two files of a public `repository`, owner/name, to huggingface_hub's cache; return the folder there.
 
     Cached files are used without asking the hub. OpenAI's models come from the pinned commit, with the pinned hash if
-    there is one; others from the latest commit.
-
-    Raises:
-        UserError: a file cannot be downloaded or differs from the pinned one.
+    there is one; others from the latest commit. Raise UserError if a file cannot be downloaded or differs from the
+    pinned one.
     """
     model = repository.removeprefix(f"{OPENAI}/")
     repository, revision = f"{OPENAI}/{model}" if model in REVISIONS else repository, REVISIONS.get(model)

@@ -39,8 +39,7 @@ def check_target(folder: Path) -> None:
 def write_folder(folder: Path, model: GPT, card: str, encoder_json: Path, vocab_bpe: Path) -> None:
     """Write `model`, GPT-2's tokenizer from OpenAI's two files and the `card` to `folder`: all of it, or nothing.
 
-    Raises:
-        UserError: `folder` is not new or empty.
+    Raise UserError if `folder` is not new or empty.
     """
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,7 @@ def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
 def llmc_loss(model: GPT, text: str, encoding: tiktoken.Encoding) -> float:
     """Return the loss in nats on llm.c's test batch.
 
-    Raises:
-        UserError: it differs from the loss of OpenAI's weights.
+    Raise UserError if it differs from the loss of OpenAI's weights.
     """
     loss = float(model(*llmc_batch(text, encoding))[1])
     if not abs(loss - LLMC_LOSS) <= LLMC_TOLERANCE:
