@@ -158,7 +158,7 @@ def test_the_shared_folder_has_the_trials_network_and_the_facts_of_its_run(clone
     corpus, train = (clone / f"data/{name}" for name in ("input.txt", "train.bin"))
     commit = call(clone, "git", "rev-parse", "HEAD").strip()
     for fact in (
-        *("**4 steps old**", "on 512 tokens", "shards: 1, the first with", "2 x 64 tokens; 128 tokens a step"),
+        *("**4 steps**", "on 512 tokens", "shards: 1, the first with", "2 x 64 tokens; 128 tokens a step"),
         *(f"{result[name]:.4f}" for name in ("loss_first", "loss_last", "val_loss", "bits_per_byte")),
         *(f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in (corpus, train)),
         *(environment["torch"], environment["device_name"], f"git checkout {commit}", '| `precision` | "fp32" |'),
@@ -184,7 +184,7 @@ def test_the_shared_folder_has_the_trials_network_and_the_facts_of_its_run(clone
     assert not (clone / "other").exists()
     (clone / "src/note.txt").write_text("not committed")
     share.main("other")
-    assert "It cannot be repeated from a commit" in (clone / "other/README.md").read_text()
+    assert "The training cannot be repeated from a commit" in (clone / "other/README.md").read_text()
     shutil.rmtree(clone / "other")
     (clone / "src/note.txt").unlink()
 
