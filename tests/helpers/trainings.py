@@ -13,17 +13,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.running import run
 from gpt2_ladder.training import data
 from helpers.common import REPOSITORY, link_encoding
-from pipeline import (
-    ENVIRONMENT,
-    PROBE,
-    TRAIN_SHARD,
-    TRAINING_INPUTS,
-    VAL_SHARD,
-    environment,
-    read_environment,
-    read_json,
-    trial,
-)
+from pipeline import ENVIRONMENT, PROBE, TRAINING_INPUTS, environment, read_environment, read_json, trial
 from pipeline import train as train_stage
 
 INPUTS = run.Inputs(*TRAINING_INPUTS)
@@ -36,7 +26,7 @@ def prepare(bpe_files: tuple[Path, Path]) -> Params:
     """
     write_json(ENVIRONMENT, {**environment.describe().model_dump(), "threads": 1})
     write_json(PROBE, {"micro_batch": 2})
-    for shard, seed in ((TRAIN_SHARD, 0), (VAL_SHARD, 1)):
+    for shard, seed in ((INPUTS.train, 0), (INPUTS.val, 1)):
         data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000))
     link_encoding(bpe_files)
     document = params_yaml.load(REPOSITORY / "params.yaml").model_dump()

@@ -42,15 +42,17 @@ def track(path: Path, run: wandb.Run | None, steps: list[Step] = STEPS) -> list[
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_every_step_is_in_the_file_before_the_next_one(tmp_path, monkeypatch):
+def test_every_step_is_in_the_file_before_the_next_one_also_without_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    path = tmp_path / "results" / "steps.csv"
-    with Tracker(path, start()) as tracker:
+    path, run = tmp_path / "results" / "steps.csv", start()
+    assert run is None
+    with Tracker(path, run) as tracker:
         for count, step in enumerate(STEPS, start=1):
             tracker.log(step)
             rows = list(csv.DictReader(path.read_text().splitlines()))
             assert len(rows) == count
             assert float(rows[-1]["loss"]) == step.loss  # not rounded
+    assert not list(tmp_path.glob("wandb/*run-*"))
     assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch"
 
 
@@ -122,12 +124,6 @@ def test_without_a_key_a_run_starts_offline_without_a_question(tmp_path, capsys)
     start().finish()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert capsys.readouterr().out == f"W&B: {folder}\n"
-
-
-def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert start() is None
-    assert not list(tmp_path.glob("wandb/*run-*"))
 
 
 def test_a_key_is_read_from_where_wandb_login_writes_it(tmp_path, monkeypatch):
@@ -225,16 +221,8 @@ def test_ctrl_c_in_wandb_stops_a_training(tmp_path, monkeypatch):
         track(tmp_path / "steps.csv", tracking.wandb)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("WANDB_PROJECT", "foo/bar", "UsageError: Invalid project name 'foo/bar'"),
-        ("WANDB_BASE_URL", "wandb.corp.example", "ValidationError: .*base_url.*'wandb.corp.example'"),
-        ("WANDB_TAGS", "a,", "ValidationError: .*Tag at index 1 is empty"),
-    ],
-)
-def test_a_setting_that_wandb_refuses_cannot_stop_a_training(tmp_path, monkeypatch, capsys, name, value, reason):
-    monkeypatch.setenv(name, value)
+def test_a_setting_that_wandb_refuses_cannot_stop_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", "wandb.corp.example")
     assert len(track(tmp_path / "steps.csv", start())) == 2
-    line = rf"W&B cannot start \({reason}.*\): recording this run in results/ only\n"
+    line = r"W&B cannot start \(ValidationError: .*base_url.*\): recording this run in results/ only\n"
     assert re.fullmatch(line, capsys.readouterr().out)

@@ -61,13 +61,6 @@ def test_accumulated_gradients_train_like_the_whole_batch(micro_batch):
     assert_same(parts, train())
 
 
-def test_an_unscaled_gradient_of_a_micro_batch_would_be_noticed(monkeypatch):
-    whole, split = train(), loop.split
-    monkeypatch.setattr(loop, "split", lambda batch, rows: ((x, y, 1.0) for x, y, _ in split(batch, rows)))
-    with pytest.raises(AssertionError):
-        assert_same(train(micro_batch=4), whole)
-
-
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(capsys):
     memory = Capped((peak(4) + peak(2)) / 2)
     halved = train(memory)
@@ -91,14 +84,6 @@ def test_the_step_that_did_not_fit_leaves_nothing_in_memory(monkeypatch):
     train(memory)
     assert memory.refused == 1
     assert memory.peak <= peak(4)
-
-
-def test_keeping_the_error_would_keep_the_activations(monkeypatch):
-    """The traceback holds the activations of the step that did not fit, so no smaller one would fit either."""
-    errors: list[Exception] = []
-    monkeypatch.setattr(loop, "is_out_of_memory", lambda error: errors.append(error) or True)
-    with pytest.raises(UserError, match="out of memory with one row"):
-        train(Capped((peak(8) + peak(4)) / 2))
 
 
 def test_one_row_that_does_not_fit_is_an_error():
@@ -133,7 +118,7 @@ def tiny_params(block_size: int = 64) -> config.Params:
     return params.model_copy(update={"model": "tiny", "machines": {"cpu": shape}})
 
 
-LEVELS = {name: tiny_params().levels[name] for name in ("fp32", "bf16", "padded")}
+LEVELS = {name: tiny_params().levels[name] for name in ("fp32", "padded")}
 
 
 def need(rows: int, block_size: int = 64) -> int:
@@ -182,22 +167,14 @@ def test_the_bytes_of_a_network_are_computed_from_its_config(tied, attention):
     assert (masks > 0) == (attention == "eager")
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "sizes", "need"),
-    [
-        (10**12, {}, r"1,024,000\.0"),  # 4 float32 numbers for each of 64 * 10**12 weights
-        (50257, {"n_embd": 10**8}, r"3,840,082,094\.4"),  # and of 24 * 10**16
-        (50257, {"n_positions": 10**9}, r"2,000,001,024\.1"),  # two masks of 10**18 bytes
-    ],
-)
-def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch, vocab_size, sizes, need):
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
     params = tiny_params()
-    params = params.model_copy(update={"models": {"tiny": params.size.model_copy(update=sizes)}})
-    level = params.levels["fp32"].model_copy(update={"vocab_size": vocab_size})
+    level = params.levels["fp32"].model_copy(update={"vocab_size": 10**12})
     job = replace(train_stage.make_job(params, "fp32"), switches=level)
     monkeypatch.setattr(devices, "free_memory", lambda _: 24 * 10**9)
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda _: pytest.fail("built the network"))
-    message = rf"training tiny with vocab_size {vocab_size} needs {need} GB of memory, 24\.0 GB are free: free"
+    # 4 float32 numbers for each of 64 * 10**12 weights
+    message = r"training tiny with vocab_size 1000000000000 needs 1,024,000\.0 GB of memory, 24\.0 GB are free: free"
     with pytest.raises(UserError, match=message):
         build(job, params, environment(), 2)
 
@@ -205,7 +182,7 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(monkeypa
 def test_a_batch_larger_than_the_memory_is_refused_before_it_is_made():
     params = tiny_params()
     shape = params.machines["cpu"].model_copy(update={"batch_size": 10**12})
-    message = r"level 'fp32', .*: a step of 1000000000000 x 64 tokens, .* takes over [0-9,]+ GiB"
+    message = r"level 'fp32', .*: a step of 1000000000000 x 64 tokens, .* needs over [0-9,]+ GiB"
     with pytest.raises(UserError, match=message):
         probe.find_micro_batch(params.model_copy(update={"machines": {"cpu": shape}}), LEVELS, CPU)
 

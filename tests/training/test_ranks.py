@@ -32,7 +32,6 @@ from helpers.common import REPOSITORY, params_with, random_ids, tiny
 from pipeline import PROBE, train, trial
 
 STEPS = 8
-pytestmark = pytest.mark.slow
 TRIAL = "from pipeline import run, trial; run(trial.main)"
 # put before TRIAL, so that every process runs it, the agent too; rank 1 does `action` before its nth step
 FAULT = """
