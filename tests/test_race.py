@@ -1,5 +1,6 @@
 """The race: the order of steps, their batches, and the table. Speed itself is not tested."""
 
+import pytest
 import torch
 
 from experiments import race
@@ -12,6 +13,7 @@ def counts(cell: Cell):
     return lambda x, y: float((x.sum() + 2 * y.sum()).item())
 
 
+@pytest.mark.slow
 def test_contestants_step_on_the_same_batches_in_their_own_processes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", processes.IMPORTABLE)
     cell = Cell(2, 8, "fp32", compile=False)

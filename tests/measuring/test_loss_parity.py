@@ -76,6 +76,7 @@ def test_a_wrong_attention_is_caught(baseline, monkeypatch, scale, causal):
         compare("flash", losses("bf16", "flash"), baseline)
 
 
+@pytest.mark.slow
 def test_padded_rows_cost_what_is_expected_and_one_as_a_target_is_caught():
     def batch(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = y.clone()

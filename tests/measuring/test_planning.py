@@ -112,6 +112,7 @@ def test_a_checkpointed_softmax_has_the_same_type_in_backward():
     assert flops(checkpointed.network) - flops(plain.network) == pytest.approx(repeated, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_row_does_not():
     config, free = GPTConfig(**GPT2), 24 * GIB
     largest = planning.largest_batch(config, "fp32", 1024, True, free)

@@ -118,6 +118,7 @@ def identify(arm: Arm) -> tuple[str, int, int]:
     return arm.name, os.getpid(), id(arm)
 
 
+@pytest.mark.slow
 def test_a_remote_arm_steps_in_its_own_process(arms):
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         remote = turns.RemoteArm("remote", process, open_arm)

@@ -256,6 +256,7 @@ def test_complete_shards_are_kept_and_missing_ones_written_again(checkout, encod
     assert [*data.open_shard(VAL_SHARD), *data.open_shards(TRAIN_SHARD, SHARDS)[:]] == ids
 
 
+@pytest.mark.slow
 def test_killed_while_it_tokenizes_the_next_run_writes_the_same_shards(checkout, encoding):
     """SIGKILL only the stage: its worker processes must end by themselves."""
     write_parquet(Path("raw.parquet"), DOCUMENTS * 1000)

@@ -1,5 +1,7 @@
 """With `deterministic: true`, two processes compute the same bits at every kind of level that needs no compiler."""
 
+import pytest
+
 from helpers import processes
 
 TRAINING = """
@@ -24,6 +26,7 @@ for seed, precision in ((1337, "fp32"), (1337, "bf16"), (1338, "fp32")):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_losses_and_weights_to_the_bit():
     output = processes.run(TRAINING)
     assert processes.run(TRAINING) == output
