@@ -307,5 +307,5 @@ def test_a_new_level_is_one_row(clone):
     ran = stages_that_ran(call(clone, "dvc", "repro"))
     assert ran == {"environment", "probe", "train@mine", "parity", "benchmark", "report"}
     assert "| mine " in (clone / "results/report/ladder.md").read_text()
-    call(clone, "git", "clean", "--quiet", "-d", "--force", "results")  # git restore keeps new files
+    call(clone, "git", "clean", "-dfqx", "results")  # git restore keeps new files, dvc checkout brings steps.csv back
     get_back(clone)
