@@ -86,7 +86,7 @@ def test_a_skipped_level_has_its_reason_and_no_numbers():
 
 def test_results_of_two_machines_are_refused():
     other = {"environment": environment(threads=4).fingerprint}
-    message = r"are from environment .* \(A processor, torch 2\): run `dvc repro` to measure them here"
+    message = r"are from environment .* \(A processor, torch 2\): run `dvc repro` to measure them again"
     with pytest.raises(UserError, match=f"the results of bf16 {message}"):
         content(results={**dict.fromkeys(LEVELS, TRAINED), "bf16": TRAINED | other})
     with pytest.raises(UserError, match=f"the results of benchmark {message}"):
@@ -130,7 +130,7 @@ def test_two_machines_are_compared_by_ratios_within_each():
 def test_a_smaller_micro_batch_is_noted():
     assert facts.micro_batch_notes({"fp32": {"micro_batch": 2}, "bf16": {"micro_batch": 2}}, 2) == []
     (note,) = facts.micro_batch_notes({"fp32": {"micro_batch": 4}, "bf16": {"micro_batch": 4}}, 16)
-    assert note == "memory holds 4 of the 16 rows of a batch at a time: gradients were accumulated"
+    assert note == "only 4 of the 16 rows of a batch fit into memory: gradients were accumulated"
     _, other = facts.micro_batch_notes({"fp32": {"micro_batch": 8}, "bf16": {"micro_batch": 4}}, 16)
     assert other.startswith("`fp32` was trained with 8 rows at a time, other levels with 4")
 

@@ -28,7 +28,7 @@ def test_a_page_shows_the_row_the_gain_and_where_it_was_measured():
     page = pages()["bf16.md"]
     assert "-precision: tf32\n+precision: bf16\n" in page
     assert "| over the previous level | no measurable gain [1.00, 1.00] | 2.00 [1.99, 2.01] |" in page
-    assert "4 rounds of steps taken in turn, 2 x 256 tokens, on A processor (cpu, 2 threads), torch 2." in page
+    assert "4 rounds with one step of each level, 2 x 256 tokens, on A processor (cpu, 2 threads), torch 2." in page
 
 
 def test_the_page_of_a_skipped_level_shows_the_reason():

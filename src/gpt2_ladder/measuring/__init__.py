@@ -1,1 +1,1 @@
-"""Measure the levels: steps in turn, gains, loss parity, cost, memory and profiles."""
+"""Measure the levels: step times, gains, loss parity, FLOPs, memory and profiles."""

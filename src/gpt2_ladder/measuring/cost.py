@@ -4,9 +4,8 @@ from gpt2_ladder.config import GPT2_VOCAB_SIZE, Size
 
 A100 = {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0}
 H100_SXM = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5}
-# By nvidia-smi's name of the GPU: memory bandwidth in GB/s, and TFLOP/s of dense matrix products by precision, from
-# NVIDIA's data sheets (without sparsity; GeForce with float32 accumulation). A precision that the hardware lacks is
-# left out. A GPU that is missing here has no known peak.
+# {GPU name, as nvidia-smi prints it: (memory bandwidth in GB/s, {precision: TFLOP/s of dense matrix products})}, from
+# NVIDIA's data sheets: without sparsity, for GeForce with float32 accumulation, without unsupported precisions.
 GPUS: dict[str, tuple[float, dict[str, float]]] = {
     "Tesla T4": (320, {"fp32": 8.1}),
     "Tesla V100-SXM2-16GB": (900, {"fp32": 15.7}),
@@ -29,10 +28,10 @@ KNOWN_PEAKS = {name: peaks for name, (_, peaks) in GPUS.items()}
 
 
 def flops_per_token(size: Size, block_size: int) -> int:
-    """Return the FLOPs of forward and backward for one token: 6 N + 12 L T C.
+    """Return the FLOPs that one token needs in forward and backward: 6 N + 12 L T C.
 
-    N counts every parameter that is multiplied, so not the position embeddings. All levels use this one formula: the
-    work of padded rows and of a flash kernel's recomputation is not counted, because it is no progress.
+    N is the number of parameters without the position embeddings, which are added, not multiplied. The formula is the
+    same for all levels: the extra work of a padded vocabulary or of recomputation in a flash kernel is not counted.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
@@ -42,5 +41,5 @@ def flops_per_token(size: Size, block_size: int) -> int:
 
 
 def tflops(flops: float, milliseconds: float) -> float:
-    """Return the rate of `flops` operations done in `milliseconds`, in TFLOP/s."""
+    """Return the TFLOP/s of `flops` operations that took `milliseconds`."""
     return flops / (milliseconds / 1000) / 1e12

@@ -1,7 +1,7 @@
-"""Estimate gains from the times of steps taken in turn, with an interval, and compare them with the noise.
+"""Estimate gains, with their intervals, from the step times of the benchmark, and compare them with the noise.
 
-A gain is a ratio of times: 1.3 means 1.3 times as many tokens in the same time. Times are paired, one of each level per
-round, so that both of a pair meet the same state of the machine.
+A gain is a ratio of times: 1.3 means 1.3 times as many tokens in the same time. Times are compared within a round, in
+which every level takes one step, because the machine changes little during a round.
 """
 
 import math
@@ -21,64 +21,58 @@ NO_GAIN = "no measurable gain"
 
 
 class Round(Strict):
-    """One step of every level, on the same batch: their order and milliseconds.
+    """One round of the benchmark: every level takes one step on the same batch."""
 
-    `matmul_tflops` is the rate of a bare matrix product in this round by precision, empty if not measured.
-    """
-
-    order: list[str]
-    step_ms: dict[str, float]
-    matmul_tflops: dict[str, float]
+    order: list[str]  # names of the levels, in the order of their steps
+    step_ms: dict[str, float]  # milliseconds of each level's step
+    matmul_tflops: dict[str, float]  # TFLOP/s of a bare matrix product by precision; empty: not measured
 
 
 class Measurement(Strict):
-    """The content of results/benchmark.json: every round in order of time, and the conditions.
-
-    `levels` are in the ladder's order, the baseline first; `control` is the name of the baseline's second arm.
-    """
+    """The content of results/benchmark.json."""
 
     estimator: str
     model: str
     batch_size: int
     block_size: int
-    levels: list[str]
-    control: str
+    levels: list[str]  # names in the ladder's order; the first is the baseline
+    control: str  # name of the baseline's second arm
     environment: Environment
-    rounds: list[Round]
+    rounds: list[Round]  # the oldest first
 
     def step_ms(self, level: str) -> list[float]:
-        """Return the milliseconds of `level`, one per round; raise UserError if it was not measured."""
+        """Return the step time of `level` in each round. Raise UserError if `level` was not measured."""
         if level not in (*self.levels, self.control):
             raise UserError(f"level '{level}' was not measured; choose from {', '.join(self.levels)}")
         return [round_.step_ms[level] for round_ in self.rounds]
 
     def gain(self, level: str, over: str) -> "Gain":
-        """Return how many times as fast `level` is as `over`, for any two levels."""
+        """Return the gain of the level `level` over the level `over`."""
         return gain(self.step_ms(over), self.step_ms(level))
 
     def noise(self) -> "Gain":
-        """Return the gain of the baseline over itself, 1.0 on a machine without noise."""
+        """Return the measured gain of the baseline over itself. It is 1.0 on a machine without noise."""
         return self.gain(self.control, self.levels[0])
 
     def compare(self, level: str, over: str, noise: "Gain") -> dict[str, Any]:
-        """Return the gain of `level` over `over` and its verdict against `noise`, as one entry of gains.json."""
+        """Return one entry of gains.json: the gain of `level` over `over`, compared with `noise`."""
         result = self.gain(level, over)
-        word = verdict(result, noise)
-        rounds = rounds_to_settle(result, noise, len(self.rounds)) if word == NO_GAIN else None
-        return {"over": over, **asdict(result), "verdict": word, "rounds_to_settle": rounds}
+        judgement = verdict(result, noise)
+        rounds = rounds_to_settle(result, noise, len(self.rounds)) if judgement == NO_GAIN else None
+        return {"over": over, **asdict(result), "verdict": judgement, "rounds_to_settle": rounds}
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast one level is as another: the estimate, and the ends of its 95 % bootstrap interval."""
+    """The gain of one level over another, with its 95 % bootstrap interval."""
 
-    ratio: float
-    low: float
-    high: float
+    ratio: float  # 1.3: the level is 1.3 times as fast as the other
+    low: float  # lower end of the interval of `ratio`
+    high: float  # upper end
 
     @property
     def uncertainty(self) -> float:
-        """The largest distance of the interval from 1.0, in logarithms."""
+        """The distance between 1.0 and the farther end of the interval, as a logarithm."""
         return max(abs(math.log(self.low)), abs(math.log(self.high)))
 
     def __str__(self) -> str:
@@ -86,9 +80,9 @@ class Gain:
 
 
 def estimate(slow_ms: Any, fast_ms: Any, axis: int = -1) -> Any:
-    """Return ESTIMATOR of paired times, two arrays of one shape, over `axis`: the median of all pairwise means.
+    """Estimate the gain along `axis` of two arrays of times as the median of all pairwise means of the log ratios.
 
-    Nearly as precise as the mean for well-behaved noise, and robust against rounds that another program disturbed.
+    It is nearly as precise as the mean of the log ratios, and robust if another program disturbed some rounds.
 
     Source: Hodges and Lehmann 1963, "Estimates of location based on rank tests".
     """
@@ -98,10 +92,10 @@ def estimate(slow_ms: Any, fast_ms: Any, axis: int = -1) -> Any:
 
 
 def gain(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Gain:
-    """Return the gain of a level that took `fast_ms` over one that took `slow_ms`, paired by round.
+    """Return the gain of a level with times `fast_ms` over a level with times `slow_ms`, one time of each per round.
 
-    The interval is a percentile bootstrap over the rounds, widened as Student's t is against the normal distribution:
-    without that, the interval of eight rounds would hold the truth in 92 of 100 cases. It is deterministic.
+    The interval is a percentile bootstrap over the rounds with a fixed seed, widened by Student's t. Without that, the
+    interval of eight rounds would contain the true gain in 92 % of cases instead of 95 %.
 
     Source: Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3.
     """
@@ -121,9 +115,10 @@ def gain(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Gain:
 
 
 def verdict(gain: Gain, control: Gain) -> str:
-    """Return "faster", "slower", or NO_GAIN where noise may be the cause.
+    """Return "faster" or "slower", or NO_GAIN if noise may explain `gain`.
 
-    That is if the interval holds 1.0, or if `control`, the gain of the baseline over itself, may be as large as `gain`.
+    Noise may explain it if its interval contains 1.0, or if the interval of `control`, the measured gain of the
+    baseline over itself, reaches as far from 1.0.
     """
     if gain.low <= 1 <= gain.high or abs(math.log(gain.ratio)) <= control.uncertainty:
         return NO_GAIN
@@ -131,7 +126,7 @@ def verdict(gain: Gain, control: Gain) -> str:
 
 
 def rounds_to_settle(gain: Gain, control: Gain, rounds: int) -> int | None:
-    """Return roughly how many rounds, instead of `rounds`, would distinguish `gain` from noise; None if it is 1.0."""
+    """Estimate how many rounds show that `gain`, measured in `rounds` rounds, is not noise; None if its ratio is 1."""
     effect = abs(math.log(gain.ratio))
     if effect == 0:
         return None

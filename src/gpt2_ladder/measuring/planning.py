@@ -1,8 +1,8 @@
-"""Predict what a training step needs without computing it: its memory, the largest batch, and its least time.
+"""Predict a training step's memory, its least time, and the largest batch that fits, without running the step.
 
-A whole step is traced on fake tensors, which have a shape and a type but no storage; this takes a second for any size.
-Not included: workspaces of libraries, fragmentation, and the driver's own memory. A compiled level is traced
-uncompiled, so its memory is an upper bound, and only the matrix products count for its least time.
+The step is traced on fake tensors, which have a shape and a type but no storage. This takes a second for any size.
+The predicted memory leaves out libraries' workspaces, fragmentation and the driver's memory. Compiled levels are traced
+without compilation, so their predicted memory is an upper bound.
 """
 
 import weakref
@@ -26,31 +26,31 @@ from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.training import loop, runtime
 
 CPU = torch.device("cpu")  # on a machine without a GPU, autocast works only for fake tensors on the CPU
-LARGEST = 2**50  # bytes; larger steps are refused before tracing
-RESERVE = 2**30  # bytes kept free, plus a tenth of the rest: for the driver, workspaces and fragmentation
-SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # the values do not change what a step needs
+LARGEST = 2**50  # bytes; a step that needs more is not traced
+RESERVE = 2**30  # bytes kept free for the driver, workspaces and fragmentation, plus a tenth of all
+SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # any values: memory and time do not depend on them
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 @dataclass(frozen=True)
 class Operation:
-    """The cost of one operator: floating-point operations of matrix products, and bytes read and written."""
+    """The cost of one operator."""
 
-    flops: int
-    bytes: int
+    flops: int  # of a matrix product; 0 for all other operators
+    bytes: int  # read and written
 
 
 @dataclass(frozen=True)
 class Step:
-    """One traced training step: the peak of the bytes alive at once, and the operators of its two parts."""
+    """One traced training step."""
 
-    peak_bytes: int
-    network: tuple[Operation, ...]
-    optimizer: tuple[Operation, ...]
+    peak_bytes: int  # the largest memory in use at any time
+    network: tuple[Operation, ...]  # operators of forward and backward
+    optimizer: tuple[Operation, ...]  # operators of the optimizer's step
 
 
 class LiveStorage(TorchDispatchMode):
-    """Count the bytes of all live storages, real or fake; record their peak and the operators."""
+    """Record the bytes that all tensors use, their peak, and the cost of every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ class LiveStorage(TorchDispatchMode):
 
 
 def softmax_like_cuda() -> AbstractContextManager[object]:
-    """Compute softmax in float32, as CUDA's autocast does and the CPU's does not."""
-    softmax = F.softmax  # patched, because a TorchFunctionMode is off in backward, where a checkpoint repeats forward
+    """Return a context that computes softmax in float32. Autocast does so on CUDA, but not on a CPU."""
+    softmax = F.softmax  # patched: activation checkpointing repeats it in backward, without a TorchFunctionMode
     return patch.object(F, "softmax", lambda scores, dim: softmax(scores.float(), dim))
 
 
@@ -92,15 +92,15 @@ def trace_step(
 ) -> Step:
     """Trace a training step of GPT(config) on `micro_batches` micro-batches of (batch_size, block_size) ids.
 
-    `cuda` traces as on an NVIDIA GPU, where AdamW updates all parameters at once, with a temporary copy of them. Raise
-    UserError if the step needs more than LARGEST bytes.
+    If `cuda`, trace the step as it runs on an NVIDIA GPU: AdamW updates all parameters at once and needs a temporary
+    copy of them. Raise UserError if the step needs more than LARGEST bytes.
     """
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:
         raise UserError(
             f"a step of {batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
-            f"vocab_size {config.vocab_size} needs over {least / 2**30:,.0f} GiB of memory; lower a size in params.yaml"
+            f"vocab_size {config.vocab_size} needs over {least / 2**30:,.0f} GiB of memory; lower them in params.yaml"
         )
     with FakeTensorMode(), LiveStorage() as storage, softmax_like_cuda() if cuda else nullcontext():
         model = GPT(config, seed=None)
@@ -122,7 +122,7 @@ def trace_step(
 def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool, free: int) -> int:
     """Return the largest batch size whose step fits into `free` bytes minus the reserve; 0 if one row does not fit."""
     usable = 0.9 * free - RESERVE
-    # memory is linear in the batch size, but for few rows, where the peak is in the optimizer's step
+    # memory grows linearly with the batch size, except for small batches: they peak in the optimizer's step
     low, high = (trace_step(config, precision, size, block_size, cuda).peak_bytes for size in (32, 64))
     size = max(1, 32 + int((usable - low) * 32 / (high - low)))
     while size and trace_step(config, precision, size, block_size, cuda).peak_bytes > usable:
@@ -133,8 +133,8 @@ def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool
 def least_ms(step: Step, gpu: str, precision: str, compiled: bool) -> float | None:
     """Return the least milliseconds of `step` on `gpu` by the roofline model; None if the GPU's peaks are unknown.
 
-    Every operator takes as long as its arithmetic at the peak rate or its bytes at the memory's bandwidth, whichever is
-    longer. Ideal compilation fuses all other operators into the matrix products, so only those count for `compiled`.
+    An operator takes at least the time of its arithmetic at the peak rate, and of its bytes at the memory's bandwidth.
+    If `compiled`, forward and backward count only matrix products, as if all other operators were fused into them.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model".
     """
@@ -150,7 +150,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _flops(func: Any, args: Any, out: Any) -> int:
-    """Return the operations of a matrix product, 0 for others; causal flash attention computes half of the square."""
+    """Return the FLOPs of a matrix product or of causal flash attention, half of the full square; 0 for the others."""
     if FLASH in func.__name__:
         backward = "backward" in func.__name__
         B, H, T, D = args[1 if backward else 0].shape

@@ -10,26 +10,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpt2_ladder import files
 
-FUSED = "fused by torch.compile"  # one name for all of Inductor's kernels, whose own names differ between graphs
-# Triton's kernels on a GPU; on a CPU the C++ kernels have no names, and their time is that of the graph that calls them
+FUSED = "fused by torch.compile"  # common name of all Inductor kernels; their own names differ between graphs
+# first words of a Triton kernel's name on a GPU, and of a graph's name on a CPU, whose C++ kernels have no names
 INDUCTOR = ("triton_", "## Call CompiledFxGraph")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """The cost of one operator in one step, by torch's name.
+    """The cost of one operator in one step."""
 
-    `self_ms` excludes the operators that it called; on a GPU it is the time of the kernels it launched.
-    """
-
-    name: str
+    name: str  # torch's name of the operator
     calls: int
-    self_ms: float
+    self_ms: float  # without the operators that it calls; on a GPU, the time of the kernels that it launches
 
 
 def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:
-    """Run `step` once, write its trace to `trace`, and return its operators, the costliest first."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides Kineto's USDT lines, which have level 5; errors are shown
+    """Profile one call of `step`, write the trace to `trace`, and return the operators, the costliest first."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides Kineto's USDT lines (level 5), not its errors
     with profile(activities=activities) as profiler:
         step()
     with files.replacing(trace) as (temporary,):
@@ -39,7 +36,7 @@ def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivi
     self_us: Counter[str] = Counter()
     for event in profiler.key_averages():
         if event.device_type.name != "CPU":
-            continue  # a kernel, whose time is counted with the operator that launched it
+            continue  # a kernel: its time is counted in the operator that launched it
         name = FUSED if event.key.startswith(INDUCTOR) else event.key
         calls[name] += event.count
         self_us[name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total

@@ -15,7 +15,7 @@ PEAK_SOURCES = {True: "what a bare matrix product reached in the same round", Fa
 
 
 def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measurement) -> dict[str, Any]:
-    """Return the content of gains.json; `levels` has the switches of every measured level."""
+    """Return the content of gains.json. `levels` maps the name of every measured level to its switches."""
     tokens = measurement.batch_size * measurement.block_size
     flops = tokens * cost.flops_per_token(params.size, measurement.block_size)
     noise, names = measurement.noise(), measurement.levels
@@ -44,10 +44,10 @@ def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measu
 
 
 def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:
-    """Return the machine's peak TFLOP/s at `precision` in every round; None if it is unknown.
+    """Return the machine's peak TFLOP/s at `precision`, one value per round; None if the peak is unknown.
 
-    A value in params.yaml, peak_tflops, comes first. NVIDIA GPUs are looked up; for other devices the peak is the
-    rate of a bare matrix product in the same round.
+    If peak_tflops is set in params.yaml, return it. Otherwise, NVIDIA GPUs are looked up in KNOWN_PEAKS. On other
+    devices the peak is the rate of a bare matrix product in the same round.
     """
     given, environment = getattr(params.peak_tflops, precision), measurement.environment
     if given is None and devices.peak_is_measured(environment.device):

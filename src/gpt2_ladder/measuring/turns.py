@@ -1,8 +1,8 @@
-"""Take training steps of several levels in turn, so that the ratios of their times hold on a machine that drifts.
+"""Benchmark the levels in rounds: in each round, every level takes one training step, in random order.
 
-Two trainings, one after the other, meet different machines: other programs, clock rates and temperatures change within
-minutes. Steps in turn meet the same machine in every round. Each round has its own random order, because what a step
-leaves behind (caches, the allocator's free lists) changes the next step's time by up to 12 %.
+The speed of a machine changes within minutes, with other programs, clock rates and temperatures. So two trainings, one
+after the other, cannot be compared, but the steps of one round can. The order is random, because a step changes caches
+and the allocator's free lists, and so the time of the next step by up to 12 %.
 """
 
 import random
@@ -26,16 +26,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Arm:
-    """One level in the benchmark: a network, its optimizer, its precision, and how many rows it trains at a time."""
+    """One level in the benchmark."""
 
     name: str
     model: GPT
     optimizer: torch.optim.Optimizer
     precision: str
-    micro_batch: int
+    micro_batch: int  # rows of a batch that go through the network at a time
 
     def step(self, batch: loop.Batch, device: torch.device) -> float:
-        """Train on `batch` at this arm's precision, restore float32, and return the step's milliseconds."""
+        """Train on `batch` at this arm's precision, then restore float32. Return the step's milliseconds."""
         autocast = runtime.set_precision(self.precision, device)
         try:
             return loop.train_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)[1]
@@ -43,23 +43,20 @@ class Arm:
             runtime.set_precision(runtime.DEFAULT, device)
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Return `function(arm, *arguments)`."""
+        """Return `function(self, *arguments)`."""
         return function(self, *arguments)
 
 
 @dataclass(frozen=True)
 class RemoteArm:
-    """An arm in its own process, for a level with a switch that applies to a whole process, such as the allocator.
-
-    `open` is a cached module-level function that builds the arm from its name in `process`, an executor of one worker.
-    """
+    """An arm in its own process, because one of its switches, the allocator, applies to a whole process."""
 
     name: str
-    process: ProcessPoolExecutor
-    open: Callable[[str], Arm]
+    process: ProcessPoolExecutor  # with one worker
+    open: Callable[[str], Arm]  # builds the arm from its name in `process`: a function of a module, with @cache
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Return `function(arm, *arguments)`, computed in the arm's process."""
+        """Return `function(arm, *arguments)`, called in the arm's process."""
         return self.process.submit(_run, self.open, self.name, function, arguments).result()
 
 
@@ -68,16 +65,16 @@ def _run(open_arm: Callable[[str], Arm], name: str, function: Callable[..., Any]
 
 
 def step_as_compiled(arm: Arm, batch: loop.Batch, device: torch.device) -> float:
-    """Return the milliseconds of a step; raise RuntimeError if the step compiles again."""
+    """Take one step and return its milliseconds. Raise RuntimeError if the network would be compiled again."""
     with torch.compiler.set_stance("fail_on_recompile"):
         return arm.step(batch, device)
 
 
 class SharedWeights:
-    """Networks that share their parameters and optimizer state with all others of the same shape.
+    """Build networks that share their parameters and optimizer state, to save memory.
 
-    Seven copies of 124M parameters with AdamW's state need 14 GB, shared ones 4 GB. The time of a step does not depend
-    on the values of the weights.
+    Networks with the same vocab_size and tie_weights share them. Seven copies of 124M parameters with AdamW's
+    state would need 14 GB; shared, they need 4 GB. The time of a step does not depend on the values of the weights.
     """
 
     def __init__(self, params: Params, device: torch.device):
@@ -86,23 +83,23 @@ class SharedWeights:
         self._optimizers: dict[tuple[int, bool, bool], torch.optim.Optimizer] = {}
 
     def build(self, config: GPTConfig, fused: bool = False) -> tuple[GPT, torch.optim.Optimizer]:
-        """Return a new network of `config` on the shared parameters, and their optimizer, `fused` or not."""
+        """Return a new network that uses the shared parameters, and their shared optimizer, `fused` or not."""
         shape = (config.vocab_size, config.tie_weights)
         if shape not in self._owners:
             self._owners[shape] = GPT(config, self._params.seed).to(self._device)
         owner = self._owners[shape]
-        if (*shape, fused) not in self._optimizers:  # not shared: on a GPU both keep their state in different places
+        if (*shape, fused) not in self._optimizers:  # on a GPU fused and other AdamW keep state in different places
             settings = self._params.size.learning_rate, self._params.optimizer
             self._optimizers[*shape, fused] = loop.make_optimizer(owner, *settings, fused)
         with torch.device("meta"):
             model = GPT(config, seed=None)
-        # keep_vars: a plain state_dict() holds detached tensors, so that tied weights would become two parameters
+        # without keep_vars the tensors would be detached, and tied weights would become two parameters
         model.load_state_dict(owner.state_dict(keep_vars=True), assign=True)
         return model.to(self._device), self._optimizers[*shape, fused]
 
 
 def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.device, micro_batch: int) -> list[Arm]:
-    """Return one arm per level, on shared weights."""
+    """Return one arm per level; the networks share their weights."""
     weights, arms = SharedWeights(params, device), []
     for name, switches in levels.items():
         model, optimizer = weights.build(params.gpt(switches), switches.fused_adamw)
@@ -115,7 +112,7 @@ def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.dev
 def warm_up(
     arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, steps: int = 2
 ) -> Iterator[str]:
-    """Take `steps` untimed steps of every arm, in random order, and yield its name before each; the first compiles."""
+    """Take `steps` untimed steps of every arm, in random order. Yield the arm's name before each step."""
     generator = random.Random(seed)
     for _ in range(steps):
         for arm in generator.sample(arms, len(arms)):
@@ -132,10 +129,11 @@ def measure(
     seed: int,
     matmuls: Sequence[str] = (),
 ) -> Iterator[Round]:
-    """Yield up to `rounds` rounds of the warmed-up `arms`: as many as fit into `seconds`, but at least MINIMUM_ROUNDS.
+    """Take one step of every arm in each round, and yield the rounds. Call `warm_up` first: it compiles the networks.
 
-    Each round uses one of `batches`, in turn, and times a bare matrix product at every precision in `matmuls`. Raise
-    RuntimeError if a step compiles again, so that its time would include the compilation.
+    Stop after `rounds` rounds, or earlier if the next round would end after `seconds`, but not before MINIMUM_ROUNDS. A
+    round uses one of `batches`, in order, and times a bare matrix product at every precision in `matmuls`. Raise
+    RuntimeError if a network would be compiled again, because the step's time would include the compilation.
     """
     generator, start = random.Random(seed), time.perf_counter()
     for index, batch in zip(range(rounds), cycle(batches), strict=False):

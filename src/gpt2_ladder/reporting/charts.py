@@ -1,4 +1,4 @@
-"""Draw the report's charts with altair, and save them as PNG or SVG with vl-convert; no network is needed."""
+"""Draw the report's charts with altair, and save them as PNG or SVG with vl-convert, without using the network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +11,15 @@ from gpt2_ladder import files
 
 Rows = Sequence[Mapping[str, Any]]
 
-# the colors differ in lightness too, for readers who do not distinguish red from green
+# the colors also differ in lightness, for readers who cannot distinguish red from green
 COLORS = {"baseline": "#4c78a8", "faster": "#2e8540", "slower": "#d1495b", "no measurable gain": "#b8b8b8"}
 WIDTH = 330
 
 
 def waterfall(rows: Rows) -> alt.LayerChart:
-    """Draw how each level changes tokens/s, from rows in the ladder's order, as facts.ladder_steps returns them.
+    """Draw how much each level changes tokens/s; `rows` come from facts.ladder_steps.
 
-    `start` and `end` are tokens/s before and after the switch; `low` and `high` are the interval of `end`.
+    In each row, `start` and `end` are tokens/s before and after the switch; `low` and `high` are the interval of `end`.
     """
     order = [row["level"] for row in rows]
     base = alt.Chart(alt.Data(values=list(rows))).encode(alt.Y("level:N", title=None, sort=order))
@@ -43,7 +43,7 @@ def waterfall(rows: Rows) -> alt.LayerChart:
 
 
 def losses(rows: Rows, title: str, y_title: str = "training loss in nats") -> alt.Chart:
-    """Draw one line per level from rows of `level`, `step` and `loss`; the y axis need not start at zero."""
+    """Draw the losses of each level as a line; each of `rows` has `level`, `step` and `loss`."""
     order = list(dict.fromkeys(row["level"] for row in rows))
     return (
         alt.Chart(alt.Data(values=list(rows)), title=title)
@@ -69,7 +69,7 @@ def memory(peaks_mib: Mapping[str, float]) -> alt.LayerChart:
 
 
 def save_png(chart: alt.TopLevelMixin, path: Path) -> None:
-    """Save `chart` as a PNG of twice its size, for high-resolution screens."""
+    """Save `chart` as a PNG with doubled width and height, for high-resolution screens."""
     files.write(path, vl_convert.vegalite_to_png(_styled(chart), scale=2))
 
 

@@ -1,4 +1,4 @@
-"""Collect what the report states, once; the templates ladder.md and ladder.html only lay it out."""
+"""Collect the contents of the report for its two templates, ladder.md and ladder.html."""
 
 import math
 from collections import defaultdict
@@ -27,19 +27,19 @@ templates = jinja2.Environment(
 
 @dataclass(frozen=True)
 class Ladder:
-    """The results of all levels: metrics.json, gains.json, parity.json and profile.json, and where they were made."""
+    """The results of all levels, and the environment in which they were measured."""
 
     levels: Mapping[str, Level]
     shapes: Mapping[str, Shape]
-    results: Mapping[str, Metrics]
-    gains: Metrics
-    parity: Metrics
-    operators: Mapping[str, Sequence[Metrics]]
+    results: Mapping[str, Metrics]  # metrics.json of every level
+    gains: Metrics  # gains.json
+    parity: Metrics  # parity.json
+    operators: Mapping[str, Sequence[Metrics]]  # profile.json
     environment: Environment
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
-    """Return the rows of charts.waterfall: the baseline's tokens/s times each level's gain over the baseline."""
+    """Return one row per level for charts.waterfall: the baseline's tokens/s, times the level's gain over it."""
     (baseline, first), *others = gains["levels"].items()
     rate = first["tokens_per_second"]
     ends = {"start": 0, "end": rate, "low": rate, "high": rate}
@@ -53,7 +53,7 @@ def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
 
 
 def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[str]:
-    """Return one line for each level measurably faster or slower than the previous one: the operators that changed."""
+    """Return one line per measurable gain over the previous level: the operators whose times changed most."""
     lines = []
     for name, measured in gains["levels"].items():
         over = measured["over_previous"]
@@ -66,9 +66,9 @@ def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[
 
 
 def operator_ms(level: str, gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> defaultdict[str, float]:
-    """Return the milliseconds of the level's operators, scaled to its median step; 0 for operators it does not have.
+    """Return the milliseconds of each operator of `level`, scaled to its median step; 0 for all other operators.
 
-    torch's name for a compiled graph is left out: it is numbered by the graphs compiled before it.
+    Compiled graphs are left out: torch numbers their names, so the same graph has another name at another level.
     """
     rows = operators[level]
     scale = gains["levels"][level]["step_ms"] / sum(row["self_ms"] for row in rows)
@@ -77,13 +77,13 @@ def operator_ms(level: str, gains: Metrics, operators: Mapping[str, Sequence[Met
 
 
 def largest_changes(old: Mapping[str, float], new: Mapping[str, float]) -> list[str]:
-    """Return the operators of both, those whose milliseconds changed most first."""
+    """Return the names of all operators, sorted by how much their milliseconds changed, the largest change first."""
     changes = {operator: abs(new.get(operator, 0.0) - old.get(operator, 0.0)) for operator in {*old, *new}}
     return sorted(changes, key=lambda operator: (-changes[operator], operator))
 
 
 def undecided(gains: Metrics) -> list[str]:
-    """Return one line for each gain within the noise: how many rounds would be needed to measure it."""
+    """Return one line per gain that may be noise: how many rounds are needed to measure it."""
     lines = []
     for name, measured in gains["levels"].items():
         by_level = {gain["over"]: gain for gain in (measured["over_previous"], measured["over_baseline"]) if gain}
@@ -97,18 +97,18 @@ def undecided(gains: Metrics) -> list[str]:
 
 
 def micro_batch_notes(results: Mapping[str, Metrics], batch_size: int) -> list[str]:
-    """Return notes on gradient accumulation where memory did not hold a whole batch of some speed level."""
+    """Return notes for the report if speed levels accumulated gradients, because a batch did not fit into memory."""
     rows = {name: result["micro_batch"] for name, result in results.items()}
     smallest = min(rows.values())
     if smallest == batch_size:
         return []
-    notes = [f"memory holds {smallest} of the {batch_size} rows of a batch at a time: gradients were accumulated"]
+    notes = [f"only {smallest} of the {batch_size} rows of a batch fit into memory: gradients were accumulated"]
     different = f"rows at a time, other levels with {smallest}: do not compare their training tokens/s and memory"
     return notes + [f"`{name}` was trained with {rows[name]} {different}" for name in rows if rows[name] != smallest]
 
 
 def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: str) -> list[str]:
-    """Return notes on `trainings` that ran on several devices, with their share of the devices' known peak."""
+    """Return notes for the report if `trainings` used several devices: what the numbers mean."""
     count = trainings["trial"]["devices"]
     if count == 1:
         return []
@@ -122,9 +122,9 @@ def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: 
 
 
 def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit: Metrics) -> dict[str, Any]:
-    """Return everything that the templates lay out.
+    """Return the variables of the templates ladder.md and ladder.html.
 
-    Raise UserError if a result is from another environment, or from a training on another number of devices.
+    Raise UserError if the results are from different environments or from different numbers of devices.
     """
     levels, results, gains, parity = ladder.levels, ladder.results, ladder.gains, ladder.parity
     environment, shapes, operators = ladder.environment, ladder.shapes, ladder.operators
@@ -168,10 +168,10 @@ def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
-    """Render ladder.md, which shows the pictures in its folder."""
+    """Return the page ladder.md; it shows the PNG files next to it."""
     return templates.get_template("ladder.md").render(**facts, table=markdown_table)
 
 
 def html(facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    """Render ladder.html with the SVG elements in `pictures`, by name; the page loads nothing."""
+    """Return the page ladder.html; it contains `pictures`, SVG elements by name, and loads no other file."""
     return templates.get_template("ladder.html").render(**facts, pictures=pictures)

@@ -10,17 +10,17 @@ from gpt2_ladder.measuring.gains import NO_GAIN
 from gpt2_ladder.reporting import facts, tables
 
 MAX_OPERATORS = 12  # rows of a page's profile table
-NOTABLE = 0.005  # share of a step's time below which an operator is not listed
+NOTABLE = 0.005  # share of a step's time; operators whose time changed by less are not listed
 
 
 def pages(ladder: facts.Ladder, explained: Collection[str]) -> dict[str, str]:
-    """Return an index and one page per level, by file name; levels in `explained` link to their page in docs/levels."""
+    """Return {file name: page}: an index and a page per level. Pages of levels in `explained` link to docs/levels."""
     levels, results, gains = ladder.levels, ladder.results, ladder.gains
     speed = tables.speed_table(levels, results, gains, ladder.parity)
     training = tables.training_table(levels, results)
     common = {"environment": ladder.environment, "rounds": gains["rounds"], "table": tables.markdown_table}
     rendered, above = {}, None
-    trained: dict[str, str] = {}  # the last trained level of each group, with which the next one is compared
+    trained: dict[str, str] = {}  # {group: its previous trained level}
     for name, level in levels.items():
         previous = trained.get(level.group)
         rendered[f"{name}.md"] = _render(
@@ -46,7 +46,7 @@ def pages(ladder: facts.Ladder, explained: Collection[str]) -> dict[str, str]:
 
 
 def row_diff(level: Level, above: Level | None) -> str:
-    """Return how a row of params.yaml differs from the row above, as a diff; the first row in full."""
+    """Return the diff between the row `above` in params.yaml and the row `level`; without `above`, the whole row."""
     lines = []
     for switch, value in level:
         if above is None or getattr(above, switch) != value:
@@ -61,7 +61,7 @@ def _render(template: str, **content: Any) -> str:
 
 
 def _transpose(table: tables.Table, names: Sequence[str | None]) -> tables.Table:
-    """Return the rows of `names` as columns, without the switch that changes."""
+    """Return a table whose columns are the rows of levels `names`, without the cell "switch that changes"."""
     rows = [row for name in names for row in table[1:] if row[0] == name]
     return [[title, *(row[column] for row in rows)] for column, title in enumerate(table[0]) if column != 1]
 
@@ -69,9 +69,10 @@ def _transpose(table: tables.Table, names: Sequence[str | None]) -> tables.Table
 def _profile(
     name: str, previous: str | None, gains: tables.Metrics, operators: Mapping[str, Sequence[tables.Metrics]]
 ) -> tables.Table | None:
-    """Return the operators that changed most from `previous` to `name`, or the costliest; None if not profiled.
+    """Return a table of the operators whose time changed most from `previous` to `name`; None if not profiled.
 
-    Where the gain may be noise, so may the operators' times: then only operators whose calls changed are listed.
+    Without `previous`, list the costliest operators. If the gain may be noise, list only operators whose number of
+    calls changed, because the changes of their times may be noise too.
     """
     names = [level for level in (previous, name) if level]
     if not all(operators.get(level) for level in names):

@@ -1,4 +1,4 @@
-"""Format results as tables of text for pages and terminals. A table is a list of rows, the titles first."""
+"""Format results as text tables for pages and terminals. A table is a list of rows; the first row has the titles."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def switch_value(value: object) -> str:
 
 
 def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics | None = None) -> Table:
-    """Return one row per level with parameters, losses and training speed, then the trial's row if it is given."""
+    """Return one row per level with parameters, losses and training speed, and a row for `trial` if it is given."""
     rows = [[name, change, *_training_cells(results[name])] for name, change in _changes(levels).items()]
     titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
     return [titles, *rows, *([["trial", "as set in params.yaml", *_training_cells(trial)]] if trial else [])]
@@ -64,7 +64,7 @@ def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gai
 
 
 def side_by_side(here: Measurement, there: Measurement) -> Table:
-    """Return the gains of two machines; every gain is a ratio within one machine."""
+    """Return one row per level with its step time and gain on two machines; gains compare levels, not machines."""
     places = ("here", here), ("there", there)
     noise = {place: machine.noise() for place, machine in places}
     columns = ("ms a step", "over the previous level")
@@ -82,7 +82,7 @@ def side_by_side(here: Measurement, there: Measurement) -> Table:
 
 
 def markdown_table(table: Sequence[Sequence[str]], text_columns: int = 2) -> str:
-    """Return a Markdown table with padded cells: the first `text_columns` aligned left, the others right."""
+    """Return a Markdown table with padded cells. The first `text_columns` columns are aligned left, the rest right."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -97,7 +97,7 @@ def markdown_table(table: Sequence[Sequence[str]], text_columns: int = 2) -> str
 
 
 def gain_cell(gain: Metrics | None) -> str:
-    """Format one entry of gains.json as `1.87 [1.80, 1.95]`; a gain that may be noise has no number."""
+    """Format one entry of gains.json as `1.87 [1.80, 1.95]`; if it may be noise, with NO_GAIN instead of the ratio."""
     if gain is None:
         return MISSING
     if gain["verdict"] == NO_GAIN:
@@ -106,7 +106,7 @@ def gain_cell(gain: Metrics | None) -> str:
 
 
 def _changes(levels: Mapping[str, Level]) -> dict[str, str]:
-    """Return what every level changes against the previous one."""
+    """Return the switches that each level changes, by level."""
     previous = [None, *levels.values()]
     return {name: switch_that_changes(level, previous[i]) for i, (name, level) in enumerate(levels.items())}
 
