@@ -1,6 +1,6 @@
-"""Every setting of params.yaml as a strict, frozen pydantic model; params_yaml.py reads the file.
+"""Define and validate all settings of params.yaml with pydantic; params_yaml.py reads the file.
 
-Every stage reads this module first, so it never imports torch, which takes seconds.
+Every stage imports this module first, so it does not import torch, which takes seconds.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
-MINIMUM_ROUNDS = 6  # the true median lies outside all of five values once in 16 times, so five give no 95 % interval
+MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
@@ -26,19 +26,19 @@ class UserError(ValueError):
 
 
 def _require(condition: bool, key: str, value: object, rule: str) -> None:
-    """Raise the ValueError that params_yaml.py shows with the line of `key`, unless `condition` holds."""
+    """Raise ValueError unless `condition` is true. params_yaml.py adds the line of `key` to the message."""
     if not condition:
         raise ValueError(f"{key} = {value}: {rule}")
 
 
 class Strict(BaseModel):
-    """Base of all settings: no type coercion, no change after loading, no unknown key."""
+    """Base class of all settings: no type conversion, no change after loading, no unknown keys."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Switches(Strict):
-    """The switches of the ladder. The last three go past the seed."""
+    """The switches of the ladder. The last three are not in Karpathy's video."""
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]
@@ -52,13 +52,13 @@ class Switches(Strict):
 
 
 class Level(Switches):
-    """One row of the ladder. Quality levels train at the shape `quality`, speed levels at the machine's shape."""
+    """One row of `levels`. Quality levels train with the shape `quality`, speed levels with a shape of `machines`."""
 
     group: Literal["quality", "speed"]
 
 
 class Shape(Strict):
-    """Train `steps` batches of (batch_size, block_size) tokens, the first `warmup_steps` of them untimed."""
+    """The shape of a training: `steps` steps on (batch_size, block_size) tokens, the first `warmup_steps` untimed."""
 
     batch_size: Count
     block_size: Tokens
@@ -101,14 +101,14 @@ class GPTConfig(Size):
 
 
 class ModelSize(Size):
-    """One row of `models`: a size and its training settings."""
+    """One row of `models`: a size of the network and its training settings."""
 
     learning_rate: PositiveFloat
     overfit_loss: PositiveFloat
-    activation_checkpointing: bool = False  # keep only each block's input for backward and recompute the rest
+    activation_checkpointing: bool = False  # keep only the inputs of blocks for backward and recompute the rest
 
     def gpt(self) -> GPTConfig:
-        """Return OpenAI's network at this size."""
+        """Return the configuration of OpenAI's network of this size."""
         return GPTConfig(**self.model_dump(include=set(GPTConfig.model_fields)))
 
 
@@ -121,17 +121,17 @@ class AdamW(Strict):
 
 
 class Recipe(Strict):
-    """Training techniques beyond the seed. Only the trial uses them; levels use the defaults."""
+    """Training techniques that are not levels of the ladder. Only the trial uses them; levels use these defaults."""
 
-    clip_norm: PositiveFloat | None = None  # largest norm of a step's gradient; None: no clipping
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; the cosine falls to a tenth
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # steps in which the learning rate rises to its full value
-    decay: Literal["all", "matrices"] = "all"  # which parameters decay; "matrices" excludes biases and LayerNorms
-    tokens_per_step: Annotated[int, Field(gt=0, le=2**27)] | None = None  # None: those of one batch
+    clip_norm: PositiveFloat | None = None  # clip the gradient to this norm; None: no clipping
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: lower the learning rate to a tenth
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # raise the learning rate during the first N steps
+    decay: Literal["all", "matrices"] = "all"  # which parameters have weight decay; matrices: not biases and LayerNorms
+    tokens_per_step: Annotated[int, Field(gt=0, le=2**27)] | None = None  # None: one batch
 
 
 class Pretrained(Strict):
-    """Source of GPT-2's published weights: the hub, a folder, or a random stand-in."""
+    """Where the pretrained weights come from: the hub, a folder, or a random stand-in."""
 
     source: Literal["auto", "openai", "stand-in"]
     folder: str | None
@@ -149,14 +149,14 @@ class Data(Strict):
 
 
 class Rounds(Strict):
-    """Length of the benchmark: `rounds`, or as many as fit into `seconds`, at least MINIMUM_ROUNDS."""
+    """Length of the benchmark: at most `rounds` rounds and `seconds` seconds, but at least MINIMUM_ROUNDS rounds."""
 
     rounds: Annotated[int, Field(ge=MINIMUM_ROUNDS, lt=2**63)]
     seconds: PositiveFloat
 
 
 class Tolerances(Strict):
-    """Largest difference in nats from the baseline's loss in the first `steps` steps, by precision."""
+    """Largest allowed difference, in nats, from the baseline's loss in the first `steps` steps, by precision."""
 
     steps: Count
     fp32: PositiveFloat
@@ -165,7 +165,7 @@ class Tolerances(Strict):
 
 
 class Peaks(Strict):
-    """TFLOP/s of dense matrix products by precision; None: look the GPU up, or measure the CPU."""
+    """Peak TFLOP/s of dense matrix products, by precision. None: look up the GPU, or measure the CPU."""
 
     fp32: PositiveFloat | None
     tf32: PositiveFloat | None
@@ -173,12 +173,12 @@ class Peaks(Strict):
 
 
 def _allow_sparse_rows(schema: dict[str, Any]) -> None:
-    """Let the JSON schema of `levels` accept rows that leave keys to `defaults`."""
+    """Make all keys optional in the JSON schema of `levels`, because `defaults` has them too."""
     schema["additionalProperties"] = Level.model_json_schema() | {"required": []}
 
 
 class Params(Switches):
-    """The whole of params.yaml. The inherited switches are those of the trial."""
+    """All settings of params.yaml. The inherited switches are those of the trial."""
 
     model: Model
     machine: Literal["cpu", "gpu"]
@@ -205,7 +205,7 @@ class Params(Switches):
     @model_validator(mode="before")
     @classmethod
     def _complete_rows(cls, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill the keys that a row of `levels` lacks from `defaults`."""
+        """Copy the keys that a row of `levels` lacks from `defaults`."""
         defaults, levels = document.get("defaults"), document.get("levels")
         if not (isinstance(defaults, Mapping) and isinstance(levels, Mapping)):
             return {**document}
@@ -232,12 +232,12 @@ class Params(Switches):
         _require(warmup < shape.steps, "recipe.lr_warmup_steps", warmup, rule)
         rule = "the benchmark uses this name for the baseline's second arm; rename the level"
         _require(CONTROL not in self.levels, f"levels.{CONTROL}", CONTROL, rule)
-        path, rule = self.data.path, f"{self.data.source} does not read it; leave it at {CORPUS}"
+        path, rule = self.data.path, f"source {self.data.source} does not read a path; set data.path: {CORPUS}"
         _require(self.data.source in ("text", "parquet") or path == CORPUS, "data.path", path, rule)
         source, folder, tiny = self.pretrained.source, self.pretrained.folder, self.model == "tiny"
         rule = f"there are no weights for model {self.model}; use auto or stand-in"
         _require(source != "openai" or not tiny, "pretrained.source", source, rule)
-        rule = "not read with this source and model; leave it empty"
+        rule = "this source and model read no folder; leave it empty"
         _require(folder is None or not (source == "stand-in" or tiny), "pretrained.folder", folder, rule)
         return self
 
@@ -252,21 +252,21 @@ class Params(Switches):
         return Switches(**{name: getattr(self, name) for name in Switches.model_fields})
 
     def shape(self, group: Literal["quality", "speed"]) -> Shape:
-        """Return the shape of the levels of `group`; the trial has that of the speed levels."""
+        """Return the shape of the levels in `group`. The trial uses the shape of the speed levels."""
         return self.quality if group == "quality" else self.machines[self.machine]
 
     def gpt(self, switches: Switches) -> GPTConfig:
-        """Return the network of the chosen size with `switches` applied."""
+        """Return the configuration of the network with the chosen size and `switches`."""
         return self.size.gpt().model_copy(update=switches.model_dump(include=set(GPTConfig.model_fields)))
 
 
 class Environment(Strict):
-    """The machine as the environment stage describes it; a level runs again if any of it changes."""
+    """The machine, as the environment stage describes it. If a value changes, all levels are trained again."""
 
     device: Literal["cpu", "cuda"]
     device_name: str
     bf16: bool
-    compile_problem: str | None  # why torch.compile cannot work here; None: it can
+    compile_problem: str | None  # why torch.compile does not work; None: it works
     threads: Count
     python: str
     torch: str
@@ -274,5 +274,5 @@ class Environment(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of this environment; every level's metrics carry it."""
+        """A short hash of this environment, which is saved in metrics.json of every level."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:7]

@@ -1,4 +1,4 @@
-"""Write files completely or not at all, check them, and read JSON that may come from other sources."""
+"""Write files completely or not at all, check them, and read JSON files that the user may have changed."""
 
 import errno
 import hashlib
@@ -12,20 +12,20 @@ from typing import Any
 
 from gpt2_ladder.config import UserError
 
-ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # environment variable: the file in which a rank leaves its error
-LARGEST_JSON = 2**20  # bytes; the description of a shard or a network has less than a thousand
+ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # environment variable: the file to which a rank writes its error
+LARGEST_JSON = 2**20  # bytes; real descriptions of shards and networks have less than 1000
 
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Yield a temporary path for each of `paths`, all in one folder; if the block succeeds, put them in place in order.
 
-    All files are on the disk before the first is put in place. If the block fails, the existing files stay as they are.
+    All files are on the disk before the first is put in place. If the block fails, existing files are not changed.
     A link is replaced, never written through, because it may point into DVC's cache.
     """
     parent = paths[0].parent
     parent.mkdir(parents=True, exist_ok=True)
-    # in a folder, because files made by tempfile are readable only by their owner
+    # in a folder, because only the owner could read files made by tempfile
     with tempfile.TemporaryDirectory(dir=parent, prefix=".writing-") as folder:
         temporary = tuple(Path(folder) / path.name for path in paths)
         try:
@@ -33,7 +33,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
             plain = Path(folder) / "plain"
             plain.touch()
             for path in temporary:
-                path.chmod(plain.stat().st_mode)  # as open() sets it; safetensors' files are private
+                path.chmod(plain.stat().st_mode)  # the mode that open() sets; safetensors' files are private
                 _sync(path)
         except Exception as error:
             if disk_is_full(error):  # a failed write does not name its file
@@ -69,7 +69,7 @@ def sha256(path: Path) -> str:
 def check_sha256(
     path: Path, expected: str | None, source: object = None, fix: str = "run `dvc repro -f download`"
 ) -> None:
-    """Raise UserError, with `source` (or `path`) and the `fix`, unless the file has the SHA-256 `expected`."""
+    """Raise UserError if the SHA-256 of `path` is not `expected`. The message has `source` (or `path`) and `fix`."""
     if (actual := sha256(path)) != expected:
         raise UserError(
             f"{source or path}: sha256 is {actual}, expected {expected}: the file was changed or is incomplete; {fix}"
@@ -84,7 +84,7 @@ def forget_damaged(paths: Iterable[Path]) -> None:
 
     try:
         cache = Repo().cache.local
-    except DvcException:  # no DVC repository here, or no Git
+    except DvcException:  # this is no DVC repository, or no Git repository
         return
     for path in paths:
         md5 = file_md5(str(path))
@@ -95,7 +95,7 @@ def forget_damaged(paths: Iterable[Path]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return `text`, which may come from a file, with control characters escaped so that no terminal obeys them."""
+    """Return `text` with its control characters escaped, so that a terminal does not execute them."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 

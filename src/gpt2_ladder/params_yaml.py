@@ -1,4 +1,4 @@
-"""Read params.yaml into Params, or print one line for each mistake: file, line, key, value and the fix."""
+"""Read and validate params.yaml. Report each mistake in one line: file, line, key, value and the fix."""
 
 import difflib
 from pathlib import Path
@@ -13,7 +13,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from gpt2_ladder.config import Params, UserError
 from gpt2_ladder.files import printable
 
-MAX_LENGTH = 1000  # characters of a value; Python refuses to print an integer of four times as many
+MAX_LENGTH = 1000  # characters of a value; Python does not print integers with over 4300 digits
 MAX_DEPTH = 8  # ruamel.yaml takes seconds for thousands of nested lists, and overflows Python's stack
 
 
@@ -25,7 +25,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     try:
         text = Path(path).read_text(encoding="utf-8")
         _check_syntax(path, text)
-        document = YAML().load(text)  # YAML 1.2, so that 6e-4 is a number as it is for DVC; PyYAML reads a string
+        document = YAML().load(text)  # YAML 1.2, as in DVC: 6e-4 is a number; for PyYAML it is a string
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
     except MarkedYAMLError as error:
@@ -53,19 +53,19 @@ def _check_syntax(path: Path | str, text: str) -> None:
         if getattr(event, "anchor", None):
             raise UserError(
                 f"{where}: YAML anchor or alias {event.anchor!r:.80}: write the values out, "
-                "because DVC does not see that a row changes with another"
+                "because DVC does not see that a change of one row changes another"
             )
         if value == "<<" or getattr(event, "tag", None) or getattr(event, "version", None):
             raise UserError(f"{where}: '<<', '!' and '%YAML' are not supported: write the values out")
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise UserError(f"{where}: maps and lists are nested more than {MAX_DEPTH} deep; settings need 3")
+            raise UserError(f"{where}: maps and lists are nested more than {MAX_DEPTH} deep; use at most 3 levels")
         if len(value) > MAX_LENGTH:
-            raise UserError(f"{where}: {value[:20]!r}... is longer than any value here can be")
+            raise UserError(f"{where}: {value[:20]!r}... is longer than {MAX_LENGTH} characters; shorten it")
 
 
 def _is_inherited(document: CommentedMap, loc: tuple[int | str, ...]) -> bool:
-    """Return whether the mistake at `loc` is a row's copy of one in `defaults`, which is reported there."""
+    """Return whether a row of `levels` got the mistake at `loc` from `defaults`, where it is reported once."""
     if len(loc) != 3 or loc[0] != "levels" or loc[2] == "[key]":
         return False
     return loc[2] not in (document["levels"][loc[1]] or {})

@@ -110,7 +110,7 @@ def test_a_key_without_a_network_gives_an_offline_run_and_one_line(tmp_path, mon
     run = start()
     run.finish()
     assert run.offline
-    assert "W&B cannot be reached or refuses" in capsys.readouterr().out
+    assert "W&B cannot be reached or refused the run" in capsys.readouterr().out
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 

@@ -101,7 +101,7 @@ def test_the_optimizers_step_is_never_repeated(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", make_optimizer)
-    with pytest.raises(UserError, match="out of memory in the optimizer's step, which no smaller micro-batch helps"):
+    with pytest.raises(UserError, match="out of memory in the optimizer's step, which needs the same memory"):
         train(memory)
     assert memory.refused == 1
 
@@ -148,11 +148,11 @@ def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch)
 
 def test_a_failed_probe_reports_the_block_size_that_would_fit(monkeypatch):
     for free, fix in (
-        (need(1, 32), "machines.cpu.block_size: 32 would fit"),
-        (1000, "not even one token would fit: free memory, or set model: tiny"),
+        (need(1, 32), "set machines.cpu.block_size: 32, which fits"),
+        (1000, "not even one token fits: free memory, or set model: tiny"),
     ):
         monkeypatch.setattr(devices, "free_memory", lambda _, free=free: free)
-        message = f"level 'fp32', 0.[01] GiB free: one row is predicted to be too much; {fix}"
+        message = f"level 'fp32', 0.[01] GiB free: one row is predicted not to fit; {fix}"
         with pytest.raises(UserError, match=message):
             probe.find_micro_batch(tiny_params(), LEVELS, CPU)
 

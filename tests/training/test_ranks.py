@@ -243,23 +243,23 @@ def test_gradients_are_sent_with_the_last_rows_only():
 def test_more_devices_than_the_machine_has_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     devices.check_count("cuda", 2)
-    with pytest.raises(UserError, match="devices = 8, but this machine has 2: set devices: 2, or start the ranks"):
+    with pytest.raises(UserError, match="devices = 8, but this machine has 2 GPUs: set devices: 2, or start the ranks"):
         launch.on_ranks(8, "cuda")
 
 
 def test_torchrun_must_start_as_many_ranks_as_train(monkeypatch):
     as_rank(monkeypatch, rank=0, count=16)
     assert launch.on_ranks(16, "cpu") is False
-    with pytest.raises(UserError, match="torchrun started 16 ranks, but 1 must train: set `devices` in params"):
+    with pytest.raises(UserError, match="torchrun started 16 ranks, but this training uses 1: set `devices` in params"):
         launch.on_ranks(1, "cpu")
 
 
 def test_a_variable_that_torchrun_did_not_set_is_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match=r"^RANK is set, but WORLD_SIZE is not as torchrun sets it; unset RANK or use"):
+    with pytest.raises(UserError, match=r"^RANK is set, but WORLD_SIZE is missing or invalid; unset RANK or use"):
         launch.on_ranks(1, "cpu")
     missing = ", ".join(name for name in launch.TORCHRUN if name != "RANK")
-    with pytest.raises(UserError, match=rf"^RANK is set, but {missing} is not as torchrun sets it"):
+    with pytest.raises(UserError, match=rf"^RANK is set, but {missing} is missing or invalid"):
         launch.on_ranks(2, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launch.on_ranks(1, "cpu") is False

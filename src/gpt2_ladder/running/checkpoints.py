@@ -1,9 +1,9 @@
-"""Save a training's state so that it resumes with the same bits as if nothing had interrupted it.
+"""Save the state of a training. A training that resumes from it computes the same bits as an uninterrupted one.
 
-A checkpoint is two files: `<steps>.safetensors` has weights, optimizer state, generator and steps; `<steps>.json` has
-the settings, the position in the data and the SHA-256 of the first. The JSON file is put in place last, so where it
-exists the first file is complete. Checkpoints are in `checkpoints/`, not among the outputs of a stage, because DVC
-removes those before it runs the stage again.
+A checkpoint is two files. `<steps>.safetensors` has the weights, the optimizer's state, the random generator's state
+and the steps. `<steps>.json` has the settings, the position in the data and the SHA-256 of the other file. It is
+written last: if it exists, the other file is complete. Checkpoints are in `checkpoints/`, not in a stage's outputs,
+because DVC removes outputs before it runs the stage again.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ FOLDER = Path("checkpoints")
 class Checkpoints:
     """The checkpoints of one training with fixed settings."""
 
-    name: str  # of the training
-    settings: Mapping[str, Any]  # JSON of all that decides the result; checkpoints with other settings are ignored
+    name: str  # the training's name
+    settings: Mapping[str, Any]  # all that the result depends on; checkpoints with other settings are ignored
     model: GPT
     optimizer: torch.optim.Optimizer
     batches: Batches
-    every: int  # steps between two checkpoints
+    every: int  # a checkpoint is saved every `every` steps
 
     @property
     def folder(self) -> Path:
@@ -56,7 +56,7 @@ class Checkpoints:
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        tensors["generator"] = torch.get_rng_state()  # of the CPU: without dropout, a GPU draws nothing
+        tensors["generator"] = torch.get_rng_state()  # the CPU's; a GPU draws no random numbers, without dropout
         # float64 holds every field of a Step exactly
         tensors["steps"] = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)  # (steps, fields)
         weights, state_file = (self.folder / f"{len(steps):08}.{suffix}" for suffix in ("safetensors", "json"))
@@ -67,13 +67,13 @@ class Checkpoints:
             state = {"sha256": files.sha256(new_weights), "position": position, "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
         for path in older - {weights, state_file}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a killed process leaves a folder
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # left by a killed process
 
     def load(self) -> list[Step]:
         """Load the newest checkpoint into model, optimizer, batches and torch's generator, and return its steps.
 
-        Without a checkpoint, return no steps and change nothing. Raise UserError if the checkpoint is damaged, or not
-        the same for every rank.
+        If there is no checkpoint, change nothing and return an empty list. Raise UserError if the checkpoint is
+        damaged, or if the ranks see different ones.
         """
         for other in sorted({*FOLDER.glob(f"{self.name}/*")} - {self.folder}):
             print(f"{self.name}: ignoring {other}, which has other settings", flush=True)
@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             saved = files.read_json(state)
             if files.sha256(path) != saved.get("sha256"):
-                raise ValueError("its sha256 is not the recorded one")
+                raise ValueError("its sha256 differs from the recorded one")
             self.batches.position = saved["position"]
             tensors = load_file(path)
             with torch.no_grad():
@@ -106,7 +106,7 @@ class Checkpoints:
         return steps
 
     def forget(self) -> None:
-        """Remove the checkpoints of a finished training; the JSON file goes first, which marks a complete one."""
+        """Remove the checkpoints of a finished training, the JSON files first: each marks a complete checkpoint."""
         for state in sorted(self.folder.glob("*.json")):
             state.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Run a stage on several devices: start the same command once for each device, with torchrun."""
+"""Run a stage on several devices: start the command of this process once for each device, with torchrun."""
 
 import os
 import sys
@@ -14,19 +14,19 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.files import ERROR_FILE
 from gpt2_ladder.training import devices
 
-MAX_RESTARTS = 3  # of all ranks, after one of them died
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # set for every rank
+MAX_RESTARTS = 3  # if a rank dies, all ranks are restarted, at most three times
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # variables of a rank
 
 
 def on_ranks(count: int, device: str) -> bool:
-    """Run this command on `count` ranks and return True; return False in a rank, or if one process is enough.
+    """Run this command on `count` ranks and return True. Return False in a rank, or if `count` is 1.
 
-    RANK and WORLD_SIZE mark a rank, whether it was started here or by the user's torchrun. Raise UserError if this
-    machine has too few devices, or torchrun started another number of ranks.
+    A process is a rank if RANK and WORLD_SIZE are set, by this function or by the user's torchrun. Raise UserError if
+    this machine has too few devices, or if torchrun started another number of ranks.
     """
     if "RANK" in os.environ:
         _check_rank(count)
-        if Path(os.environ.get(ERROR_FILE, "")).is_file():  # restarted after an error that only the user can fix
+        if Path(os.environ.get(ERROR_FILE, "")).is_file():  # this rank was restarted after a UserError
             sys.exit(0)
         if os.environ["RANK"] != "0":
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  until the process ends
@@ -37,7 +37,7 @@ def on_ranks(count: int, device: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         error = Path(folder) / "error"
         os.environ[ERROR_FILE] = str(error)
-        # without this, restarted ranks find the addresses of the dead ones in the store that they share
+        # otherwise, restarted ranks find the addresses of dead ranks in the store that all ranks share
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         config = LaunchConfig(
             min_nodes=1,
@@ -62,13 +62,13 @@ def on_ranks(count: int, device: str) -> bool:
 
 
 def _check_rank(count: int) -> None:
-    """Raise UserError unless torchrun's variables are valid and say that `count` ranks train."""
-    needed = TORCHRUN if count > 1 else TORCHRUN[:2]  # a single process joins no others
+    """Raise UserError unless torchrun's variables are valid and WORLD_SIZE is `count`."""
+    needed = TORCHRUN if count > 1 else TORCHRUN[:2]  # a single rank connects to no others
     values = {name: os.environ.get(name, "") for name in needed}
     if wrong := [name for name, value in values.items() if not (value.isdecimal() or (value and "ADDR" in name))]:
-        raise UserError(f"RANK is set, but {', '.join(wrong)} is not as torchrun sets it; unset RANK or use torchrun")
+        raise UserError(f"RANK is set, but {', '.join(wrong)} is missing or invalid; unset RANK or use torchrun")
     if int(os.environ["WORLD_SIZE"]) != count:
         raise UserError(
-            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but {count} must train: set `devices` in params.yaml "
-            "to the number of ranks for speed levels and the trial; train quality levels without torchrun"
+            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but this training uses {count}: set `devices` in "
+            "params.yaml to the number of ranks for speed levels and the trial; train quality levels without torchrun"
         )

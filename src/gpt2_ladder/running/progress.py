@@ -1,4 +1,4 @@
-"""Show a training's progress: a live line on a terminal, plain lines in a log file."""
+"""Show the progress of a training: a live line on a terminal, plain lines in a log file."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,11 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gpt2_ladder.training.metrics import Step
 
-LOG_LINES = 10  # per training, approximately, without a terminal
+LOG_LINES = 10  # in a log file, about this many per training
 
 
 def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
-    """Yield `steps` unchanged and show step, loss, tokens/s and the time left of `total` steps."""
+    """Yield `steps` unchanged. Show step, loss, tokens/s and the remaining time of a training of `total` steps."""
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -23,7 +23,7 @@ def show(steps: Iterable[Step], title: str, total: int) -> Iterator[Step]:
         TimeRemainingColumn(),
     )
     fastest_ms = math.inf
-    # drawn only between steps: a thread that redraws would take time from the step that is being measured
+    # drawn only between steps: a thread that redraws the bar would slow down the step that is being timed
     with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
         task = bar.add_task(title, total=total, values="first step ...")
         for step in steps:

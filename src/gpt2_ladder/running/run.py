@@ -1,4 +1,4 @@
-"""Carry one training through: build it, resume it, follow its steps, summarize it."""
+"""Run one training: build it, resume it from a checkpoint, record its steps, and summarize it."""
 
 import math
 import signal
@@ -24,7 +24,7 @@ from gpt2_ladder.training.metrics import Step
 
 @dataclass(frozen=True)
 class Job:
-    """One training."""
+    """What to train, and where its results go."""
 
     name: str  # the level's name, "trial" or "overfit"
     job_type: str  # for W&B: "train", "trial" or "overfit"
@@ -41,11 +41,11 @@ class Job:
 
 
 class Inputs(NamedTuple):
-    """The files that a training reads: shards, the folder of further shards, and GPT-2's encoding."""
+    """The files that a training reads."""
 
-    train: Path
-    shards: Path
-    val: Path
+    train: Path  # the first shard to train on
+    shards: Path  # folder of the other shards to train on, and their manifest
+    val: Path  # the shard to validate on
     encoder_json: Path
 
 
@@ -69,8 +69,8 @@ def run(
 ) -> bool:
     """Train `job`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
-    `micro_batch` rows of a batch go through the network at a time, on each device. Return False if this machine cannot
-    train it: both files then hold the reason and no number.
+    On each device, `micro_batch` rows of a batch go through the network at a time. If this machine cannot train `job`,
+    write both files without numbers, with the reason in metrics.json, and return False.
     """
     reason = devices.why_skipped(job.switches, environment, params.run_slow_levels)
     note = devices.note_for(job.switches, environment)
@@ -113,16 +113,16 @@ def run(
 
 
 def skip(job: Job, result: Mapping[str, Any]) -> None:
-    """Print why `job` is skipped, and write its files in their usual form but without any number."""
+    """Print why `job` is skipped, and write steps.csv without steps and metrics.json with null for all numbers."""
     print(f"{job.name}: skipped. {result['reason']}", flush=True)
     files.write(job.folder / "steps.csv", metrics.HEADER)
     files.write_json(job.folder / "metrics.json", {**result, **dict.fromkeys(metrics.MEASURED)})
 
 
 def build(job: Job, params: Params, environment: Environment, micro_batch: int) -> Built:
-    """Open the device, of several ranks this rank's, and put a seeded network and its optimizer on it.
+    """Open the device (each rank opens its own) and build the network and its optimizer on it.
 
-    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or flash attention has no kernel.
+    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or if there is no flash kernel.
     """
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     if job.devices > 1:
@@ -146,7 +146,7 @@ def build(job: Job, params: Params, environment: Environment, micro_batch: int) 
 
 
 def describe(job: Job, params: Params, environment: Environment) -> dict[str, Any]:
-    """Return all settings of `job`: W&B compares runs by them, and a checkpoint belongs to them."""
+    """Return all settings of `job`, for W&B, and to find the checkpoints that have the same settings."""
     return {
         **job.switches.model_dump(),
         **job.shape.model_dump(),
@@ -161,7 +161,7 @@ def describe(job: Job, params: Params, environment: Environment) -> dict[str, An
 
 
 def open_tracker(job: Job, settings: Mapping[str, Any]) -> Tracker:
-    """Return a Tracker that writes steps.csv and a new W&B run with `settings`; ranks other than 0 write nothing."""
+    """Return a Tracker that writes steps.csv and a new W&B run with `settings`; on other ranks than 0, nothing."""
     if ranks.rank():
         return Tracker(None, None)
     environment = Environment.model_validate(settings["environment"])
@@ -173,10 +173,10 @@ def open_tracker(job: Job, settings: Mapping[str, Any]) -> Tracker:
 def follow(
     steps: Iterable[Step], tracker: Tracker, job: Job, resumed: int = 0, saved: Checkpoints | None = None
 ) -> list[Step]:
-    """Show and record every step, save checkpoints to `saved`, and return all steps.
+    """Show and record all `steps`, save checkpoints to `saved`, and return the steps.
 
-    The first `resumed` of `steps` were taken, and saved, before an interruption. Raise UserError if loss or gradient is
-    not finite, or a signal stopped the training; saved checkpoints stay.
+    The first `resumed` steps come from a checkpoint. Raise UserError if loss or gradient is not finite, or if a signal
+    stopped the training; checkpoints are kept.
     """
     done: list[Step] = []
     with catch_signals(saved is not None) as caught:
@@ -186,14 +186,14 @@ def follow(
             if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
                 raise UserError(
                     f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
-                    f"{step.grad_norm}; lower models.*.learning_rate{_last_checkpoint(saved)}"
+                    f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
                 )
             if saved and len(done) > resumed:
-                signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at one step
+                signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at the same step
                 if signals or len(done) % saved.every == 0:
                     if ranks.rank() == 0:
                         saved.save(done)
-                    ranks.gather(None)  # wait until it is saved
+                    ranks.gather(None)  # wait until the checkpoint is saved
                 if signals and len(done) < job.shape.steps:
                     stopped = f"stopped by {signals[0]} after step {step.step}"
                     raise UserError(f"{job.name}: {stopped}{_last_checkpoint(saved)}")
@@ -202,7 +202,7 @@ def follow(
 
 @contextmanager
 def catch_signals(enabled: bool) -> Iterator[list[str]]:
-    """Collect the names of SIGTERM and Ctrl-C, so that a step can finish; a second signal kills the process."""
+    """Collect the names of signals (SIGTERM, Ctrl-C), so that the step can finish. A second signal ends the process."""
     caught: list[str] = []
 
     def note(number: int, _: object) -> None:
@@ -222,7 +222,7 @@ def catch_signals(enabled: bool) -> Iterator[list[str]]:
 def _train(
     job: Job, params: Params, built: Built, batches: data.Batches, first_step: int, micro_batch: int
 ) -> Iterator[Step]:
-    """Yield the steps of `job` from `first_step` on, each over this rank's rows."""
+    """Yield the steps of `job` from `first_step` on. This rank trains on its rows of each batch."""
     count = job.tokens_per_step // (job.shape.batch_size * job.shape.block_size)
     steps = islice(data.concatenate(batches, count), job.shape.steps - first_step)
     peak = params.size.learning_rate
@@ -241,7 +241,7 @@ def _train(
 
 
 def _open_validation(inputs: Inputs, shape: Shape) -> tuple[list[loop.Batch], int]:
-    """Return the validation batches, a pair of int64 (B, T) each, and the bytes of text that their targets encode."""
+    """Return the validation batches, a pair of int64 (B, T) each, and the bytes of text in their targets."""
     shard = data.open_shard(inputs.val)
     batches = list(data.first_batches(shard, shape.eval_tokens, shape.batch_size, shape.block_size))
     return batches, tokenizer.count_bytes((y.numpy() for _, y in batches), inputs.encoder_json)
@@ -250,10 +250,10 @@ def _open_validation(inputs: Inputs, shape: Shape) -> tuple[list[loop.Batch], in
 def _summarize(
     job: Job, built: Built, steps: Sequence[Step], validation: tuple[list[loop.Batch], int], epochs_seen: float
 ) -> dict[str, Any]:
-    """Validate and return metrics.MEASURED of a finished training; all ranks must call this together."""
+    """Validate, and return metrics.MEASURED of a finished training. All ranks must call this together."""
     shape, compiled = job.shape, job.switches.compile
     step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
-    # before validation, which would add to it, and on the device that needed most
+    # of the device that needed most, and read before validation, which would add to it
     peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
     batches, text_bytes = validation
     local = data.local_rows(iter(batches), ranks.rank(), job.devices)

@@ -1,4 +1,4 @@
-"""Record steps: a CSV file, flushed line by line, is complete; a Weights & Biases run is a copy of it."""
+"""Record the steps of a training in a CSV file, and copy them to a Weights & Biases (W&B) run."""
 
 import csv
 import os
@@ -19,15 +19,15 @@ from gpt2_ladder.training.metrics import HEADER, Step
 
 PROJECT = "gpt2-ladder"
 MODES = ("online", "offline", "disabled")
-INIT_TIMEOUT_S = 20  # W&B's default delays a training by 90 s if there is a key but no network
-FINISH_TIMEOUT_S = 60  # W&B's default waits forever for a server that is gone
+INIT_TIMEOUT_S = 20  # by default, W&B delays a training by 90 s if there is a key but no network
+FINISH_TIMEOUT_S = 60  # by default, W&B waits forever for a server that stopped
 FAILURES = (Exception, SystemExit)  # W&B may raise anything, and its teardown exits; Ctrl-C still stops a training
 
 
 class Tracker:
-    """Record one training's steps in `steps_csv` and in a W&B run; close both on exit, also after an error.
+    """Record one training's steps in `steps_csv` and in the W&B run `run`; close both on exit, also after an error.
 
-    Either may be None. If W&B fails, print one line and continue without it.
+    Each of the two may be None. If W&B fails, print one line and continue without it.
     """
 
     def __init__(self, steps_csv: Path | None, run: wandb.Run | None):
@@ -46,7 +46,7 @@ class Tracker:
         self._mirror(lambda run: run.log(values, step=index))
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
-        """Put `metrics` into the run's summary, where W&B's tables compare them."""
+        """Put `metrics` into the summary of the run, which W&B shows in its table of runs."""
         self._mirror(lambda run: run.summary.update(dict(metrics)))
 
     def __enter__(self) -> Self:
@@ -67,10 +67,10 @@ class Tracker:
 
 
 def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
-    """Start a W&B run: online if there are a key and a network, else offline.
+    """Start a W&B run: online if there is an API key and W&B can be reached, otherwise offline.
 
-    WANDB_MODE, WANDB_PROJECT and WANDB_DIR override this. Return None if W&B is disabled, or print one line and return
-    None if it cannot start. Raise UserError if WANDB_MODE is not one of MODES.
+    The environment variables WANDB_MODE, WANDB_PROJECT and WANDB_DIR override the defaults. Return None if W&B is
+    disabled or cannot start. Raise UserError if WANDB_MODE is not one of MODES.
     """
     mode: Any = os.environ.get("WANDB_MODE")
     if mode and mode not in MODES:
@@ -82,7 +82,7 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
         about: dict[str, Any] = {"name": name, "group": group, "job_type": job_type, "tags": tags}
         # DVC_ROOT is the real repository; `dvc exp run --temp` deletes its working directory
         about |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "config": dict(config), "settings": times}
-        folder = os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or "."  # W&B makes its folder wandb in it
+        folder = os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or "."  # W&B creates wandb/ in it
         init = partial(wandb.init, **about, dir=folder)
         mode = mode or ("online" if has_key() else "offline")
         try:
@@ -91,7 +91,7 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
             wandb.teardown()
             run = init(mode="offline")
             reason = _one_line(error)
-            print(f"W&B cannot be reached or refuses ({reason}): send this run later with `wandb sync`", flush=True)
+            print(f"W&B cannot be reached or refused the run ({reason}): upload it later with `wandb sync`", flush=True)
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     except FAILURES as error:
         print(f"W&B cannot start ({_one_line(error)}): recording this run in results/ only", flush=True)
@@ -100,16 +100,16 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
 
 
 def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
-    """Put the results of a climb and its pictures (PNG files by name) into `run`, if there is one, and finish it."""
+    """Put the results of the ladder and `pictures`, PNG files by name, into `run`, and finish it; None: do nothing."""
     with Tracker(None, run) as tracker:
         tracker.summarize(results)
         tracker._mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
 
 
 def run_group(fingerprint: str) -> str:
-    """Return the W&B group of one climb's runs.
+    """Return the name of the W&B group for all runs of one `dvc repro`.
 
-    It is WANDB_RUN_GROUP, or the DVC experiment's name, or the commit and the environment's `fingerprint`.
+    It is WANDB_RUN_GROUP if set, or the DVC experiment's name, or else the commit and the environment's `fingerprint`.
     """
     if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
         return name
@@ -122,11 +122,11 @@ def run_group(fingerprint: str) -> str:
 
 
 def has_key() -> bool:
-    """Return whether W&B has an API key here, from WANDB_API_KEY or from `wandb login`."""
+    """Return whether W&B has an API key, from WANDB_API_KEY or from `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        # W&B's own reader, because its host name has changed over the years and old files have the old one
+        # W&B's own function: the name of its host has changed, and older files have the old name
         return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
     except wandb.errors.AuthenticationError:
         return True  # a malformed key: wandb.init reports it

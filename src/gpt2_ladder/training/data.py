@@ -1,7 +1,7 @@
 """Write token ids to shards, and read batches from shards.
 
-A shard has nanoGPT's format, raw little-endian uint16 token ids without a header. A sidecar `<shard>.json` describes
-it; a shard from another project may lack one.
+A shard is a file of raw little-endian uint16 token ids without a header, as in nanoGPT. The file `<shard>.json`, its
+sidecar, describes it. A shard from another project may have no sidecar.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
     """Write token `ids` to the shard `path` and describe it in its sidecar."""
-    # the sidecar is put in place first: interrupted between the two, it has no shard or one that does not match
+    # the sidecar is put in place first: if the process is killed then, the shard is missing or does not match it
     with files.replacing(sidecar_path(path), path) as (sidecar, raw):
         raw.write_bytes(np.asarray(ids, dtype=DTYPE).tobytes())
         sidecar.write_text(json.dumps(_describe(raw)[0], indent=2) + "\n")
@@ -38,7 +38,7 @@ def sidecar_path(shard: Path) -> Path:
 def open_shard(path: Path) -> np.memmap:
     """Check a shard and map it into memory, read-only: uint16 (tokens,).
 
-    Raise UserError if it has an odd number of bytes, an id outside GPT-2's vocabulary, or another shard's sidecar.
+    Raise UserError if it has an odd number of bytes, an id outside GPT-2's vocabulary, or a sidecar of another shard.
     """
     check_shard(path)
     return np.memmap(path, dtype=DTYPE, mode="r")
@@ -51,7 +51,8 @@ def check_shard(path: Path) -> str:
         raise UserError(f"{path}: {size} bytes are not a whole number of uint16 tokens; run `dvc repro -f tokenize`")
     description, largest = _describe(path)
     if largest >= GPT2_VOCAB_SIZE:
-        raise UserError(f"{path}: token id {largest} is outside GPT-2's vocabulary of {GPT2_VOCAB_SIZE}")
+        rule = f"must be below {GPT2_VOCAB_SIZE}, the size of GPT-2's vocabulary"
+        raise UserError(f"{path}: token id {largest} {rule}; run `dvc repro -f tokenize`")
     if sidecar_path(path).exists():
         sidecar = files.read_json(sidecar_path(path))
         for name, actual in description.items():
@@ -65,7 +66,7 @@ def check_shard(path: Path) -> str:
 def _describe(path: Path) -> tuple[dict[str, str | int], int]:
     """Return the sidecar's content for the shard `path`, and the largest id in the shard.
 
-    The file is read in pieces, because mapped memory would count as a training's memory.
+    The file is read in pieces: a memory-mapped file would count as memory of the training.
     """
     digest, tokens, largest = hashlib.sha256(), 0, 0
     with path.open("rb") as file:
@@ -78,15 +79,11 @@ def _describe(path: Path) -> tuple[dict[str, str | int], int]:
 
 
 class Shards:
-    """Several shards as one sequence of token ids; only the requested slices are read from disk.
-
-    Attributes:
-        sha256: SHA-256 of the shards' concatenated SHA-256 values.
-    """
+    """Several shards as one sequence of token ids; only the requested slices are read from disk."""
 
     def __init__(self, paths: Sequence[Path]):
         hashes = "".join(map(check_shard, paths))
-        self.sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        self.sha256 = hashlib.sha256(hashes.encode()).hexdigest()  # SHA-256 of all shards' SHA-256 values
         self._shards = [np.memmap(path, dtype=DTYPE, mode="r") for path in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
@@ -104,7 +101,7 @@ class Shards:
 
 
 def open_shards(first: Path, folder: Path) -> Shards:
-    """Map a corpus into memory: the shard `first` and the shards in `folder` that its manifest names.
+    """Map a corpus into memory: the shard `first`, and the shards that the manifest in `folder` lists.
 
     Raise UserError if a shard or the manifest is damaged.
     """
@@ -114,7 +111,7 @@ def open_shards(first: Path, folder: Path) -> Shards:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest in `folder`: the files that a corpus was made from, and its shards.
+    """Return the manifest in `folder`, which lists the shards of a corpus and the files it was made from.
 
     Raise UserError if the manifest is damaged.
     """
@@ -130,8 +127,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class Batches:
     """An endless iterator over (x, y), int64 (B, T) each; y is x shifted by one token.
 
-    The text is cut into rows of `block_size` tokens. They come in the order of the text; with a `seed`, in a new random
-    order in every epoch. Rows at the end of an epoch that do not fill a batch are left out.
+    The text is cut into rows of `block_size` tokens. With a `seed`, the rows have a new random order
+    in every epoch; without one, the order of the text. Rows that do not fill the last batch of an epoch are left out.
 
     Attributes:
         tokens: number of tokens in an epoch.
@@ -147,7 +144,7 @@ class Batches:
         if self._rows < batch_size:
             raise UserError(
                 f"a shard of {len(shard)} tokens is too short: a batch needs batch_size {batch_size} * block_size "
-                f"{block_size} + 1 tokens; lower one of the two, or use a longer text"
+                f"{block_size} + 1 tokens; lower batch_size or block_size in params.yaml, or use a longer text"
             )
         self._count = self._rows // batch_size
         self.tokens = self._count * batch_size * block_size
@@ -166,7 +163,7 @@ class Batches:
         self._epoch, self._batch = epoch, batch
         self._order: Sequence[int] | np.ndarray = range(self._rows)
         if self._seed is not None:
-            rows = np.arange(self._rows, dtype=np.uint32)  # 40 MB of 10B tokens at T=1024
+            rows = np.arange(self._rows, dtype=np.uint32)  # 40 MB for 10B tokens at T=1024
             self._order = np.random.default_rng([self._seed, self._epoch]).permutation(rows)
 
     def __iter__(self) -> Self:
@@ -191,18 +188,18 @@ def concatenate(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterato
 
 
 def local_rows(batches: Iterator[tuple[Tensor, Tensor]], rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the rows of each batch that `rank` of `count` ranks trains on: a pair of int64 (B / count, T)."""
+    """Yield, from each batch, the rows for rank `rank` of `count` ranks: a pair of int64 (B / count, T)."""
     for x, y in batches:
         yield x.chunk(count)[rank], y.chunk(count)[rank]
 
 
 def first_batches(shard: np.ndarray, tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an iterator over the batches whose targets are the first `tokens` tokens of `shard` after token 0.
+    """Return an iterator over the first batches of `shard`, which together have `tokens` targets.
 
     Raise UserError if the shard is too short.
     """
     if len(shard) < tokens + 1:
         raise UserError(
-            f"eval_tokens ({tokens}) is over the {len(shard) - 1} tokens that the validation shard has: lower it"
+            f"eval_tokens = {tokens}, but the validation shard has {len(shard) - 1} tokens: lower eval_tokens"
         )
     return islice(Batches(shard, batch_size, block_size), tokens // (batch_size * block_size))

@@ -1,4 +1,4 @@
-"""The device adapter: the only file of src/ that asks whether it runs on an NVIDIA GPU or on a CPU."""
+"""Adapt to the device. This is the only module of src/ that distinguishes NVIDIA GPUs from CPUs."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a m
 
 
 def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torch.device:
-    """Return the device "cuda" or "cpu" and set CPU threads, seeds and deterministic algorithms for the process.
+    """Set CPU threads, seed and deterministic algorithms for the process, and return the device "cuda" or "cpu".
 
     Raise UserError if torch sees a GPU but results/environment.json has none, or the reverse.
     """
@@ -32,16 +32,16 @@ def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torc
         raise UserError(f"this machine has a GPU, but torch {torch.__version__} cannot use it: {FIX_DRIVER}")
     torch.manual_seed(seed)
     set_deterministic(deterministic)
-    # MKL selects a function's kernel at its first call. Two threads that make it at once can get one with half the
-    # digits (pytorch/pytorch#188792), and AdamW's first square root would be such a call.
+    # MKL selects a function's kernel at the first call. If two threads make that call at the same time, the kernel may
+    # have half the digits (pytorch/pytorch#188792). So the first square root is taken here, not in AdamW.
     torch.ones(1).sqrt()
     return torch.device(name)
 
 
 def check_machine(machine: str, rehearsal: bool, environment: Environment) -> None:
-    """Raise UserError unless the row `machine` ("cpu" or "gpu") of params.yaml fits this machine's device.
+    """Raise UserError if `machine`, which is "cpu" or "gpu" in params.yaml, is not the kind of this machine's device.
 
-    With `rehearsal`, a CPU may use the row gpu.
+    If `rehearsal`, "gpu" is allowed on a CPU.
     """
     if machine == "cpu" and environment.device == "cuda":
         raise UserError(
@@ -52,26 +52,26 @@ def check_machine(machine: str, rehearsal: bool, environment: Environment) -> No
     if on_cpu and not rehearsal:
         raise UserError(
             f"machine: gpu, but this machine has no GPU ({environment.device_name}): set machine: cpu in params.yaml, "
-            "or rehearsal: true to train a GPU's shape on this CPU"
+            "or rehearsal: true to train with the batch size and steps of `machines.gpu` on this CPU"
         )
     if rehearsal and not on_cpu:
-        raise UserError("rehearsal: true allows machine: gpu on a CPU only: set rehearsal: false in params.yaml")
+        raise UserError("rehearsal: true is only for machine: gpu on a CPU: set rehearsal: false in params.yaml")
 
 
 def check_count(name: str, count: int) -> None:
-    """Raise UserError if this machine has fewer than `count` GPUs. All ranks share one CPU."""
+    """Raise UserError if the device `name` is "cuda" and this machine has fewer than `count` GPUs."""
     if name == "cuda" and (available := torch.cuda.device_count()) < count:
         raise UserError(
-            f"devices = {count}, but this machine has {available}: set devices: {available}, or start the ranks on "
-            "several machines with torchrun (see README.md)"
+            f"devices = {count}, but this machine has {available} GPUs: set devices: {available}, or start the ranks "
+            "on several machines with torchrun (see README.md)"
         )
 
 
 def join_ranks(device: torch.device, threads: int) -> torch.device:
     """Connect the ranks that torchrun started, with NCCL on GPUs or gloo on CPUs, and return this rank's device.
 
-    The ranks of one machine share its `threads`. Raise UserError if torchrun started more ranks here than there are
-    GPUs.
+    The ranks of one machine share its `threads`. Raise UserError if torchrun started more ranks on this machine than it
+    has GPUs.
     """
     local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     check_count(device.type, local_count)
@@ -79,17 +79,17 @@ def join_ranks(device: torch.device, threads: int) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # gloo on GPUs too: ranks also exchange Python objects
+    # GPUs need gloo too, because ranks also exchange Python objects
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Switch deterministic algorithms on or off for the process; switch them on before any work on a GPU."""
+    """Switch deterministic algorithms on or off for the process. To switch them on, call this before any GPU work."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product on a GPU
     torch.use_deterministic_algorithms(enabled)
-    # Filling fresh memory with NaN would show who reads it too early. It costs time and changes no result.
+    # torch would also fill new memory with NaN, to reveal code that reads it too early. That only costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stubs
 
 
@@ -115,22 +115,22 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Make glibc keep freed memory for the next step, until the process ends; on a GPU torch already does.
+    """Make glibc keep freed CPU memory for the next step, until the process ends. On a GPU, torch always does so.
 
-    By default glibc returns large buffers to the kernel when they are freed, and every step pays for new pages: 130,000
-    to 330,000 page faults a step of GPT-2 124M at B=2, T=256, against none. Raise RuntimeError if glibc refuses.
+    By default, glibc returns large freed buffers to the kernel, and every step waits for new pages: 130,000 to 330,000
+    page faults per step of GPT-2 124M at B=2, T=256; after this call, none. Raise RuntimeError if glibc refuses.
     """
     if device.type != "cpu":
         return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     libc = ctypes.CDLL(None)
-    # no buffer gets a mapping of its own, which free() would unmap, and the heap never shrinks
+    # all buffers come from the heap, which never shrinks; free() would unmap a buffer with its own mapping
     if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
         raise RuntimeError("mallopt: glibc refuses to keep freed memory")
 
 
 def needs_own_process(switches: Switches, environment: Environment) -> bool:
-    """Return whether `switches` change how every level in the same process gets its memory."""
+    """Return whether `switches` change how the whole process, and so all other levels in it, gets memory."""
     return switches.allocator == "caching" and environment.device == "cpu"
 
 
@@ -145,7 +145,7 @@ def check_memory(device: torch.device, need: int, what: str) -> None:
     """Raise UserError if `what` needs more bytes than the device has free."""
     if need > (free := free_memory(device)):
         sizes = f"{need / 1e9:,.1f} GB of memory, {free / 1e9:.1f} GB are free"
-        raise UserError(f"{what} needs {sizes}: free some, or set a smaller model or vocab_size in params.yaml")
+        raise UserError(f"{what} needs {sizes}: free memory, or set a smaller model or vocab_size in params.yaml")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -157,32 +157,33 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def attention_kernel(q: torch.Tensor) -> str:
-    """Return the kernel that `scaled_dot_product_attention` takes for causal q, k and v like `q`, (B, H, T, D).
+    """Return which kernel `scaled_dot_product_attention` uses if q, k and v, (B, H, T, D), are like `q` and causal.
 
-    It is named as in torch.nn.attention.SDPBackend. Raise UserError if a GPU would take the math kernel, which writes
-    the (B, H, T, T) matrix as `eager` does.
+    It is a name in torch.nn.attention.SDPBackend. Raise UserError if a GPU would use the math kernel, which writes the
+    (B, H, T, T) matrix as `eager` does.
     """
     kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
     if kernel == "MATH" and q.device.type == "cuda":
         raise UserError(
             f"attention: flash, but torch has only its math kernel for {tuple(q.shape)} in {q.dtype} on "
-            f"{torch.cuda.get_device_name(q.device)}: set attention: eager, or enable a kernel (torch.backends.cuda)"
+            f"{torch.cuda.get_device_name(q.device)}: set attention: eager in params.yaml, "
+            "or enable a kernel with torch.backends.cuda"
         )
     return kernel
 
 
 def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
-    """Return what torch.profiler must record to show where a step's time goes."""
+    """Return the activities that torch.profiler must record on `device`."""
     return [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
 
 
 def allocates_like_cuda(device: torch.device) -> bool:
-    """Return whether a step needs memory as on an NVIDIA GPU; planning.trace_step has the differences."""
+    """Return whether `device` allocates memory as an NVIDIA GPU does; see planning.trace_step for the differences."""
     return device.type == "cuda"
 
 
 def peak_is_measured(device: str) -> bool:
-    """Return whether the peak of matrix products is measured in every round; GPUs have it in their data sheets."""
+    """Return whether the peak of matrix products is measured in every round; for GPUs, data sheets give it."""
     return device != "cuda"
 
 
@@ -190,8 +191,8 @@ def matmul_tflops(precision: str, device: torch.device, size: int = 2048, repeat
     """Return the TFLOP/s of a bare (size, size) matrix product: the best of `repeats` runs, after one untimed run.
 
     Args:
-        precision: gives the operands' type.
-        device: where to multiply.
+        precision: a key of PRECISIONS, which gives the operands' type.
+        device: the device that multiplies.
         size: 2048 keeps two cores busy for 0.05 to 0.1 s.
         repeats: other programs can only slow a product down, so the best one counts.
     """
@@ -216,13 +217,13 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
         return None
     if environment.device == "cuda":
         # torch emulates bfloat16 on older GPUs, but Inductor refuses to compile it
-        return "torch.compile needs a GPU with bfloat16 for it: compute capability 8.0" if switches.compile else None
-    slow = "no bfloat16 hardware here, so it is slower than float32; run_slow_levels: true trains it anyway"
+        return "torch.compile needs a GPU with compute capability 8.0 for bfloat16" if switches.compile else None
+    slow = "no hardware for bfloat16, so bf16 is slower than fp32; to train it, set run_slow_levels: true"
     return None if run_slow_levels else slow
 
 
 def note_for(switches: Switches, environment: Environment) -> str | None:
-    """Return what a reader must know about a level trained at `switches` on this machine, or None."""
+    """Return a note for the report if a switch has no effect or is slow on this machine, or None."""
     notes = []
     precision = PRECISIONS[switches.precision]
     if precision.tf32 and environment.device != "cuda":

@@ -27,7 +27,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Return AdamW over all parameters; `fused` updates them in one kernel.
 
-    With `decay` "matrices" instead of "all", biases and LayerNorms have no weight decay.
+    If `decay` is "matrices", biases and LayerNorms have no weight decay; if it is "all", all parameters have it.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -45,7 +45,7 @@ def make_optimizer(
 
 
 def learning_rate_at(step: int, steps: int, learning_rate: float, recipe: config.Recipe) -> float:
-    """Return the learning rate at `step`, counted from 0, of a training of `steps` steps.
+    """Return the learning rate at step number `step`, counted from 0, in a training that has `steps` steps.
 
     It rises linearly to `learning_rate` during the warm-up. Then it stays there, or follows half a cosine down to a
     tenth at the last step.
@@ -61,7 +61,7 @@ def learning_rate_at(step: int, steps: int, learning_rate: float, recipe: config
 
 
 def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Split `batch` into micro-batches, a pair of (micro_batch, T) each, and yield each with its share of the rows."""
+    """Yield the micro-batches of `batch`: x and y, (micro_batch, T) each, and their share of the batch's rows."""
     for x, y in zip(*(ids.split(micro_batch) for ids in batch), strict=True):
         yield x, y, len(x) / len(batch[0])
 
@@ -69,10 +69,10 @@ def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, floa
 def accumulate(
     model: nn.Module, batch: Batch, autocast: AbstractContextManager[object], device: torch.device, micro_batch: int
 ) -> Tensor:
-    """Add the gradient of the mean loss over `batch`, a pair of int64 (B, T), to the parameters; return that loss.
+    """Add the gradient of the mean loss over `batch`, a pair of int64 (B, T), to the gradients; return that loss.
 
-    `micro_batch` rows go through the network at a time: fewer rows need less memory and give the same gradient, up to
-    rounding. `autocast` is entered around forward and loss only. Ranks send their gradients once, with the last rows.
+    `micro_batch` rows go through the network at a time. Fewer rows need less memory and give the same gradient, up to
+    rounding. Only forward and loss run under `autocast`. Ranks exchange gradients once, with the last rows.
     """
     total = torch.zeros((), device=device)
     parts = list(split(batch, micro_batch))
@@ -99,11 +99,11 @@ def train_step(
     The clock starts when the batch is on the device.
 
     Returns:
-        The loss before the update, the step's milliseconds, and with `clip_norm` the gradient's norm before it was
-        scaled down to at most `clip_norm`.
+        The loss before the update, the step's milliseconds, and the gradient's norm before clipping; this norm is None
+        if `clip_norm` is None.
 
     Raises:
-        UserError: memory ran out in the optimizer's step, which leaves only some parameters updated.
+        UserError: memory ran out in the optimizer's step, after which only some parameters may be updated.
     """
     batch = batch[0].to(device), batch[1].to(device)  # (B, T) each
     synchronize(device)
@@ -117,8 +117,8 @@ def train_step(
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory in the optimizer's step, which no smaller micro-batch helps: {error}; `make plan` shows "
-            "what fits"
+            f"out of memory in the optimizer's step, which needs the same memory for any micro-batch: {error}; set a "
+            "smaller model in params.yaml (`make plan` shows what fits)"
         ) from None
     synchronize(device)
     return loss, (time.perf_counter() - start) * 1000, norm
@@ -135,12 +135,12 @@ def train(
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
 ) -> Iterator[Step]:
-    """Train on each of `batches`, a pair of int64 (B, T) from step `first_step` on, and yield its Step.
+    """Train one step on each of `batches`, pairs of int64 (B, T), and yield its Step; the first is step `first_step`.
 
-    The consumer's work (logging, writing) is not timed. If memory runs out, repeat the step with half the micro-batch
-    and keep that for all later steps. With several ranks, `batches` has this rank's rows and a Step describes the whole
-    batch. `learning_rate` returns the learning rate of a step; gradients are scaled down to the norm `clip_norm`. Raise
-    UserError if memory runs out with one row, or on one of several ranks.
+    The caller's work between steps (logging, writing) is not timed. If memory runs out, the step is repeated with half
+    the micro-batch, and later steps keep it. On several ranks, `batches` has this rank's rows, but a Step describes the
+    whole batch. `learning_rate` maps a step's number to its learning rate; gradients are clipped to norm `clip_norm`.
+    Raise UserError if memory runs out with one row, or on one of several ranks.
     """
     model.train()
     for index, batch in enumerate(batches, first_step):
@@ -156,7 +156,7 @@ def train(
 
 
 def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
-    """Run `step` with `micro_batch` rows at a time, halved until it fits; return its result and the number of rows.
+    """Call `step(micro_batch)`, halving micro_batch until memory suffices; return its result and the micro_batch.
 
     Raise UserError if memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
     """
@@ -173,7 +173,8 @@ def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch
                 "machines.*.batch_size, because a rank cannot use fewer rows than the others"
             )
         if micro_batch == 1:
-            raise UserError(f"out of memory with one row at a time ({reason}); `make plan` shows what fits")
+            fix = "set a smaller model (`make plan` shows what fits)"
+            raise UserError(f"out of memory with one row at a time ({reason}); {fix}")
         print(
             f"out of memory with {micro_batch} rows at a time, continuing with {micro_batch // 2} ({reason})",
             flush=True,
@@ -190,7 +191,7 @@ def evaluate(
     device: torch.device,
     micro_batch: int,
 ) -> float:
-    """Return the mean loss in nats over `batches` of one shape, `micro_batch` rows at a time, without compilation."""
+    """Return the mean loss in nats over `batches`, all of the same shape. The network runs uncompiled."""
     model.eval()
     losses = []
     with torch.compiler.set_stance("force_eager"):  # a compiled model would compile again for inference

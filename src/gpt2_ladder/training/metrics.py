@@ -19,9 +19,9 @@ class Step:
 
 
 STEP_FIELDS = tuple(field.name for field in fields(Step))
-HEADER = ",".join(STEP_FIELDS) + "\n"  # of steps.csv
+HEADER = ",".join(STEP_FIELDS) + "\n"  # the first line of steps.csv
 
-# Results in metrics.json, besides status, reason, note, environment and devices; all null if the level was skipped.
+# The measured keys of metrics.json; all are null if the level was skipped.
 MEASURED = (
     "parameters",
     "loss_first",
@@ -41,7 +41,7 @@ MEASURED = (
 
 
 def tokens_per_second(tokens: int, step_ms: float) -> float:
-    """Return the rate of `tokens` in `step_ms` milliseconds."""
+    """Return the tokens per second of a step with `tokens` tokens that took `step_ms` milliseconds."""
     return tokens / (step_ms / 1000)
 
 
@@ -59,5 +59,5 @@ def median_step_ms(steps: Sequence[Step], warmup_steps: int) -> float:
 
 
 def compile_seconds(steps: Sequence[Step], warmup_steps: int) -> float:
-    """Return the seconds by which the first step, which includes compilation, exceeds the median step."""
+    """Return how many seconds longer the first step took, which includes compilation, than the median step."""
     return max(0.0, steps[0].step_ms - median_step_ms(steps, warmup_steps)) / 1000

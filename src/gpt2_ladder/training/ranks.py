@@ -33,7 +33,7 @@ def average_gradients(model: nn.Module) -> nn.Module:
 
 
 def no_sync_if(condition: bool, model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context for forward and backward that accumulates gradients without sending them, if `condition`."""
+    """If `condition`, return a context in which backward does not average gradients over the ranks."""
     return model.no_sync() if condition and isinstance(model, DistributedDataParallel) else nullcontext()
 
 

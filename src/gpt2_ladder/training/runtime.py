@@ -1,4 +1,4 @@
-"""How the process computes: precision and compilation. The only file that acts on fp32, tf32 and bf16.
+"""Set the precision of the process and compile networks. Only this module knows what fp32, tf32 and bf16 mean.
 
 Changes to torch's state hold for the whole process.
 """
@@ -18,7 +18,7 @@ class Precision:
 
     float32_matmul: str  # how float32 matrices are multiplied: "ieee", or "tf32" with 10-bit mantissas
     autocast: torch.dtype | None  # type of matrix products in forward and loss; None: float32
-    operand: str  # the precision with operands of the same type and without TF32; both need the same memory
+    operand: str  # "fp32" or "bf16": the operands' type; precisions that share it need the same memory
 
     @property
     def tf32(self) -> bool:
@@ -39,7 +39,7 @@ PRECISIONS = {
 
 
 def set_precision(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """Set how float32 matrices are multiplied and return the context for forward and loss, reusable at every step.
+    """Set how float32 matrices are multiplied, and return a reusable autocast context for forward and loss.
 
     The setting holds for the process: call this again before a step at another precision.
     """
@@ -58,9 +58,9 @@ def float32_matmul_precision() -> str:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile `model` in place at its first call, as one graph for one shape; raise where that is impossible.
+    """Compile `model` at its first call, as one graph for one shape. That call raises if this is impossible.
 
-    In place, because `torch.compile(model)` renames every parameter to `_orig_mod.*`.
+    The model is compiled in place, because `torch.compile(model)` renames every parameter to `_orig_mod.*`.
     """
     model.compile(dynamic=False, fullgraph=True)
 

@@ -1,4 +1,4 @@
-"""GPT-2's byte pair encoding, text <-> token ids, with tiktoken and OpenAI's two files."""
+"""Convert text to token ids and back with GPT-2's byte pair encoding: tiktoken with OpenAI's two files."""
 
 import json
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
     """Return GPT-2's byte pair encoding from OpenAI's two files, without using the network.
 
-    Raise UserError if a file is not OpenAI's, so the ids would be different.
+    Raise UserError if a file is not OpenAI's, because the ids would be different.
     """
     for path, sha256 in ((vocab_bpe, VOCAB_BPE_SHA256), (encoder_json, ENCODER_JSON_SHA256)):
         files.check_sha256(path, sha256)
@@ -36,7 +36,7 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
 
 
 def count_bytes(ids: Iterable[np.ndarray], encoder_json: Path) -> int:
-    """Return how many bytes of text the tokens in `ids`, integers of any shape, encode; <|endoftext|> counts as none.
+    """Return the number of bytes of text in `ids`, token ids of any shape. <|endoftext|> counts as no bytes.
 
     Raise UserError if `encoder_json` is not OpenAI's file.
     """
