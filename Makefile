@@ -27,7 +27,7 @@ announce:
 	@echo "Takes about 20 minutes on two cores, 10 GB of memory and 3 GB of disk (several GB more with CUDA's packages)."
 	@echo "Free disk space here:$$(df -h . | awk 'END {print " " $$4}'). Safe to interrupt: make repro continues."
 
-# Saves the longer measurement as the stage's result: `dvc repro` keeps it until a dependency changes.
+# Saves the longer measurement as the result of the stage. `dvc repro` keeps it until a dependency changes.
 benchmark: .venv/installed
 	dvc repro parity
 	PYTHONPATH=src python -m pipeline.benchmark --rounds "$$ROUNDS"
@@ -39,7 +39,7 @@ show: .venv/installed
 	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
 		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
 
-# DVC's own page loads Vega from a server; this one includes the copy of vl-convert.
+# DVC's default page loads Vega from a server. This page includes Vega, from vl-convert.
 plots: .venv/installed
 	@mkdir -p .dvc/tmp
 	@python -c 'import vl_convert; print("<!doctype html><meta charset=utf-8><title>gpt2-ladder</title><script>" \
@@ -49,7 +49,7 @@ plots: .venv/installed
 test: .venv/installed
 	python -m pytest
 
-# The inner loop: without the tests of the whole pipeline, of killed processes, and of the GPU tests' rehearsal
+# Does not run the whole pipeline, kill processes, or rehearse the GPU tests
 test-fast: .venv/installed
 	python -m pytest -m "not gpu and not long and not slow"
 
@@ -62,14 +62,14 @@ plan: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment > /dev/null
 	@PYTHONPATH=src python -m pipeline.tools.plan $${MEMORY+--memory="$$MEMORY"}
 
-# All 10,042 questions take over an hour on two cores. Try LIMIT=500, and MODEL=models/trial for the trial's network
+# All 10,042 questions take over an hour on two cores: try LIMIT=500. MODEL=models/trial grades the trial's network
 hellaswag: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment download > /dev/null
 	@PYTHONPATH=src python -m pipeline.tools.hellaswag $${MODEL+"$$MODEL"} $${LIMIT+--limit="$$LIMIT"}
 
-# make share FOLDER=../my-gpt2; MODEL=FOLDER for another network, TRIM=1 to remove the rows that pad the vocabulary
+# make share FOLDER=../my-gpt2. MODEL=folder shares another network, TRIM=1 removes the rows that pad the vocabulary
 share: .venv/installed
-	@PYTHONPATH=src python -m pipeline.tools.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error name a new folder: make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
+	@PYTHONPATH=src python -m pipeline.tools.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error FOLDER is not set; run make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
 
 # make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
 sample: .venv/installed
@@ -81,12 +81,12 @@ check: .venv/installed
 	ruff format --check .
 	mypy
 
-# Editors use it to check params.yaml.
+# Editors check params.yaml with this schema.
 schema: .venv/installed
 	PYTHONPATH=src python -c 'import json; from gpt2_ladder.config import Params; \
 		print(json.dumps(Params.model_json_schema(), indent=2))' > params.schema.json
 
-# Removes torch's local version (+cpu), because the pins are also for its CUDA wheel.
+# Removes the suffix +cpu from torch's version, because the pins are also for its CUDA wheel.
 pins: .venv/installed
 	python -m pip install --quiet pip-tools
 	pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \

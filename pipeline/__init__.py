@@ -1,4 +1,4 @@
-"""The stages of dvc.yaml, one module each, and their paths. A stage reads params.yaml, calls src, writes outputs."""
+"""The stages of dvc.yaml, one module each. A stage reads params.yaml, calls src and writes its outputs."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bp
 WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
 SHARDS = Path("data/shards")  # the shards of a large corpus after train.bin, and its manifest
-TRAINING_INPUTS = (TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON)  # as running.run.Inputs
+TRAINING_INPUTS = (TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON)  # the fields of running.run.Inputs
 MODELS = Path("models")
 TRIAL = MODELS / "trial"
 RESULTS = Path("results")
@@ -40,11 +40,11 @@ TRACES = Path("profiles")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong option in one line."""
+    """An ArgumentParser that reports a wrong option in one line, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing the usage."""
-        raise UserError(f"{message}; all options: {self.prog} --help")
+        """Raise UserError with `message`."""
+        raise UserError(f"{message}; for all options, run {self.prog} --help")
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:
@@ -61,7 +61,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except FileNotFoundError as error:
-        _end(f"{error.filename} does not exist; `dvc repro` runs the stages in order")
+        _end(f"{error.filename} does not exist; run `dvc repro`, which runs all stages in order")
     except Exception as error:
         if not files.disk_is_full(error):
             raise
@@ -69,7 +69,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
 
 def _free_space(error: Exception) -> str:
-    """Return the free space where a write failed; if that is unknown, the smallest of all folders that stages use."""
+    """Return the free space of the folder where a write failed or, if unknown, of the fullest folder stages use."""
     variables = ("TMPDIR", "WANDB_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")
     named = (Path(os.environ[name]) for name in variables if os.environ.get(name))
     folders = [Path.cwd(), CORPUS.parent, RESULTS, MODELS, Path("/tmp"), Path.home(), *named]
@@ -80,7 +80,7 @@ def _free_space(error: Exception) -> str:
 
 
 def _end(error: str) -> NoReturn:
-    """Print `error` and exit with 1. A rank writes it to ERROR_FILE, so that its launcher prints it once."""
+    """Print `error` and exit with 1. A rank writes it to ERROR_FILE instead, so that it is printed only once."""
     if path := os.environ.get(ERROR_FILE):
         Path(path).write_text(error)
         sys.exit(1)
@@ -93,7 +93,7 @@ def read_environment() -> Environment:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise UserError if `folder` has the downloaded weights and they have changed since."""
+    """Raise UserError if `folder` has the downloaded weights and they changed after the download."""
     if folder.resolve() == WEIGHTS.resolve():
         from gpt2_ladder.sources import downloads  # imported late, because it takes 0.2 s
 
@@ -101,7 +101,7 @@ def check_weights(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON that another stage wrote to `path`; files.read_json is for files from other sources."""
+    """Return the JSON that another stage wrote to `path`. To read files of other origin, use files.read_json."""
     return json.loads(path.read_text())
 
 

@@ -1,4 +1,4 @@
-"""Measure the gain of every speed level from steps taken in turn, and profile one step of each."""
+"""Measure the gain of every speed level in rounds with one step of each level, and profile one step of each."""
 
 import shutil
 from collections.abc import Sequence
@@ -37,14 +37,14 @@ def main(*arguments: str) -> None:
     operands = sorted({runtime.PRECISIONS[switches.precision].operand for switches in levels.values()})
     matmuls = operands if devices.peak_is_measured(environment.device) else []
     measured = []
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only when a remote arm needs it
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
         for name in turns.warm_up(arms, batches[0], device, seed):
             print(f"benchmark: warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
             measured.append(result)
             times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in result.step_ms.items())
-            print(f"benchmark: round {len(measured)}/{rounds}, ms a step: {times}", flush=True)
+            print(f"benchmark: round {len(measured)}/{rounds}, ms per step: {times}", flush=True)
         profile(arms if params.profile else [], batches[0], device)
     measurement = Measurement(
         estimator=ESTIMATOR,
@@ -61,7 +61,7 @@ def main(*arguments: str) -> None:
 
 
 def read_levels() -> tuple[dict[str, Switches], int]:
-    """Return the switches of every level that passed parity and of the control, and their micro-batch."""
+    """Return the switches of the control and of every level that passed parity, and the micro-batch of all."""
     parity = read_json(PARITY)
     levels = {
         name: Switches.model_validate({key: level["switches"][key] for key in Switches.model_fields})
@@ -78,7 +78,7 @@ def place_arms(
     micro_batch: int,
     process: ProcessPoolExecutor,
 ) -> list[Arm | RemoteArm]:
-    """Return one arm per level: in this process, or in `process` where it would change the other levels' memory."""
+    """Return one arm per level. If an arm would change the memory of other levels, it runs in `process`."""
     remote = {name for name, switches in levels.items() if devices.needs_own_process(switches, environment)}
     local = {name: switches for name, switches in levels.items() if name not in remote}
     arms = {arm.name: arm for arm in turns.build_arms(params, local, device, micro_batch)}
@@ -87,7 +87,7 @@ def place_arms(
 
 @cache
 def open_arm(name: str) -> Arm:
-    """Build the arm of level `name` once in this process, whose allocator it changes."""
+    """Return the arm of level `name`, built at the first call. This changes the allocator of the process."""
     params, environment = params_yaml.load(), read_environment()
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
@@ -96,7 +96,7 @@ def open_arm(name: str) -> Arm:
 
 
 def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device) -> None:
-    """Profile one step of every arm but the control; write its operators' costs and its trace."""
+    """Profile one step of every arm except the control; write the costs of its operators and its trace."""
     shutil.rmtree(TRACES, ignore_errors=True)
     TRACES.mkdir()
     operators = {

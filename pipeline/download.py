@@ -1,4 +1,4 @@
-"""Bring the three artifacts: the text, GPT-2's byte pair encoding, and its published weights."""
+"""Download the text, GPT-2's byte pair encoding and its published weights."""
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.sources import downloads, hub_format, pretrained

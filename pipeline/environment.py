@@ -1,6 +1,6 @@
-"""Record what the numbers depend on besides the code: device, torch, threads, capabilities.
+"""Record the environment that all measurements depend on: device, torch, threads, capabilities.
 
-This stage runs at every `dvc repro`, so it imports no torch. Stages that read its output run again only if it changes.
+This stage runs at every `dvc repro`, so it does not import torch. Later stages run again only if its output changes.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from pipeline import ENVIRONMENT, run
 PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # instructions for matrix products, best first
-# What Inductor needs of the compiler. Including Python.h instead of only checking for it takes four times as long.
+# What Inductor needs from the compiler. Python.h is not included, because that takes four times as long as this check.
 PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.h>\n"
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     params = params_yaml.load()  # a mistake in params.yaml stops the pipeline here
     warn_about_git()
     environment = describe()
-    if params.rehearsal:  # in the name, which every table shows
+    if params.rehearsal:  # recorded in the name, because every table shows the name
         name = f"{environment.device_name} (rehearsal of a GPU's shape)"
         environment = environment.model_copy(update={"device_name": name})
     print(f"{environment.device}: {environment.device_name}, {environment.threads} threads, torch {environment.torch}")
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def warn_about_git() -> None:
-    """Warn about states of the Git repository that make DVC lose experiments or commits, and print the fix."""
+    """Print a warning and the fix if the Git repository is in a state in which experiments or commits get lost."""
     git = ["git", "-C", os.environ.get("DVC_ROOT", ".")]  # `dvc exp run --temp` runs this stage in a copy
     try:
         shallow, head = _output([*git, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD"]).split()
@@ -47,7 +47,7 @@ def warn_about_git() -> None:
         return
     if shallow == "true":
         print("warning: `dvc exp run --temp` or --queue saves nothing in a shallow clone; run `git fetch --unshallow`")
-    if head == "HEAD" and "DVC_EXP_NAME" not in os.environ:  # DVC detaches HEAD during every `dvc exp run`
+    if head == "HEAD" and "DVC_EXP_NAME" not in os.environ:  # `dvc exp run` detaches HEAD
         print("warning: HEAD is detached, so new commits belong to no branch; run `git switch main`, or your branch")
     if not ({"user.name", "user.email"} <= names or {"GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"} <= names):
         print("warning: Git has no identity; run `git config user.name NAME` and `git config user.email EMAIL`")
@@ -59,7 +59,7 @@ def describe() -> Environment:
     device_name, cpu_flags, cores = _cpu()
     device: Literal["cpu", "cuda"] = "cpu"
     bf16 = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    links_torch = platform.system() != "Darwin"  # code that Inductor compiles for a CPU
+    links_torch = platform.system() != "Darwin"  # Inductor's code for a CPU links torch, except on macOS
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     hidden = visible in ("", "-1") or torch_version.endswith("+cpu")
     if not hidden and (gpu := _nvidia_gpu(visible)):
@@ -77,7 +77,7 @@ def describe() -> Environment:
 
 
 def compile_problem(compiler: str | None = None, links_torch: bool = True) -> str | None:
-    """Build a library as Inductor does and return why torch.compile cannot work here, or None if it can."""
+    """Build a library as Inductor does. Return why torch.compile cannot work, or None if it can."""
     compiler = compiler or os.environ.get("CXX", "g++")
     try:
         user = getpass.getuser()
@@ -88,7 +88,7 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", headers)).absolute()
     python, torch = sysconfig.get_config_var("LIBDIR"), distribution("torch").locate_file("torch/lib")
     paths = {"CXX": compiler, "TMPDIR or USER": headers, "TORCHINDUCTOR_CACHE_DIR": cache}
-    # one library of torch's, and only if needed: linking all takes 50 ms, loading them 0.5 s
+    # link one of torch's libraries, and only if needed: linking all takes 50 ms, loading them 0.5 s
     link = [f"-L{python}", f"-L{torch}", "-Wl,--as-needed", "-ltorch"] if links_torch else []
     for name, path in (paths | {"the Python environment": "".join(link)}).items():
         if re.search(r"[\s'\"\\]", str(path)):
@@ -116,7 +116,7 @@ def compile_problem(compiler: str | None = None, links_torch: bool = True) -> st
 
 
 def _nvidia_gpu(index: str) -> tuple[str, float] | None:
-    """Return name and compute capability of GPU `index`, or None if nvidia-smi shows none."""
+    """Return the name and compute capability of GPU `index`, or None if nvidia-smi does not list it."""
     command = ["nvidia-smi", f"--id={index}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         name, capability = _output(command).rsplit(", ", 1)
@@ -130,11 +130,11 @@ def _output(command: list[str]) -> str:
 
 
 def _cpu() -> tuple[str, set[str], int]:
-    """Return the processor's name, its instruction set flags, and how many cores (not hyperthreads) we may use.
+    """Return the processor's name, its flags, and the number of cores (not hyperthreads) that this process may use.
 
-    The name ends in the best of VECTORS, because a virtual machine may hide AMX of the same model.
+    The name ends with the processor's best entry of VECTORS, because a virtual machine may hide others.
     """
-    line = r"^(model name|flags|Features)[ \t]*: *(\S.*)$"  # in any block: some blocks describe no processor
+    line = r"^(model name|flags|Features)[ \t]*: *(\S.*)$"  # in any block, because some blocks have no processor
     fields = dict(re.findall(line, _read(PROC / "cpuinfo"), re.MULTILINE))
     flags = (fields.get("flags") or fields.get("Features", "")).split()  # x86, Arm
     name = fields.get("model name") or platform.processor() or platform.machine()
@@ -151,7 +151,7 @@ def _threads(cores: int) -> int:
         return int(number[0])
     for controllers, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):(.*)$", _read(PROC / "self/cgroup"), re.MULTILINE):
         folder = SYS / f"fs/cgroup{'/cpu' if controllers else ''}{path}"  # version 1 or 2
-        for group in (folder, *folder.parents):  # every level's limit holds; a container may only show the root
+        for group in (folder, *folder.parents):  # the limits of all levels apply; a container may see the root only
             limit = _read(group / "cpu.max") or _read(group / "cpu.cfs_quota_us") + _read(group / "cpu.cfs_period_us")
             if quota := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", limit):  # "max" and -1 mean no limit
                 cores = min(cores, -(-int(quota[1]) // int(quota[2])))

@@ -1,4 +1,4 @@
-"""Stand in for the package gpt2_ladder where Python cannot find it: print the right command and exit."""
+"""Print the right command and exit. Python imports this module if it does not find the package gpt2_ladder."""
 
 import re
 import shlex

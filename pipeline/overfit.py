@@ -1,6 +1,6 @@
 """Check that the network can learn at all: train on one batch until it is memorized.
 
-Every level depends on the result, so nothing trains on a broken network.
+Every level depends on the result, so no level trains a broken network.
 """
 
 import math
@@ -34,17 +34,17 @@ def main() -> None:
 
 
 def check(loss_first: float, loss_last: float, vocab_size: int, bound: float) -> None:
-    """Raise UserError unless the loss began near that of a uniform guess and ended at most at `bound`, both in nats."""
+    """Raise UserError if the first loss is not that of a uniform guess, or the last is over `bound`, both in nats."""
     uniform = math.log(vocab_size)
     if not abs(loss_first - uniform) <= FIRST_LOSS_TOLERANCE:  # written so that NaN fails too
         raise UserError(
             f"overfit: the first loss is {loss_first:.4f}, not within {FIRST_LOSS_TOLERANCE} of ln(vocab_size) = "
-            f"{uniform:.4f}: initialization or loss is broken"
+            f"{uniform:.4f}: fix the initialization or the loss in src/gpt2_ladder/model.py"
         )
     if not loss_last <= bound:
         raise UserError(
-            f"overfit: the last loss is {loss_last:.4f}, over the bound {bound} (models.*.overfit_loss): the network "
-            "does not learn"
+            f"overfit: the last loss is {loss_last:.4f}, over the bound {bound}: the network does not learn. Fix "
+            "src/gpt2_ladder/model.py, or set another models.*.learning_rate or overfit_loss in params.yaml"
         )
 
 

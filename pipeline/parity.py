@@ -1,4 +1,4 @@
-"""Check that the losses of all speed levels equal the baseline's, up to the rounding of their precision.
+"""Check that the losses of all speed levels equal the losses of the baseline, up to rounding.
 
 The benchmark then measures the levels listed in results/parity.json.
 """
@@ -28,17 +28,18 @@ def main() -> None:
         tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
         parity = loss_parity.compare(name, _losses(name), _losses(baseline), tolerance, steps, expected)
-        print(f"{name:8}  largest {parity.largest:.6f} at step {parity.largest_step}, allowed {tolerance}")
+        largest = f"largest loss difference {parity.largest:.6f} nats at step {parity.largest_step}"
+        print(f"{name:8}  {largest}, tolerance {tolerance}")
         levels[name] = {"switches": level.model_dump(), **asdict(parity)}
-    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark's, for all levels
+    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
     content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}
     files.write_json(PARITY, {**content, "levels": levels})
 
 
 def check_matmul_precision(name: str, level: Level, recorded: str) -> None:
-    """Raise UserError if the level was trained with TF32 although its row does not ask for it, or the reverse.
+    """Raise UserError if the level was trained with TF32 but its row has another precision, or the reverse.
 
-    TF32 has no effect on a CPU, so there the losses cannot show this.
+    On a CPU the losses cannot show this, because TF32 has no effect.
     """
     if recorded != (wanted := PRECISIONS[level.precision].float32_matmul):
         raise UserError(

@@ -1,7 +1,7 @@
-"""Find the micro-batch: how many rows of a batch fit into memory at once, tried with one step of every speed level.
+"""Find the micro-batch: how many rows of a batch fit into memory at a time. Try one step of every speed level.
 
-All speed levels train with the same micro-batch, and so does the benchmark, which holds all of them: the largest that
-fits. Compiled levels are tried uncompiled, because compilation takes minutes and only lowers the memory.
+All speed levels and the benchmark, which keeps all levels in memory, use the same micro-batch: the largest that fits.
+Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from pipeline import PROBE, read_environment, run
 
 @dataclass(frozen=True)
 class Kind:
-    """What decides how much memory a level needs."""
+    """The settings of a level that determine how much memory it needs."""
 
     network: GPTConfig
     precision: str
@@ -28,7 +28,7 @@ class Kind:
 
     @property
     def shared(self) -> tuple[int, bool, bool]:
-        """Levels that agree in these share weights and optimizer state in turns.SharedWeights."""
+        """The settings of weights and optimizer; levels with the same ones share both in turns.SharedWeights."""
         return self.network.vocab_size, self.network.tie_weights, self.fused
 
 
@@ -42,15 +42,15 @@ def main() -> None:
         if level.group == "speed" and devices.why_skipped(level, environment, params.run_slow_levels) is None
     }
     micro_batch = find_micro_batch(params, levels, device)
-    print(f"probe: {micro_batch} of {params.shape('speed').batch_size} rows at a time", flush=True)
+    print(f"probe: {micro_batch} of the {params.shape('speed').batch_size} rows of a batch fit into memory", flush=True)
     files.write_json(PROBE, {"micro_batch": micro_batch})
 
 
 def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: torch.device) -> int:
-    """Return the largest of batch_size, half of it, and so on, at which a step of each of `levels` fits into memory.
+    """Return the largest micro-batch (batch_size, half of it, a quarter ...) at which a step of all `levels` fits.
 
-    A step that is predicted not to fit is not tried: a CPU refuses no memory, the system kills the process instead.
-    Raise UserError if not even one row fits; the message names the largest block_size that would.
+    Steps that are predicted not to fit are not tried, because without enough memory a system kills a CPU's process.
+    Raise UserError if one row does not fit; the message has the largest block_size that would fit.
     """
     shape, free, cuda = params.shape("speed"), devices.free_memory(device), devices.allocates_like_cuda(device)
     micro_batch, ids = shape.batch_size, torch.zeros(1, dtype=torch.int64).expand(shape.batch_size, shape.block_size)
@@ -60,7 +60,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
         operand = runtime.PRECISIONS[switches.precision].operand
         names.setdefault(Kind(params.gpt(switches), operand, switches.fused_adamw), name)
     first = {kind.shared: kind for kind in reversed(names)}
-    # one of every set of weights first, so that all of them exist, with AdamW's state, when the others are tried
+    # try one level of each set of weights first, so that all weights and AdamW's state exist when others are tried
     total = sum(count_bytes(kind.network, 4) for kind in first.values())
     for kind in (*reversed(first.values()), *names):
         available = free - (total - count_bytes(kind.network, 4))
@@ -68,19 +68,19 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
         try:
             fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= available)
             if not (micro_batch := next(fitting, 0)):
-                raise UserError("one row is predicted to be too much")
+                raise UserError("one row is predicted not to fit")
             _, micro_batch = loop.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
         except UserError as error:
             block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= available), None)
-            fix = "not even one token would fit: free memory, or set model: tiny"
+            fix = "not even one token fits: free memory, or set model: tiny"
             if block_size:
-                fix = f"machines.{params.machine}.block_size: {block_size} would fit"
+                fix = f"set machines.{params.machine}.block_size: {block_size}, which fits"
             raise UserError(f"probe: level '{names[kind]}', {free / 2**30:.1f} GiB free: {error}; {fix}") from None
     return micro_batch
 
 
 def _predict(kind: Kind, rows: int, block_size: int, *, batch_size: int, cuda: bool) -> int:
-    """Return the bytes of a step that takes `rows` of `batch_size` rows at a time."""
+    """Return the bytes that a step needs if `rows` of its `batch_size` rows go through the network at a time."""
     micro_batches = 1 if rows == batch_size else 2
     return planning.trace_step(kind.network, kind.precision, rows, block_size, cuda, micro_batches).peak_bytes
 

@@ -1,4 +1,4 @@
-"""Write results/report: the ladder as Markdown and HTML, charts, a page per level, and all losses; log it to W&B."""
+"""Write results/report: the ladder as Markdown and HTML, charts, a page per level, all losses. Send it to W&B."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
-WRITTEN = Path("docs/levels")  # not a dependency of this stage, which only links to the pages that exist
+WRITTEN = Path("docs/levels")  # not a dependency of this stage, which only links to these pages
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
-    """Write the losses of all levels as one long table, for `dvc plots`."""
+    """Write the losses of all levels to losses.csv, one row per step, for `dvc plots`."""
     lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
     files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))
 

@@ -1,6 +1,6 @@
-"""Write the corpus as shards of token ids; of tiny Shakespeare 90 % for training and the rest for validation.
+"""Write the corpus as shards of token ids. Tiny Shakespeare: 90 % for training, the rest for validation.
 
-Not called tokenize.py: as a script, that name would shadow the standard library's.
+It is not named tokenize.py, because a script of that name would hide the standard library's module.
 """
 
 import shutil
@@ -37,9 +37,9 @@ def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
         )
         shard = data.open_shard(path)
         if encoding.decode(shard.tolist()) != part:
-            raise UserError(f"{path}: decoding the shard does not give the text back")
-        print(f"{path}: {len(shard):,} tokens of {len(part.encode()):,} bytes, decoded back byte for byte")
-    shutil.rmtree(SHARDS, ignore_errors=True)  # of a larger corpus
+            raise UserError(f"{path}: the decoded shard differs from {CORPUS}; run `dvc repro -f tokenize`")
+        print(f"{path}: {len(shard):,} tokens, which decode to the same {len(part.encode()):,} bytes of text")
+    shutil.rmtree(SHARDS, ignore_errors=True)  # shards of a larger corpus
     made_of = {"source": settings.source, "inputs": {str(CORPUS): files.sha256(CORPUS)}}
     corpora.write_manifest(SHARDS, made_of, [corpora.describe(path) for path in (TRAIN_SHARD, VAL_SHARD)])
 

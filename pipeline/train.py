@@ -22,7 +22,7 @@ def main(*names: str) -> None:
 
 
 def make_job(params: Params, name: str) -> Job:
-    """Return the training of level `name`. Quality levels, whose batches are small, use one device."""
+    """Return the job that trains level `name`. Quality levels have small batches and always use one device."""
     level = params.levels[name]
     count = params.devices if level.group == "speed" else 1
     return Job(name, "train", level, params.shape(level.group), Recipe(), count, RESULTS / "levels" / name)

@@ -1,4 +1,4 @@
-"""Train once on the trial's switches and recipe in params.yaml, at the speed levels' shape, and keep the network."""
+"""Train the trial: the switches and recipe of params.yaml, with the speed levels' shape. Save the network."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def make_job(params: Params) -> Job:
-    """Return the trial's training."""
+    """Return the job that trains the trial."""
     return Job(
         "trial", "trial", params.switches, params.shape("speed"), params.recipe, params.devices, RESULTS / "trial"
     )

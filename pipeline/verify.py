@@ -1,4 +1,4 @@
-"""Check that our GPT computes what GPT-2 does, with the downloaded and with random weights; sample from OpenAI's."""
+"""Compare our GPT with transformers' GPT-2, on the downloaded and on random weights. Write samples of text."""
 
 import tempfile
 from dataclasses import asdict
@@ -32,14 +32,16 @@ def main() -> None:
     downloads.check_recorded(WEIGHTS / hub_format.CONFIG, WEIGHTS / hub_format.WEIGHTS)
     stand_in = pretrained.is_stand_in(WEIGHTS)
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
-    # in WEIGHTS, because /tmp may be smaller or in memory; the next download removes what a killed stage leaves
+    # in WEIGHTS, because /tmp may be smaller or in memory; the next download removes files of a killed stage
     with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=downloads.UNFINISHED) as folder:
         hub_format.save_gpt(GPT(params.size.gpt(), params.seed), Path(folder))
         random = verification.compare(Path(folder), idx, prompt, NEW_TOKENS)
     for name, comparison in (("the downloaded weights", weights), ("random weights", random)):
         print(f"{name}: {comparison}", flush=True)
         if not comparison.passed:
-            raise UserError(f"verify: with {name} our GPT differs from transformers: {comparison}")
+            raise UserError(
+                f"verify: our GPT and transformers differ on {name}: {comparison}. Fix src/gpt2_ladder/model.py"
+            )
 
     lines, known_loss = [pretrained.STAND_IN_NOTICE, "No samples: random weights write random words."], None
     if not stand_in:

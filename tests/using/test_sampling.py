@@ -139,7 +139,7 @@ def test_the_source_of_the_weights_is_printed_if_it_was_recorded(checkout, capsy
         (["--top-k", "0"], "--top-k 0: must be 1 or more"),
         (["--top-p", "1.1"], "--top-p 1.1: must be above 0 and at most 1"),
         (["--seed", "-1"], "--seed -1: must be 0 or more"),
-        (["--tempo"], "unrecognized arguments: --tempo; all options: python -m pipeline.tools.sample --help"),
+        (["--tempo"], "unrecognized arguments: --tempo; for all options, run python -m pipeline.tools.sample --help"),
         (["--random", "--hub", "a/b"], "argument --hub: not allowed with argument --random"),
         (["--hub", "a/b/c"], "'a/b/c': name a repository of the hub as owner/name"),
         (["--hub", ""], "'': name a repository of the hub as owner/name"),
