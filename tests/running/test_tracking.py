@@ -207,7 +207,7 @@ def test_whatever_any_use_of_wandb_raises_is_one_line(tmp_path, monkeypatch, cap
         output = capsys.readouterr().out
         if not failing.failed:
             break
-        assert re.search(r"W&B (failed|cannot start|cannot be reached or refuses) \(\w+: (gone|3)\)", output)
+        assert re.search(r"W&B (failed|cannot start|cannot be reached or refused the run) \(\w+: (gone|3)\)", output)
         assert output.count("W&B failed") <= 1
     assert fails > 30
     assert "W&B failed" not in output

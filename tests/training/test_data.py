@@ -35,7 +35,7 @@ def test_a_damaged_shard_is_refused(tmp_path):
         path.write_bytes(raw)
         with pytest.raises(UserError, match="not a whole number of uint16"):
             data.open_shard(path)
-    with pytest.raises(UserError, match="token id 50257 is outside"):
+    with pytest.raises(UserError, match="token id 50257 must be below 50257"):
         data.open_shard(write_raw(path, [1, 50257]))
     data.write_shard(path, [1, 2, 3])
     with pytest.raises(UserError, match=r"sha256 is [0-9a-f]{64}, but its sidecar has"):
@@ -156,7 +156,7 @@ def test_validation_sees_each_of_its_tokens_once():
     shard = np.arange(30, dtype="<u2")
     inputs = torch.cat([x for x, _ in data.first_batches(shard, 24, 2, 3)])
     assert inputs.flatten().tolist() == list(range(24))
-    with pytest.raises(UserError, match=r"eval_tokens \(30\)"):
+    with pytest.raises(UserError, match="eval_tokens = 30"):
         data.first_batches(shard, 30, 2, 3)
 
 
