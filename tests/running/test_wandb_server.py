@@ -78,7 +78,7 @@ def test_a_server_that_fails_from_the_start_leaves_an_offline_run(user, tmp_path
     assert run.offline
     assert sent
     output = capsys.readouterr().out
-    assert output.count("W&B cannot be reached or refuses") == 1
+    assert output.count("W&B cannot be reached or refused the run") == 1
     assert KEY not in output
     assert list(tmp_path.glob("wandb/offline-run-*"))
 

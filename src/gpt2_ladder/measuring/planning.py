@@ -100,7 +100,7 @@ def trace_step(
     if least > LARGEST:
         raise UserError(
             f"a step of {batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
-            f"vocab_size {config.vocab_size} needs over {least / 2**30:,.0f} GiB of memory; lower them in params.yaml"
+            f"vocab_size {config.vocab_size} needs over {least / 2**30:,.0f} GiB of memory; lower these values"
         )
     with FakeTensorMode(), LiveStorage() as storage, softmax_like_cuda() if cuda else nullcontext():
         model = GPT(config, seed=None)
