@@ -314,7 +314,7 @@ TWICE = parquet(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=[
 UTF16 = r"a\.txt: this is UTF-16{0}, not UTF-8; convert it, for example: iconv -f UTF-16{0} -t UTF-8 raw/a\.txt"
 
 
-NO_TEXT = r"data\.path = raw: contains no text; name another"
+NO_TEXT = r"data\.path = raw: contains no text; set another data"
 UNREADABLE = {
     "Latin-1": ("a.txt", "ok\nnaïve é".encode("latin-1"), r"a\.txt:2: byte 0xef at offset 5 is not UTF-8 .*iconv"),
     "cut text": ("a.txt", b"n\n" + b"n" * (2**20 - 2) + b"\xe4\xbd", r"a\.txt:2: byte 0xe4 at offset 1048576 is not"),
@@ -333,15 +333,15 @@ UNREADABLE = {
     "no parquet": ("a.parquet", b"PAR1 and nothing else PAR1", r"a\.parquet: not a readable parquet file: "),
     "cut": ("a.parquet", WHOLE[: len(WHOLE) // 2], r"a\.parquet: not a readable parquet file: "),
     "flipped": ("a.parquet", FLIPPED, r"a\.parquet: not a readable parquet file: "),
-    "no column": ("a.parquet", parquet(body=["a"], n=[1]), r"no column 'text'; it has body, n: set data\.column"),
-    "twice": ("a.parquet", TWICE, r"more than one column 'text'; it has text, text: set data\.column"),
+    "no column": ("a.parquet", parquet(body=["a"], n=[1]), r"no column 'text'; set data\.column to one of body, n"),
+    "twice": ("a.parquet", TWICE, r"more than one column 'text'; set data\.column to one of text, text"),
     "numbers": ("a.parquet", parquet(text=[1, 2]), r"column 'text' contains int64, not text"),
     "list": ("a.parquet", parquet(text=[["a"]]), r"column 'text' contains list<element: string>, not text"),
     "no rows": ("a.parquet", parquet(text=pa.array([], pa.string())), NO_TEXT),
     "no file": ("a.csv", b"", r"data\.path = raw: not a file or a folder with \*\.txt files"),
     "hidden": (".a.txt", b"hidden", r"data\.path = raw: not a file or a folder with \*\.txt files"),
-    "too short": ("a.txt", b"too short", r"data\.val_tokens = 7: leaves no tokens for training"),
-    "few bytes": ("a.txt", b"a1a1a1a", r"data\.val_tokens = 7: the corpus has only 7 bytes; lower it"),
+    "too short": ("a.txt", b"too short", r"data\.val_tokens = 7: leaves no training tokens; reduce"),
+    "few bytes": ("a.txt", b"a1a1a1a", r"data\.val_tokens = 7: only 7 bytes of text; reduce data\.val_tokens"),
 }
 
 
@@ -360,7 +360,7 @@ def test_a_corpus_that_cannot_be_read_is_one_error_line(checkout, name, content,
 def test_a_killed_worker_process_is_reported(checkout, monkeypatch):
     monkeypatch.setattr(corpora, "encode", _die)
     write_parquet(Path("raw.parquet"), DOCUMENTS)
-    with pytest.raises(UserError, match="a tokenizing process was killed, perhaps for lack of memory"):
+    with pytest.raises(UserError, match="a tokenizing process was killed; free some memory"):
         write(make_settings(source="parquet", path="raw.parquet"), processes=2)
 
 

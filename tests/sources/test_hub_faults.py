@@ -106,7 +106,7 @@ def test_later_downloads_of_a_larger_size_must_equal_the_first(fetch, folder):
     assert json.loads(record.read_text())["sha256"] == HASHES[hub_format.WEIGHTS]
     (folder / hub_format.WEIGHTS).unlink()
     before = contents(folder)
-    with pytest.raises(UserError, match=f"expected {HASHES[hub_format.WEIGHTS]}: .*, or delete {record} to accept it"):
+    with pytest.raises(UserError, match=f"expected {HASHES[hub_format.WEIGHTS]}: .*, or delete {record} to accept"):
         fetch("gpt2-xl", faults=["flip"])
     assert contents(folder) == before
     fetch("gpt2-xl")

@@ -56,7 +56,9 @@ def test_a_full_disk_is_reported_before_anything_is_fetched(tmp_path, monkeypatc
         content = (tmp_path / "a" / hub_format.WEIGHTS).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
     assert pretrained.needed(SIZE)[0] == content  # without the header
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * content - 1))
-    with pytest.raises(UserError, match=r"take 0\.0 GB of disk; .* 1\.1 GB of memory; 0\.0 GB are free: free more"):
+    with pytest.raises(
+        UserError, match=r"take 0\.0 GB of disk; .* 1\.1 GB of memory; only 0\.0 GB are free: free more"
+    ):
         fetch(tmp_path / "b", source=source)
     assert list((tmp_path / "b").iterdir()) == []
 

@@ -1,8 +1,8 @@
 """Write a corpus of any size as shards with a fixed number of tokens, in the order of its documents.
 
 Files are read in pieces, several processes tokenize the pieces, and the tokens are cut into shards, so memory does not
-grow with the corpus. A manifest records what the shards were made of and where each ends; after an interruption the
-next run resumes behind the last complete shard.
+grow with the corpus. A manifest records the settings, the input files, and the position where each shard ends. After an
+interruption, the next run continues after the last complete shard.
 """
 
 import json
@@ -37,16 +37,16 @@ from gpt2_ladder.training import data, tokenizer
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 FINEWEB_FILES = [f"sample/10BT/{number:03}_00000.parquet" for number in range(14)]  # 28.5 GB, 9,672,101 documents
-VERSION = 2  # raise it when pieces are cut or tokenized in another way
-AHEAD = 4  # pieces waiting for each process
-_encoding = cache(tokenizer.open_encoding)  # once in each process
+VERSION = 2  # increase it after a change to how pieces are cut or tokenized
+AHEAD = 4  # pieces in the queue for each process
+_encoding = cache(tokenizer.open_encoding)  # opened once in each process
 
 
 def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
     """Return the tokens of `piece`, uint16 (tokens,)."""
     encoding = _encoding(vocab_bpe, encoder_json)
     end = np.array([encoding.eot_token])
-    # encode each text separately, so that an <|endoftext|> inside it is plain text
+    # encode each text separately, so that "<|endoftext|>" inside a text is encoded like other text
     parts = [part for text in piece for part in (end, encoding.encode_to_numpy(text, disallowed_special=()))]
     return np.concatenate(parts[1:]).astype(data.DTYPE)
 
@@ -54,24 +54,24 @@ def encode(vocab_bpe: Path, encoder_json: Path, piece: Piece) -> np.ndarray:
 def write(
     settings: Data, vocab_bpe: Path, encoder_json: Path, val: Path, train: Path, folder: Path, processes: int
 ) -> None:
-    """Write a corpus as shards: `val`, then `train`, then 000001.bin and so on in `folder`.
+    """Write a corpus as shards: first `val`, then `train`, then 000001.bin and so on in `folder`.
 
-    Raise UserError if a file cannot be downloaded or read, or the corpus is too small.
+    Raise UserError if a file cannot be downloaded or read, or if the corpus is too small.
     """
     inputs = _inputs(settings)
-    versions = [VERSION, documents.PIECE, pa.__version__, tiktoken.__version__]  # positions depend on them
+    versions = [VERSION, documents.PIECE, pa.__version__, tiktoken.__version__]  # positions depend on these
     made_of = {**settings.model_dump(exclude={"shuffle"}), "cut": versions, "inputs": inputs}
     shards = _complete_shards(folder, made_of)
-    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 1}  # skips the first <|endoftext|>
+    position = shards[-1]["next"] if shards else {"file": 0, "piece": 0, "token": 1}  # token 0 is <|endoftext|>
     if shards:
         print(f"{folder}: resuming after {len(shards)} shards", flush=True)
     sizes = chain((settings.val_tokens,), repeat(settings.shard_tokens))
-    _encoding(vocab_bpe, encoder_json)  # once for all processes
+    _encoding(vocab_bpe, encoder_json)  # before the fork, so that all processes share it
     pieces = _pieces(settings, list(inputs), position, folder)
     tokens = _in_order(partial(encode, vocab_bpe, encoder_json), pieces, processes)
     start = time.perf_counter()
     for ids, end in cut(tokens, position["token"], islice(sizes, len(shards), None)):
-        if not (number := len(shards)):  # not earlier: an error in the first shard leaves those of another corpus
+        if not (number := len(shards)):  # delete old shards only now, when the first new shard is ready
             for old in (train, *folder.glob("[!.]*")):
                 old.unlink(missing_ok=True)
         path = (val, train)[number] if number < 2 else folder / f"{number - 1:06}.bin"
@@ -81,28 +81,28 @@ def write(
         print(f"{path}: {len(ids):,} tokens, {len(ids) / (time.perf_counter() - start):,.0f} tokens/s", flush=True)
         start = time.perf_counter()
     if not shards:
-        raise UserError(f"data.path = {settings.path}: contains no text; name another corpus, or set data.column")
+        raise UserError(f"data.path = {settings.path}: contains no text; set another data.path or data.column")
     if len(shards) < 2:
-        raise UserError(f"data.val_tokens = {settings.val_tokens}: leaves no tokens for training; lower it")
+        raise UserError(f"data.val_tokens = {settings.val_tokens}: leaves no training tokens; reduce data.val_tokens")
 
 
 def describe(shard: Path) -> dict[str, Any]:
-    """Return a shard's entry in the manifest, from its sidecar."""
+    """Return the manifest entry of `shard`, read from its sidecar file."""
     sidecar = files.read_json(data.sidecar_path(shard))
     return {"path": str(shard), "tokens": sidecar["tokens"], "sha256": sidecar["sha256"]}
 
 
 def write_manifest(folder: Path, made_of: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
-    """Write what a corpus was made of, and its shards in order."""
+    """Write the manifest of a corpus: the settings and input files in `made_of`, and the `shards` in order."""
     files.write(folder / data.MANIFEST, json.dumps({"made_of": made_of, "shards": shards}, indent=1) + "\n")
 
 
 def cut(
     pieces: Iterable[tuple[int, int, np.ndarray]], skip: int, sizes: Iterator[int]
 ) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
-    """Yield the tokens of `pieces` without the first `skip` in arrays of `sizes`, and the position where each ends.
+    """Cut tokens into arrays of the given `sizes`, and yield each array with the position where it ends.
 
-    Each piece comes with its file's number and its number in the file.
+    `pieces` yields (number of the file, number of the piece in the file, tokens). Drop the first `skip` tokens.
     """
     parts, missing = list[np.ndarray](), next(sizes)
     for file, number, ids in pieces:
@@ -124,16 +124,16 @@ def _inputs(settings: Data) -> dict[str, str]:
     path, suffix = Path(settings.path), {"text": ".txt", "parquet": ".parquet"}[settings.source]
     below = [file for file in path.rglob(f"*{suffix}") if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
     if not (paths := [path] if path.is_file() else sorted(below)):
-        raise UserError(f"data.path = {path}: not a file or a folder with *{suffix} files; name one that exists")
+        raise UserError(f"data.path = {path}: not a file or a folder with *{suffix} files; set data.path to one")
     size = sum(file.stat().st_size for file in paths)  # a token has at least a byte; 3 bytes may be a byte order mark
     if settings.source == "text" and size > 3 and size + len(paths) <= settings.val_tokens + 1:
-        raise UserError(f"data.val_tokens = {settings.val_tokens}: the corpus has only {size:,} bytes; lower it")
+        raise UserError(f"data.val_tokens = {settings.val_tokens}: only {size:,} bytes of text; reduce data.val_tokens")
     return {str(file): files.sha256(file) for file in paths}
 
 
 def _complete_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the existing shards of the same corpus, up to the first that is missing or damaged."""
-    for left in folder.glob(".*"):  # from a run that was killed
+    """Return the shards of the corpus `made_of` in `folder`, up to the first missing or damaged shard."""
+    for left in folder.glob(".*"):  # temporary folders of killed runs
         shutil.rmtree(left)
     complete = []
     with suppress(FileNotFoundError, UserError):
@@ -148,7 +148,7 @@ def _complete_shards(folder: Path, made_of: Mapping[str, Any]) -> list[dict[str,
 def _pieces(
     settings: Data, inputs: Sequence[str], position: Mapping[str, int], folder: Path
 ) -> Iterator[tuple[int, int, Piece]]:
-    """Yield the pieces of all `inputs` from `position`, each with its file's number and its number in the file."""
+    """Yield (number of the file, number of the piece in the file, piece) for all `inputs`, starting at `position`."""
     for file in range(position["file"], len(inputs)):
         opened = _fineweb(inputs[file], folder) if settings.source == "fineweb-edu" else nullcontext(Path(inputs[file]))
         with opened as path:
@@ -160,9 +160,9 @@ def _pieces(
 def _in_order(
     encode_piece: Callable[[Piece], np.ndarray], pieces: Iterable[tuple[int, int, Piece]], processes: int
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield the tokens of `pieces` in order, from several `processes`; only a few pieces are in memory at once.
+    """Tokenize `pieces` in several `processes`, and yield the tokens in order, with only a few pieces in memory.
 
-    Processes, because threads wait for each other while lists of tokens are built: two had 0.7 times the speed of one.
+    Threads would wait for each other while they build lists of tokens: two threads had 0.7 times the speed of one.
     """
     if processes == 1:
         yield from ((file, number, encode_piece(piece)) for file, number, piece in pieces)
@@ -170,7 +170,7 @@ def _in_order(
     waiting = deque[tuple[int, int, Future[np.ndarray]]]()
     try:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
-            pool.submit(int).result()  # fork now: processes share what is loaded, and reading will start threads
+            pool.submit(int).result()  # fork now, before reading starts threads, and share loaded modules
             for file, number, piece in pieces:
                 waiting.append((file, number, pool.submit(encode_piece, piece)))
                 if len(waiting) > AHEAD * processes:
@@ -178,11 +178,11 @@ def _in_order(
                     yield file, number, future.result()
             yield from ((file, number, future.result()) for file, number, future in waiting)
     except BrokenProcessPool:
-        raise UserError("a tokenizing process was killed, perhaps for lack of memory; run `dvc repro` again") from None
+        raise UserError("a tokenizing process was killed; free some memory and run `dvc repro` again") from None
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is killed, which would not end it otherwise."""
+    """End this process when its parent ends; otherwise it would survive a killed parent."""
 
     def wait(parent: BaseProcess) -> None:
         parent.join()
@@ -193,8 +193,8 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _fineweb(name: str, folder: Path) -> Iterator[Path]:
-    """Download a file of FineWeb-Edu to `folder`, yield its path, and remove it again."""
-    fix = "fetch its files by hand and use data.source: parquet"
+    """Download a file of FineWeb-Edu to `folder`, yield its path, and delete the file afterwards."""
+    fix = "download its files by hand and set data.source: parquet"
     try:
         hub_download.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
     except downloads.Unreachable as failure:

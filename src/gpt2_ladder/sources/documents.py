@@ -1,4 +1,4 @@
-"""Read text and parquet files as documents, cut into pieces of bounded size that have the same tokens as the whole."""
+"""Read text and parquet files in pieces of limited size, without changing the tokens of any document."""
 
 import codecs
 import json
@@ -15,24 +15,23 @@ import tiktoken
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import printable
 
-Piece = list[str]  # texts joined by <|endoftext|>: two documents, or "" and one document, or the middle of one
-PIECE = 2**17  # characters
-LONGEST = 2**20  # bytes of a word; tiktoken takes a second for them, and fails at a million white-space characters
-# Pairs of characters between which a GPT-2 token always ends. Its pattern never looks back, and ends a token where the
-# kind (letter, digit, white space, other) changes, except sometimes after an apostrophe or white space. A run of white
-# space is one match, but no token contains two adjacent ASCII white-space characters, except two line feeds, and none
-# contains other white space before a line feed. tiktoken matches the pairs, because Python's Unicode version differs.
+Piece = list[str]  # texts, joined by <|endoftext|>; the first is "" unless the piece begins inside a document
+PIECE = 2**17  # about the number of characters in a piece
+LONGEST = 2**20  # bytes of a word; tiktoken takes 1 s for so long a word, and fails at 10**6 white-space characters
+# Pairs of characters between which a GPT-2 token always ends. GPT-2's pattern never looks back. It ends a token where
+# the kind of character (letter, digit, white space, other) changes, except sometimes after an apostrophe or space. It
+# matches a run of white space as a whole, but no token contains two adjacent ASCII white-space characters, except two
+# line feeds, or other white space before a line feed. tiktoken matches the pairs: Python's Unicode version differs.
 ENDS = r"\S\s|\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\p{L}\p{N}]|'\p{N}|[ \t-\r][ \t\x0b-\r]|[^\S\n]\n"
-CONTROLS = bytes({*range(32)} - {*b"\t\n\x0b\f\r\x1b"})  # rare in text, but every second byte of ASCII in UTF-16
+CONTROLS = bytes({*range(32)} - {*b"\t\n\x0b\f\r\x1b"})  # rare in UTF-8; every second byte of ASCII text in UTF-16
 BYTES = {bytes([value]): value for value in range(256)}
 _ends = lru_cache(2**16)(tiktoken.Encoding("", pat_str=ENDS, mergeable_ranks=BYTES, special_tokens={}).encode_ordinary)
 
 
 def pieces(path: Path, column: str | None) -> Iterator[Piece]:
-    """Yield the pieces of a text file, which is one document, or of the rows of a parquet file's `column`.
+    """Yield the pieces of a text file (one document) or of a parquet file (each row of `column` is one document).
 
-    Documents without text are skipped. Raise UserError if the file cannot be read, or has a word of more than LONGEST
-    bytes.
+    Skip documents without text. Raise UserError if the file cannot be read or has a word of more than LONGEST bytes.
     """
     documents = iter([(str(path), read_text(path))]) if column is None else _rows(path, column)
     piece, size = [""], 0
@@ -48,7 +47,7 @@ def pieces(path: Path, column: str | None) -> Iterator[Piece]:
 
 
 def parts(name: str, texts: Iterable[str]) -> Iterator[str]:
-    """Yield a document in parts that have its tokens; raise UserError if a word is longer than LONGEST."""
+    """Split a document between two tokens and yield the parts; raise UserError if a word is longer than LONGEST."""
     text, searched, offset = "", 1, 0
 
     def is_end(index: int) -> object:  # true if a token ends before text[index]
@@ -97,16 +96,16 @@ def read_text(path: Path) -> Iterator[str]:
 
 def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
     try:
-        # as a stream: otherwise pyarrow reads a whole row group of any size into memory
+        # read as a stream, because pyarrow would otherwise load a whole row group, which may be of any size
         with pq.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if names.count(column) != 1:
                 wrong = f"{'more than one' if column in names else 'no'} column {column!r}"
-                raise UserError(f"{path}: {wrong}; it has {', '.join(names):.200}: set data.column")
+                raise UserError(f"{path}: {wrong}; set data.column to one of {', '.join(names):.200}")
             kind = file.schema_arrow.field(column).type
             text = kind.value_type if pa.types.is_dictionary(kind) else kind
             if text not in (pa.string(), pa.large_string(), pa.string_view()):
-                raise UserError(f"{path}: column {column!r} contains {kind}, not text; set data.column")
+                raise UserError(f"{path}: column {column!r} contains {kind}, not text; set data.column to another")
             batches = (batch.column(0).to_pylist() for batch in file.iter_batches(256, columns=[column]))
             for number, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path}: row {number}", [row or ""]

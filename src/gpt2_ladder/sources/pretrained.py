@@ -1,4 +1,4 @@
-"""Get GPT-2's published weights from the Hugging Face hub or a folder, or write a random stand-in."""
+"""Get GPT-2's published weights from the Hugging Face hub or a folder, or write random stand-in weights."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ from gpt2_ladder.sources.hub_format import CONFIG, WEIGHTS
 from gpt2_ladder.training import devices
 
 OPENAI = "openai-community"
-REVISIONS = {  # the commits that are used
+REVISIONS = {  # the commits to download from
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
     "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
-SHA256 = {  # for other models, the hashes of the first download are recorded, and later downloads must match
+SHA256 = {  # of other models, the first download records the hashes, and later downloads must match
     "gpt2": {
         CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
         WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
@@ -42,10 +42,10 @@ STAND_IN_NOTICE = (
 
 
 def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: int) -> None:
-    """Write config.json, model.safetensors and their provenance to `folder`, from the `source` in params.yaml.
+    """Write config.json, model.safetensors and their provenance to `folder`, as `source` selects.
 
-    `auto` writes a stand-in only if the hub is unreachable or has no `model` of that name. Raise UserError if `openai`
-    is unreachable, a file has another hash than the pinned one, or the disk is too small.
+    `auto` writes a stand-in if the hub is unreachable or has no such `model`. Raise UserError if the source is `openai`
+    and the hub is unreachable, if a file does not have its pinned hash, or if the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if source.source != "stand-in" and model in REVISIONS:
@@ -56,18 +56,17 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
             if source.source == "openai":
                 raise UserError(
                     f"pretrained.source: openai, but the hub cannot be reached: {failure}; "
-                    "check the network or HF_ENDPOINT, name a local pretrained.folder, or use source: auto"
+                    "check the network or HF_ENDPOINT, set pretrained.folder, or set pretrained.source: auto"
                 ) from None
             print(f"the hub cannot be reached: {failure}", flush=True)
     _write_stand_in(folder, size, seed)
 
 
 def fetch_repository(repository: str) -> Path:
-    """Download the two files of a public `repository`, owner/name, to huggingface_hub's cache; return the folder there.
+    """Download the two files of a public `repository` (owner/name) to the hub's cache and return their folder.
 
-    Cached files are used without asking the hub. OpenAI's models come from the pinned commit, with the pinned hash if
-    there is one; others from the latest commit. Raise UserError if a file cannot be downloaded or differs from the
-    pinned one.
+    Use cached files without a request. Download OpenAI's models from their pinned commits, and other models from the
+    latest commit. Raise UserError if a file cannot be downloaded, or if its hash is pinned and differs.
     """
     model = repository.removeprefix(f"{OPENAI}/")
     repository, revision = f"{OPENAI}/{model}" if model in REVISIONS else repository, REVISIONS.get(model)
@@ -78,9 +77,9 @@ def fetch_repository(repository: str) -> Path:
             if not isinstance(path, str):
                 hub_download.probe(url)
                 print(f"{name}: fetching from {downloads.mask_passwords(url)}", file=sys.stderr)
-                path = hub_download.fetch(repository, name, revision, "name a local folder")
+                path = hub_download.fetch(repository, name, revision, "use a local folder")
         except HFValidationError:
-            raise UserError(f"{repository!r:.100}: name a repository of the hub as owner/name") from None
+            raise UserError(f"{repository!r:.100}: not a repository name; write it as owner/name") from None
         except Unreachable as failure:
             raise UserError(
                 f"{repository}: the hub cannot be reached: {failure}; check the network or HF_ENDPOINT"
@@ -97,24 +96,24 @@ def is_stand_in(folder: Path) -> bool:
 
 
 def needed(size: ModelSize) -> tuple[int, int]:
-    """Return the bytes of disk for weights of `size`, and of memory for verifying them: two networks and logits."""
-    disk = count_bytes(size.gpt()) + 3 * size.n_layer * size.n_positions**2  # its masks are float32, ours are bool
-    return disk, 2 * disk + 2**30
+    """Return the bytes of disk that weights of `size` need, and the bytes of memory to verify them."""
+    disk = count_bytes(size.gpt()) + 3 * size.n_layer * size.n_positions**2  # the file's masks are float32, ours bool
+    return disk, 2 * disk + 2**30  # memory for two networks and their logits
 
 
 def _check_disk(folder: Path, size: ModelSize) -> None:
-    """Print what weights of `size` take; raise UserError if the disk has no room for them."""
+    """Print the disk and memory that weights of `size` need; raise UserError if the disk is too small."""
     (disk, memory), free = needed(size), shutil.disk_usage(folder).free
-    need = f"{disk / 1e9:.1f} GB of disk; the verify stage takes as much again and {memory / 1e9:.1f} GB of memory"
+    need = f"{disk / 1e9:.1f} GB of disk; the verify stage needs as much again and {memory / 1e9:.1f} GB of memory"
     print(f"{folder}: the weights take {need}", flush=True)
     if free < 2 * disk:
         raise UserError(
-            f"{folder}: the weights take {need}; {free / 1e9:.1f} GB are free: free more, or use a smaller model"
+            f"{folder}: the weights take {need}; only {free / 1e9:.1f} GB are free: free more, or set a smaller model"
         )
 
 
 def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) -> None:
-    """Fetch both files, from the hub or a `local` folder, and check both before replacing any; keep correct files."""
+    """Fetch both files from the hub or a `local` folder, check both, and then replace the old files."""
     repository, revision = f"{OPENAI}/{model}", REVISIONS[model]
     commit = f"{repository}@{revision}"
     records = {name: downloads.provenance_path(folder / name) for name in (CONFIG, WEIGHTS)}
@@ -139,24 +138,24 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
         for name, sha256 in hashes.items():
             if local is None:
                 print(f"{name}: fetching from {sources[name]}", flush=True)
-                hub_download.fetch(repository, name, revision, "name a local pretrained.folder", Path(temporary))
+                hub_download.fetch(repository, name, revision, "set pretrained.folder to a local copy", Path(temporary))
             else:
                 try:
                     shutil.copyfile(sources[name], paths[name])
                 except OSError as error:
-                    raise UserError(f"pretrained.folder: {error}") from None
+                    raise UserError(f"pretrained.folder: {error}; name a folder with both files") from None
             if not sha256:
                 hashes[name] = files.sha256(paths[name])
-                print(f"{name}: recorded its sha256 {hashes[name]}, which later downloads must have", flush=True)
+                print(f"{name}: recorded its sha256 {hashes[name]}; later downloads must match it", flush=True)
                 continue
-            fix = "" if model in SHA256 else f", or delete {records[name]} to accept it"
+            fix = "" if model in SHA256 else f", or delete {records[name]} to accept this file"
             files.check_sha256(paths[name], sha256, sources[name], f"fetch it again{fix}")
         for name, sha256 in hashes.items():
             downloads.replace(folder / name, paths[name], sources[name], sha256, commit)
 
 
 def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
-    """Write transformers' own GPT-2, seeded, in the layout of the hub's file: no prefix, with masks, no lm_head."""
+    """Write a random GPT-2 from transformers like OpenAI's file: no prefix, with masks, without lm_head."""
     _check_disk(folder, size)
     devices.check_memory(torch.device("cpu"), needed(size)[0], f"{folder}: the random stand-in")
     torch.manual_seed(seed)
