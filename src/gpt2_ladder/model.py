@@ -2,7 +2,7 @@
 
 Letters in the shape comments: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
 Parameter names are Hugging Face's, without their `transformer.` prefix, so that published weights map one to one.
-There is no dropout: levels are compared by their loss curves, and random masks would add noise to them.
+There is no dropout, because its random masks would add noise to the loss curves that we compare.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
 
-CHUNKS = 4  # of a chunked loss; more chunks save less and less memory, and each adds a sum over the head's gradient
+CHUNKS = 4  # parts of a chunked loss; each further chunk saves less memory and adds a sum over the head's gradient
 
 
 def count_bytes(config: GPTConfig, copies: int = 1) -> int:
-    """Return the bytes of `copies` of GPT(config)'s float32 parameters, plus those of eager attention's masks."""
+    """Return the bytes of `copies` copies of GPT(config)'s float32 parameters, plus its masks for eager attention."""
     C, L, P = config.n_embd, config.n_layer, config.n_positions
     embeddings = (config.vocab_size * (1 if config.tie_weights else 2) + P) * C
     return 4 * copies * (embeddings + L * (12 * C * C + 13 * C) + 2 * C) + L * P * P * (config.attention == "eager")
@@ -51,7 +51,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         if self.attention == "eager":
-            # on the CPU even under torch.device("meta"): a network built there then only needs its weights
+            # on the CPU even under torch.device("meta"), so that loading weights completes a network built there
             ones = torch.ones(config.n_positions, config.n_positions, dtype=torch.bool, device="cpu")
             self.register_buffer("future", ones.triu(1), persistent=False)
 
@@ -70,7 +70,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Transform each token on its own."""
+    """Transform each token independently of the others."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -84,7 +84,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Add attention and then an MLP to the residual stream, each behind its own LayerNorm."""
+    """Add attention and then an MLP to the residual stream, each with a LayerNorm at its input."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -102,12 +102,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, n_layer blocks, a final LayerNorm and the language model's head.
 
-    The same config and seed give the same weights on every device. Levels that differ only in `vocab_size`
-    start with the same weights in all rows that both have.
+    The same config and seed give the same weights on every device. If two configs differ only in
+    `vocab_size`, the rows that both networks have start with the same weights.
 
     Args:
-        config: the sizes and the switches that concern the network.
-        seed: the seed of the weights; None leaves them unfilled, for a caller that loads its own.
+        config: the network's sizes and switches.
+        seed: the seed of the random weights; None leaves them uninitialized, for a caller that loads weights.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
@@ -128,8 +128,8 @@ class GPT(nn.Module):
         """Draw every weight from `seed` on the CPU, from the distributions that `config.init` names.
 
         `pytorch`: the defaults of nn.Linear and nn.Embedding. `gpt2`: N(0, 0.02) for all matrices and embeddings, zero
-        biases, and projections into the residual stream scaled by 1 / sqrt(2 n_layer), because 2 n_layer of them add
-        up there. For wpe OpenAI's code has 0.01; we follow Hugging Face, which has 0.02.
+        biases. The projections into the residual stream are scaled by 1 / sqrt(2 n_layer), because the stream adds up
+        2 n_layer of them. OpenAI's code draws wpe with a deviation of 0.01; we use 0.02, as Hugging Face does.
         """
         stream = torch.Generator().manual_seed(seed)
         padding_stream = torch.Generator().manual_seed(seed + 1)  # padded rows must not shift the other weights
@@ -141,8 +141,8 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Embedding) and module.weight is not self.lm_head.weight:
                 std = 0.02 if gpt2 else 1.0
             else:
-                # LayerNorm keeps ones and zeros. A tied wte is drawn as lm_head: under PyTorch's default for
-                # nn.Embedding, N(0, 1), the loss would start at 117.
+                # LayerNorm keeps its ones and zeros. A tied wte is drawn as lm_head: with nn.Embedding's default,
+                # N(0, 1), the loss would start at 117.
                 continue
             uniform = isinstance(module, nn.Linear) and not gpt2
             rows, padded_rows = module.weight[:GPT2_VOCAB_SIZE], module.weight[GPT2_VOCAB_SIZE:]
@@ -165,18 +165,18 @@ class GPT(nn.Module):
             targets: the ids that follow, int64 (B, T), or None.
 
         Returns:
-            logits (B, T, V), None if targets are given and `config.chunked_loss` avoids storing them; and the mean
-            cross-entropy in nats as a float32 scalar, None without targets.
+            logits: (B, T, V); None if targets are given and `config.chunked_loss` is on.
+            loss: the mean cross-entropy in nats, a float32 scalar; None without targets.
         """
         positions = torch.arange(idx.size(1), device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
-        recompute = self.config.activation_checkpointing  # stores a block's input only; backward computes the rest
+        recompute = self.config.activation_checkpointing  # stores only a block's input; backward computes the rest
         for block in self.h:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # (B, T, C)
         x = self.ln_f(x)  # (B, T, C)
         if targets is not None and self.config.chunked_loss:
             chunks = zip(x.flatten(0, 1).chunk(CHUNKS), targets.flatten().chunk(CHUNKS), strict=True)
-            # a checkpoint keeps no logits: backward computes each chunk's again, at the cost of one more head product
+            # checkpoint stores no logits: backward computes each chunk's logits again, and costs one more head product
             sums = [checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks]  # CHUNKS x scalar
             return None, torch.stack(sums).sum() / targets.numel()
         logits = self.lm_head(x)  # (B, T, V)

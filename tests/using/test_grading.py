@@ -101,7 +101,7 @@ def test_a_line_that_is_not_an_example_is_reported(tmp_path, line, message):
 
 def test_an_example_longer_than_the_context_is_reported(encoding):
     example = grading.Example(ctx="so " * 40, endings=["a"] * 4, label=0)
-    with pytest.raises(UserError, match="example 1 takes 41 positions; this network has n_positions 32"):
+    with pytest.raises(UserError, match="example 1 takes 41 positions; use a network with more than 32"):
         list(grading.grade(GPT(tiny(vocab_size=50257)), [example], encoding, CPU))
 
 

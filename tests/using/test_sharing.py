@@ -96,7 +96,7 @@ def test_an_error_while_writing_leaves_no_folder(write, tmp_path, monkeypatch):
     [
         (lambda target: target.touch(), "is not a folder"),
         (lambda target: target.symlink_to("elsewhere"), "is not a folder"),
-        (lambda target: target.mkdir() or (target / "mine").touch(), "nothing is overwritten"),
+        (lambda target: target.mkdir() or (target / "mine").touch(), "is not empty; give the path of a new folder"),
     ],
     ids=["a file", "a link", "a file in it"],
 )
@@ -145,5 +145,5 @@ def test_a_trial_that_was_not_trained_is_refused(project):
 
 def test_a_network_outside_a_dvc_repository_is_refused(project):
     hub_format.save_gpt(GPT(tiny(vocab_size=REAL)), Path("models/trial"))
-    with pytest.raises(UserError, match="dvc status cannot show which run trained the network: ERROR: "):
+    with pytest.raises(UserError, match="dvc status failed, so the run that trained the network is unknown: ERROR: "):
         share.main("to")

@@ -1,9 +1,9 @@
 """Grade a network on HellaSwag, completion style: find the likeliest of four endings of a context.
 
-The text is used unchanged; an ending is tokenized separately from its context, with a space before it. `acc` compares
-log probabilities of whole endings, `acc_norm` their means over an ending's tokens, as build-nanogpt's hellaswag.py
-does; there OpenAI's 124M weights have acc 0.2859 and acc_norm 0.2955 on all 10,042 examples. lm-evaluation-harness has
-different numbers under the same names (0.2892, 0.3114): it cleans the text, and its acc_norm divides by characters.
+The text is used unchanged. Each ending is tokenized separately from its context, with a space before it. `acc` compares
+the log probabilities of whole endings, `acc_norm` the means over the tokens of an ending. build-nanogpt's hellaswag.py
+does the same: its acc of OpenAI's 124M weights is 0.2859 on all 10,042 examples, its acc_norm 0.2955. The numbers of
+lm-evaluation-harness (0.2892, 0.3114) differ: it cleans the text, and its acc_norm divides by characters.
 
 Source: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?".
 """
@@ -28,17 +28,17 @@ IGNORED = -100  # F.cross_entropy skips this target
 
 
 class Example(BaseModel):
-    """One line of hellaswag_val.jsonl without the keys that are not used; `label` is the index of the right ending."""
+    """One line of hellaswag_val.jsonl, without its unused keys."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     ctx: Annotated[str, Field(min_length=1)]
     endings: Annotated[list[str], Field(min_length=4, max_length=4)]
-    label: Annotated[int, Field(ge=0, le=3)]
+    label: Annotated[int, Field(ge=0, le=3)]  # index of the right ending
 
 
 def read(path: Path) -> list[Example]:
-    """Read the examples in `path`, one JSON object per line; raise UserError if a line is not one."""
+    """Read the examples in `path`, one JSON object per line; raise UserError if a line is not an example."""
     examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -56,9 +56,9 @@ def read(path: Path) -> list[Example]:
 def log_probabilities(
     model: GPT, context: list[int], endings: list[list[int]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the log probability of each of E `endings` after `context` in nats, and its mean over the ending's tokens.
+    """Return the log probability in nats of each ending after `context`, and its mean over the tokens of the ending.
 
-    The endings form one batch, padded on the right, where no token can attend to it. Both results are float32 (E,).
+    The E endings are one batch. Padding is on the right, so no token attends to it. Both results are float32 (E,).
     """
     idx = pad_sequence([torch.tensor((context + ending)[:-1]) for ending in endings], batch_first=True)  # (E, T)
     ids = [torch.tensor([IGNORED] * (len(context) - 1) + ending) for ending in endings]
@@ -72,13 +72,13 @@ def log_probabilities(
 def grade(
     model: GPT, examples: Sequence[Example], encoding: tiktoken.Encoding, device: torch.device
 ) -> Iterator[tuple[bool, bool]]:
-    """Yield for each example whether its right ending is the likeliest, as a whole and by the mean over its tokens."""
+    """For each example, yield whether the right ending has the largest log probability, and the largest mean."""
     for number, example in enumerate(examples, 1):
         context = encoding.encode_ordinary(example.ctx)
         endings = [encoding.encode_ordinary(" " + ending) for ending in example.endings]
         longest, n_positions = len(context) + max(map(len, endings)) - 1, model.config.n_positions
         if longest > n_positions:
-            raise UserError(f"example {number} takes {longest} positions; this network has n_positions {n_positions}")
+            raise UserError(f"example {number} takes {longest} positions; use a network with more than {n_positions}")
         sums, means = log_probabilities(model, context, endings, device)
         yield int(sums.argmax()) == example.label, int(means.argmax()) == example.label
 

@@ -13,7 +13,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import hub_format
 
 END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
-CARD = "README.md"  # the name under which the hub shows it
+CARD = "README.md"  # the hub shows the file of this name as the card
 
 
 def trimmed(model: GPT) -> GPT:
@@ -29,24 +29,24 @@ def trimmed(model: GPT) -> GPT:
 
 
 def check_target(folder: Path) -> None:
-    """Raise UserError unless `folder` does not exist or is an empty folder: nothing is ever overwritten."""
+    """Raise UserError if `folder` is a file or is not empty, so that nothing is overwritten."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder}: is not a folder; name a new one")
+        raise UserError(f"{folder}: is not a folder; give the path of a new folder")
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty, and nothing is overwritten; name a new folder")
+        raise UserError(f"{folder}: is not empty; give the path of a new folder")
 
 
 def write_folder(folder: Path, model: GPT, card: str, encoder_json: Path, vocab_bpe: Path) -> None:
-    """Write `model`, GPT-2's tokenizer from OpenAI's two files and the `card` to `folder`: all of it, or nothing.
+    """Write `model`, the `card` and GPT-2's tokenizer to `folder`, completely or not at all.
 
-    Raise UserError if `folder` is not new or empty.
+    Raise UserError if `folder` is a file or is not empty.
     """
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     ends = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
-    generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}  # without it transformers warns
+    generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}  # transformers warns if it is missing
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
-        generation["suppress_tokens"] = padding  # these ids stand for no text
+        generation["suppress_tokens"] = padding  # these ids have no text
     contents = {
         hub_format.CONFIG: hub_format.describe(model) | ends | {"dtype": "float32"},
         "generation_config.json": generation,

@@ -1,4 +1,4 @@
-"""Check that our GPT computes the same function as transformers' GPT-2, and that weights are OpenAI's."""
+"""Check that our GPT computes the same function as transformers' GPT-2, and that the weights are OpenAI's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training.tokenizer import END_OF_TEXT
 
-# Correct implementations differ by rounding, which grows with the logits: 2e-6 at 3 and 7e-4 at 105 were measured.
+# Correct implementations differ by rounding, which grows with the logits: by 2e-6 at logits of 3, by 7e-4 at 105.
 RELATIVE_TOLERANCE = 2e-5
 # Source: llm.c's test_gpt2.c, the loss of OpenAI's 124M weights on the batch that `llmc_batch` builds.
 LLMC_LOSS, LLMC_TOLERANCE = 5.270007, 1e-2
@@ -21,21 +21,15 @@ LLMC_LOSS, LLMC_TOLERANCE = 5.270007, 1e-2
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference between our network and transformers', for eager or flash attention, whichever is worse.
+    """The differences between our network, with eager and with flash attention, and transformers' network."""
 
-    Attributes:
-        max_abs_logit_diff: the largest difference between two logits.
-        max_abs_logit: the largest logit, to which the difference is compared.
-        greedy_tokens_equal: whether the greedy continuations are the same, token for token.
-    """
-
-    max_abs_logit_diff: float
-    max_abs_logit: float
-    greedy_tokens_equal: bool
+    max_abs_logit_diff: float  # the largest difference between two logits
+    max_abs_logit: float  # the largest logit; the tolerance is relative to it
+    greedy_tokens_equal: bool  # whether both networks choose the same greedy tokens
 
     @property
     def passed(self) -> bool:
-        """Whether the two are the same function, up to rounding in float32."""
+        """Whether the two networks compute the same function, up to float32 rounding."""
         return self.greedy_tokens_equal and self.max_abs_logit_diff <= RELATIVE_TOLERANCE * self.max_abs_logit
 
 
@@ -43,7 +37,7 @@ class Comparison:
 def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Comparison:
     """Load the checkpoint in `folder` into our GPT and into transformers', and compare both in float32 on the CPU.
 
-    The logits are compared on `idx`, int64 (B, T), the greedy tokens on `new_tokens` after `prompt`, int64 (1, T).
+    Compare the logits for `idx`, int64 (B, T), and the first `new_tokens` greedy tokens after `prompt`, int64 (1, T).
     """
     reference = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
     expected_logits = reference(idx).logits  # (B, T, V)
@@ -54,17 +48,17 @@ def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Compa
     for attention in ("eager", "flash"):
         ours = hub_format.load_gpt(folder, attention)
         differences.append((ours(idx)[0] - expected_logits).abs().max())
-        # ours continues the prompt in the same way if it predicts each new token from those before it
+        # our network continues the prompt in the same way if it predicts each new token from those before it
         predicted = ours(expected_ids[:, :-1])[0].argmax(-1)  # (1, T + new_tokens - 1)
         equal = equal and torch.equal(predicted[:, prompt.size(1) - 1 :], expected_ids[:, prompt.size(1) :])
-        del ours  # before loading the next: two networks in memory, not three
+        del ours  # so that memory holds two networks, not three
     worst = torch.stack(differences).max().item()  # keeps NaN, which Python's max would drop
     return Comparison(worst, expected_logits.abs().max().item(), equal)
 
 
 @torch.no_grad()
 def sample(model: GPT, idx: Tensor, new_tokens: int, top_k: int, generator: torch.Generator) -> Tensor:
-    """Continue every row by `new_tokens` from the `top_k` likeliest each: int64 (B, T) -> (B, T + new_tokens)."""
+    """Append `new_tokens` to each row, drawn from the `top_k` likeliest: int64 (B, T) -> (B, T + new_tokens)."""
     for _ in range(new_tokens):
         logits = model(idx)[0][:, -1]  # (B, V)
         logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
@@ -73,7 +67,7 @@ def sample(model: GPT, idx: Tensor, new_tokens: int, top_k: int, generator: torc
 
 
 def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
-    """Return llm.c's test batch, (x, y) of int64 (4, 64), from the first 257 tokens of `text`.
+    """Return llm.c's test batch from the first 257 tokens of `text`: inputs and targets, both int64 (4, 64).
 
     `<|endoftext|>` comes before the text and after every blank line; the blank lines are kept.
     """
@@ -84,13 +78,10 @@ def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def llmc_loss(model: GPT, text: str, encoding: tiktoken.Encoding) -> float:
-    """Return the loss in nats on llm.c's test batch.
-
-    Raise UserError if it differs from the loss of OpenAI's weights.
-    """
+    """Return the loss in nats on llm.c's test batch; raise UserError if it is not that of OpenAI's weights."""
     loss = float(model(*llmc_batch(text, encoding))[1])
     if not abs(loss - LLMC_LOSS) <= LLMC_TOLERANCE:
         raise UserError(
-            f"verify: llm.c's batch has loss {loss:.6f}, expected {LLMC_LOSS}: fetch OpenAI's weights again"
+            f"verify: the loss on llm.c's batch is {loss:.6f}, expected {LLMC_LOSS}; run `dvc repro -f download`"
         )
     return loss
