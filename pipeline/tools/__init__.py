@@ -1,1 +1,1 @@
-"""Commands that are no stages of dvc.yaml."""
+"""Commands that are not stages of dvc.yaml."""

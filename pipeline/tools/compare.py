@@ -1,7 +1,7 @@
-"""Compare two levels of results/benchmark.json, or this machine with another one.
+"""Compare two levels in results/benchmark.json, or compare this machine with another one.
 
 python -m pipeline.tools.compare flash bf16             how much faster flash is than bf16 on this machine
-python -m pipeline.tools.compare other/benchmark.json   the ladders of both machines, side by side
+python -m pipeline.tools.compare other/benchmark.json   the gains on both machines, side by side
 """
 
 from pathlib import Path
@@ -17,17 +17,16 @@ from pipeline import BENCHMARK, run
 def main(*arguments: str) -> None:
     if len(arguments) == 2:
         level, base = arguments
-        here = read(BENCHMARK)
-        result = here.compare(level, base, here.noise())
+        measured = read(BENCHMARK)
+        result = measured.compare(level, base, measured.noise())
         rounds = result["rounds_to_settle"]
-        more = f" (about {rounds:,} rounds would settle it)" if rounds else ""
-        print(
-            f"{level} over {base}: {here.gain(level, base)} times as fast, {result['verdict']}{more}; {describe(here)}"
-        )
+        more = f" (a clear result needs about {rounds:,} rounds)" if rounds else ""
+        print(f"{level} is {measured.gain(level, base)} times as fast as {base}: {result['verdict']}{more}")
+        print(f"measured on {describe(measured)}")
     elif len(arguments) == 1:
-        here, there = read(BENCHMARK), read(Path(arguments[0]))
-        print(f"this machine:  {describe(here)}\nother machine: {describe(there)}\n")
-        print(tables.markdown_table(tables.side_by_side(here, there), text_columns=1))
+        this, other = read(BENCHMARK), read(Path(arguments[0]))
+        print(f"this machine:  {describe(this)}\nother machine: {describe(other)}\n")
+        print(tables.markdown_table(tables.side_by_side(this, other), text_columns=1))
     else:
         raise UserError(f"{len(arguments)} arguments: name two levels, or the benchmark.json of another machine")
 
@@ -46,7 +45,7 @@ def describe(measurement: Measurement) -> str:
     return (
         f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, {measurement.model}, "
         f"B={measurement.batch_size}, T={measurement.block_size}, {len(measurement.rounds)} rounds, "
-        f"control {measurement.noise()}"
+        f"control gain {measurement.noise()}"
     )
 
 

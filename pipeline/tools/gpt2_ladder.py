@@ -1,4 +1,4 @@
-"""Stand in for the package gpt2_ladder if a tool is run by its path: print the right command and exit."""
+"""Print the right command and exit; Python imports this file if a tool is run by its path."""
 
 import runpy
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Evaluate a network on HellaSwag's 10,042 questions, or on the first N.
+"""Evaluate a network on HellaSwag's 10,042 questions, or on the first N questions.
 
-Not a stage of `dvc repro`: the first call downloads 12 MB from GitHub; all questions take over an hour on two cores.
+This is not a stage of `dvc repro`. The first call downloads 12 MB. All questions take over an hour on two cores.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ SOURCES = tuple(Url(f"{GITHUB}/{revision}/data/{QUESTIONS.name}") for revision i
 def main(*arguments: str) -> None:
     params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.tools.hellaswag", description=__doc__)
-    parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help="a folder, such as models/trial")
+    parser.add_argument("model", nargs="?", type=Path, default=WEIGHTS, help=f"the folder, by default {WEIGHTS}")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N questions")
     args = parser.parse_args(arguments)
     if args.limit is not None and args.limit < 1:

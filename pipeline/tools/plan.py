@@ -1,4 +1,4 @@
-"""Predict the peak memory and the least step time of every speed level without allocating anything."""
+"""Predict the peak memory and the shortest step time of every speed level, without running it."""
 
 import re
 
@@ -15,9 +15,9 @@ from pipeline import Parser, read_environment, run
 SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
 GIB = 2**30
 NOTE = """\
-Peak: memory of torch's tensors; compiled levels need at most as much. Largest B: leaves 1 GiB and a tenth of the rest
-free for everything else. Least ms: the roofline, arithmetic at the GPU's peak or bytes at its bandwidth; not measured.
-docs/GPU.md shows the errors of both predictions."""
+Peak: the memory of torch's tensors; compiled levels need at most as much. Largest B: the largest batch size that leaves
+1 GiB and a tenth of the remaining memory free. Least ms: a lower bound (roofline) from the GPU's peak arithmetic rate
+and its memory bandwidth; not measured. docs/GPU.md shows the errors of both predictions."""
 
 
 def main(*arguments: str) -> None:
@@ -35,11 +35,11 @@ def main(*arguments: str) -> None:
         where = f"{environment.device_name}, {free / GIB:.1f} GiB free"
         gpus = (environment.device_name,) if environment.device_name in cost.KNOWN_PEAKS else SHOWN
     if cuda and params.machine != "gpu":
-        print("params.yaml: machine is cpu, so this plan uses the CPU's shape; set machine: gpu for the GPU's")
+        print("params.yaml: machine is cpu, so this plan uses the CPU's B and T; set machine: gpu for the GPU's")
     shape = params.shape("speed")
     B, T = shape.batch_size, shape.block_size
     tflop = B * T * cost.flops_per_token(params.size, T) / 1e12
-    table = Table(title=f"GPT-2 ({params.model}) at {B} x {T} on {where}; {tflop:.2f} TFLOP a step", box=box.SIMPLE)
+    table = Table(title=f"GPT-2 ({params.model}) at {B} x {T} on {where}; {tflop:.2f} TFLOP per step", box=box.SIMPLE)
     table.add_column("level")
     for title in ("peak\nGiB", f"largest B\nat T={T}", *(f"least ms\n{gpu.removeprefix('NVIDIA ')}" for gpu in gpus)):
         table.add_column(title, justify="right")
@@ -56,7 +56,7 @@ def main(*arguments: str) -> None:
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of a size such as 24GiB, 80GB or 512 MiB; raise UserError if it is not one."""
+    """Convert a size such as 24GiB, 80GB or 512 MiB to bytes; raise UserError if `text` is not a size."""
     match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
     if not match:
         raise UserError(f"--memory {text}: write a number and a unit, such as 24GiB or 80GB")

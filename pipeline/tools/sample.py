@@ -1,7 +1,7 @@
-"""Generate text with the trial's network, one from a folder or the Hugging Face hub, or a random one.
+"""Generate text with a network: the trial's, one from a folder or the Hugging Face hub, or a random one.
 
-Not a stage of `dvc repro`. Samples are drawn one after the other, not as a batch: each is printed while it grows, and
-the first ones stay the same if you ask for more.
+This is not a stage of `dvc repro`. Samples are drawn one after the other and printed while they grow. If you ask for
+more samples, the first ones stay the same.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import devices, tokenizer
 from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, check_weights, read_environment, run
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all that a terminal obeys, except line feed and tab
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, except line feed and tab
 
 
 class Printer:
-    """Print each token that transformers' `generate` passes to `put`, as soon as its characters are complete.
+    """Print the tokens from transformers' `generate` as soon as their characters are complete.
 
-    The bytes of one character may be in several tokens. Bytes that never form a character print as U+FFFD. Control
-    characters print as escapes, so that a network cannot clear the screen.
+    The bytes of one character may be in several tokens. Bytes that form no character are printed as U+FFFD, and control
+    characters as escapes, so that a network cannot clear the screen.
     """
 
     def __init__(self, encoding: tiktoken.Encoding, prompt: str):
@@ -37,14 +37,14 @@ class Printer:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, ids: torch.Tensor) -> None:
-        """Print the text of int64 (1,). The first call, (1, T), brings the ids of the prompt, and prints `prompt`."""
+        """Print the text of one new token, int64 (1,), or print `prompt` for the prompt's tokens, int64 (1, T)."""
         if ids.dim() == 2:
             self._print(self.prompt)
         else:
             self._print(self.decoder.decode(self.encoding.decode_bytes(ids.tolist())))
 
     def end(self) -> None:
-        """Print the bytes that are left, and end the line."""
+        """Print the remaining bytes and end the line."""
         self._print(self.decoder.decode(b"", final=True) + "\n")
 
     def _print(self, text: str) -> None:
@@ -63,14 +63,14 @@ def main(*arguments: str) -> None:
     total, n_positions = idx.size(1) + args.length, model.config.n_positions
     if total > n_positions:
         raise UserError(
-            f"--length {args.length}: {idx.size(1)} tokens of the prompt and {args.length} new ones are {total}, over "
-            f"this network's n_positions, {n_positions}; lower it or shorten the prompt"
+            f"--length {args.length}: the prompt's {idx.size(1)} tokens and {args.length} new ones exceed "
+            f"this network's n_positions, {n_positions}; reduce --length or shorten --prompt"
         )
     how: dict[str, object] = {"do_sample": False}
     if args.temperature:
         how = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p or 1.0}
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
-        how["suppress_tokens"] = padding  # these ids stand for no text
+        how["suppress_tokens"] = padding  # these ids have no text
     how |= {"attention_mask": torch.ones_like(idx), "max_new_tokens": args.length}
     torch.manual_seed(args.seed)
     try:
@@ -86,16 +86,16 @@ def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
     """Parse the command line; `seed` is the default of --seed. Raise UserError for invalid values."""
     parser = Parser(prog="python -m pipeline.tools.sample", description=__doc__)
     network = parser.add_mutually_exclusive_group()
-    network.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"a folder, by default {TRIAL}")
-    network.add_argument("--hub", metavar="ID", help="a repository of the hub, such as openai-community/gpt2")
-    network.add_argument("--random", action="store_true", help="random weights in the size set in params.yaml")
-    parser.add_argument("--prompt", default="", help="the beginning of the text; by default <|endoftext|>, not shown")
+    network.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"the network's folder, by default {TRIAL}")
+    network.add_argument("--hub", metavar="ID", help="a repository on the hub, such as openai-community/gpt2")
+    network.add_argument("--random", action="store_true", help="use random weights; params.yaml sets the size")
+    parser.add_argument("--prompt", default="", help="beginning of each text, by default empty")
     parser.add_argument("--samples", type=int, default=1, help="number of texts, by default 1")
-    parser.add_argument("--length", type=int, default=100, help="new tokens of each text, by default 100")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token; by default 1")
+    parser.add_argument("--length", type=int, default=100, help="number of new tokens in each text, by default 100")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest token; by default 1")
     parser.add_argument("--top-k", type=int, default=50, help="draw from the TOP_K likeliest tokens, by default 50")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach this probability")
-    parser.add_argument("--seed", type=int, default=seed, help="by default the seed in params.yaml")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens with this total probability")
+    parser.add_argument("--seed", type=int, default=seed, help="random seed, by default the seed in params.yaml")
     args = parser.parse_args(arguments)
     for option, valid, allowed in (
         ("samples", args.samples >= 1, "1 or more"),
@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
 
 
 def load_network(args: argparse.Namespace, params: Params) -> GPT:
-    """Return the network that `args` select; print its source on stderr if a file beside the weights records it."""
+    """Return the network that `args` select, and print its source to stderr if the source is recorded."""
     if args.random:
         devices.check_memory(torch.device("cpu"), count_bytes(params.size.gpt()), f"model {params.model}")
         return GPT(params.size.gpt(), params.seed)
@@ -122,8 +122,8 @@ def load_network(args: argparse.Namespace, params: Params) -> GPT:
         folder = pretrained.fetch_repository(args.hub)
     elif folder == TRIAL and not (folder / hub_format.CONFIG).exists():
         raise UserError(
-            f"{TRIAL}: contains no network; train it with `dvc repro trial` (results/trial/metrics.json shows why it "
-            "was skipped), or name a folder, --hub ID or --random"
+            f"{TRIAL}: contains no network; train it with `dvc repro trial` (if the stage was skipped, "
+            "results/trial/metrics.json shows why), or give a folder, --hub ID or --random"
         )
     check_weights(folder)
     model = hub_format.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)

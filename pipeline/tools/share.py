@@ -1,6 +1,6 @@
 """Write the trial's network to a folder for the Hugging Face hub: `python -m pipeline.tools.share ../my-gpt2`.
 
-The folder contains what transformers loads, and a card with the facts of the run that trained the network.
+The folder contains the files that transformers loads, and a model card that describes the run that trained the network.
 """
 
 import hashlib
@@ -33,21 +33,21 @@ from pipeline import (
 )
 from pipeline.trial import make_job
 
-# what a commit must contain to repeat a run
+# a commit must contain these to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
-MOST_NAMED = 20  # files of a corpus
+MOST_NAMED = 20  # of a larger number of corpus files, the card shows one hash
 
 
 def main(*arguments: str) -> None:
     parser = Parser(prog="python -m pipeline.tools.share", description=__doc__)
-    parser.add_argument("folder", type=Path, help="the new folder")
-    parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help="another network, a folder like data/gpt2")
+    parser.add_argument("folder", type=Path, help="the folder to create")
+    parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"the network's folder, by default {TRIAL}")
     parser.add_argument("--trim", action="store_true", help="remove the rows that pad the vocabulary to 50304")
     args = parser.parse_args(arguments)
     sharing.check_target(args.folder)
     facts = read_run() if args.model.resolve() == TRIAL.resolve() else None
     check_weights(args.model)
-    tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)  # refuses damaged files
+    tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)  # raises UserError if a file is damaged
     model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE)  # flash: builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
     if args.trim:
@@ -77,7 +77,7 @@ def read_run() -> dict[str, Any]:
     if changed := _changed("tokenize", "trial"):
         raise UserError(
             f"{TRIAL}: the card would not describe the run that trained this network, because these have changed: "
-            f"{', '.join(changed)}; run `dvc repro trial`, or return to the committed state"
+            f"{', '.join(changed)}; run `dvc repro trial`, or restore the committed files"
         )
     params, environment, manifest = params_yaml.load(), read_environment(), data.read_manifest(SHARDS)
     shape, recipe = params.shape("speed"), params.recipe
@@ -85,7 +85,7 @@ def read_run() -> dict[str, Any]:
     inputs = {name.removeprefix(f"{root}/"): sha256 for name, sha256 in hashes.items()}
     if len(inputs) > MOST_NAMED:
         digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
-        inputs = {f"{len(inputs):,} files, of whose hashes": digest}
+        inputs = {f"{len(inputs):,} files, hash of their hashes": digest}
     settings = describe(make_job(params), params, environment)
     return {
         "result": files.read_json(metrics),
@@ -108,7 +108,7 @@ def _changed(*stages: str) -> list[str]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason"])[0]
-        raise UserError(f"dvc status cannot show which run trained the network: {reason}")
+        raise UserError(f"dvc status failed, so the run that trained the network is unknown: {reason}")
     names: list[str] = []
     for stage, kinds in json.loads(result.stdout).items():
         for kind in kinds:
@@ -119,7 +119,7 @@ def _changed(*stages: str) -> list[str]:
 
 
 def _commit() -> str | None:
-    """Return the commit that contains the present code and settings; None if some are not committed."""
+    """Return the current commit, or None if code or settings have uncommitted changes."""
     status = subprocess.run(["git", "status", "--porcelain", "--", *DESCRIBED], capture_output=True, check=False)
     if status.returncode or status.stdout:
         return None

@@ -217,7 +217,7 @@ def test_the_page_with_dvcs_plots_loads_nothing_from_a_server(clone):
     [
         ("dvc metrics show", "results/levels/bf16/metrics.json"),
         ("dvc exp show --only-changed", "main|master"),
-        ("make plan MEMORY=24GiB", "(?s)this plan uses the CPU's shape.*allocator"),
+        ("make plan MEMORY=24GiB", "(?s)this plan uses the CPU's B and T.*torch's tensors"),
         ("make schema", ""),
         ('make sample PROMPT="Once upon a time"', "(?m)^Once upon a time"),
     ],

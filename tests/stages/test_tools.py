@@ -14,7 +14,7 @@ def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_json(BENCHMARK, measurement(fp32=[300.0] * 4, bf16=[150.0] * 4, padded=[75.0] * 4).model_dump())
     compare.main("padded", "bf16")
-    shown = "padded over bf16: 2.00 [2.00, 2.00] times as fast, faster; A processor, 2 threads"
+    shown = "padded is 2.00 [2.00, 2.00] times as fast as bf16: faster\nmeasured on A processor, 2 threads"
     assert shown in capsys.readouterr().out
     write_json(tmp_path / "there.json", measurement(fp32=[30.0] * 4, bf16=[10.0] * 4).model_dump())
     compare.main(str(tmp_path / "there.json"))
