@@ -78,7 +78,7 @@ def place_arms(
     micro_batch: int,
     process: ProcessPoolExecutor,
 ) -> list[Arm | RemoteArm]:
-    """Return one arm per level. If an arm would change the memory of other levels, it runs in `process`."""
+    """Return one arm per level. An arm that would change how other levels allocate memory runs in `process`."""
     remote = {name for name, switches in levels.items() if devices.needs_own_process(switches, environment)}
     local = {name: switches for name, switches in levels.items() if name not in remote}
     arms = {arm.name: arm for arm in turns.build_arms(params, local, device, micro_batch)}

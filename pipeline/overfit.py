@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def check(loss_first: float, loss_last: float, vocab_size: int, bound: float) -> None:
-    """Raise UserError if the first loss is not that of a uniform guess, or the last is over `bound`, both in nats."""
+    """Raise UserError if the first loss is not that of a uniform guess, or if the last loss is over `bound` nats."""
     uniform = math.log(vocab_size)
     if not abs(loss_first - uniform) <= FIRST_LOSS_TOLERANCE:  # written so that NaN fails too
         raise UserError(
@@ -44,7 +44,7 @@ def check(loss_first: float, loss_last: float, vocab_size: int, bound: float) ->
     if not loss_last <= bound:
         raise UserError(
             f"overfit: the last loss is {loss_last:.4f}, over the bound {bound}: the network does not learn. Fix "
-            "src/gpt2_ladder/model.py, or set another models.*.learning_rate or overfit_loss in params.yaml"
+            "src/gpt2_ladder/model.py, or change models.*.learning_rate or overfit_loss in params.yaml"
         )
 
 

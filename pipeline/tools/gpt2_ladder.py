@@ -1,4 +1,4 @@
-"""Print the right command and exit; Python imports this file if a tool is run by its path."""
+"""Print the right command and exit. Python imports this file only if a tool is run by its file path."""
 
 import runpy
 from pathlib import Path

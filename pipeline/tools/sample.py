@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=100, help="number of new tokens in each text, by default 100")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest token; by default 1")
     parser.add_argument("--top-k", type=int, default=50, help="draw from the TOP_K likeliest tokens, by default 50")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens with this total probability")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach probability TOP_P")
     parser.add_argument("--seed", type=int, default=seed, help="random seed, by default the seed in params.yaml")
     args = parser.parse_args(arguments)
     for option, valid, allowed in (

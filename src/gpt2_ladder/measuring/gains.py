@@ -47,7 +47,7 @@ class Measurement(Strict):
         return [round_.step_ms[level] for round_ in self.rounds]
 
     def gain(self, level: str, over: str) -> "Gain":
-        """Return the gain of the level `level` over the level `over`."""
+        """Return the gain of `level` compared with the level `over`."""
         return gain(self.step_ms(over), self.step_ms(level))
 
     def noise(self) -> "Gain":

@@ -39,7 +39,7 @@ class Ladder:
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
-    """Return one row per level for charts.waterfall: the baseline's tokens/s, times the level's gain over it."""
+    """Return one row per level for charts.waterfall: the level's gain multiplied by the tokens/s of the baseline."""
     (baseline, first), *others = gains["levels"].items()
     rate = first["tokens_per_second"]
     ends = {"start": 0, "end": rate, "low": rate, "high": rate}

@@ -14,7 +14,7 @@ NOTABLE = 0.005  # share of a step's time; operators whose time changed by less 
 
 
 def pages(ladder: facts.Ladder, explained: Collection[str]) -> dict[str, str]:
-    """Return {file name: page}: an index and a page per level. Pages of levels in `explained` link to docs/levels."""
+    """Return {file name: page}: an index and a page per level, which links to docs/levels if it is in `explained`."""
     levels, results, gains = ladder.levels, ladder.results, ladder.gains
     speed = tables.speed_table(levels, results, gains, ladder.parity)
     training = tables.training_table(levels, results)

@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             saved = files.read_json(state)
             if files.sha256(path) != saved.get("sha256"):
-                raise ValueError("its sha256 differs from the recorded one")
+                raise ValueError("the file's sha256 differs from the one in its .json")
             self.batches.position = saved["position"]
             tensors = load_file(path)
             with torch.no_grad():

@@ -178,7 +178,7 @@ def _fetch_url(temporary: Path, sha256: str, url: str) -> None:
 
 
 def _request(call: Callable[[], object]) -> None:
-    """Run `call`, which sends requests, with retries; raise Unreachable if no server responds, else SourceError."""
+    """Run `call`, which sends requests, with retries. If all fail, raise Unreachable or SourceError."""
     try:
         retry(call, _is_transient)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:

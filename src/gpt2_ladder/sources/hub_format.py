@@ -78,7 +78,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Map each weight file in `folder` to the tensors that INDEX lists for it, or to no tensors without INDEX."""
+    """Map each weight file in `folder` to the tensors that INDEX lists for it; without INDEX, to an empty set."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return {folder / WEIGHTS: set()}
     tensors: dict[Path, set[str]] = {}
@@ -126,7 +126,9 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
         state.setdefault("lm_head.weight", state["wte.weight"])
     expected = model.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(f"checkpoint: tensor {missing[0]} is missing ({len(missing)} are missing); download it again")
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download the checkpoint again"
+        )
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(
             f"checkpoint: GPT-2 has no tensor {unknown[0]!r:.80} ({len(unknown)} are unknown); use another config.json"

@@ -58,7 +58,7 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
                     f"pretrained.source: openai, but the hub cannot be reached: {failure}; "
                     "check the network or HF_ENDPOINT, set pretrained.folder, or set pretrained.source: auto"
                 ) from None
-            print(f"the hub cannot be reached: {failure}", flush=True)
+            print(f"the hub cannot be reached: {failure}; writing random weights instead", flush=True)
     _write_stand_in(folder, size, seed)
 
 

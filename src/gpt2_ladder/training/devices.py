@@ -157,7 +157,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def attention_kernel(q: torch.Tensor) -> str:
-    """Return which kernel `scaled_dot_product_attention` uses if q, k and v, (B, H, T, D), are like `q` and causal.
+    """Return the kernel of causal `scaled_dot_product_attention` for q, k and v like `q`, (B, H, T, D).
 
     It is a name in torch.nn.attention.SDPBackend. Raise UserError if a GPU would use the math kernel, which writes the
     (B, H, T, T) matrix as `eager` does.
@@ -212,7 +212,7 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
     if switches.compile and environment.compile_problem:
         return f"torch.compile cannot work here: {environment.compile_problem}"
     if switches.allocator == "caching" and environment.device == "cpu" and platform.libc_ver()[0] != "glibc":
-        return "allocator: caching is a setting of glibc, and this system has another C library"
+        return "`allocator: caching` needs glibc, but this system has another C library"
     if not PRECISIONS[switches.precision].autocast or environment.bf16:
         return None
     if environment.device == "cuda":

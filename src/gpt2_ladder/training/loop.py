@@ -135,7 +135,7 @@ def train(
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
 ) -> Iterator[Step]:
-    """Train one step on each of `batches`, pairs of int64 (B, T), and yield its Step; the first is step `first_step`.
+    """Train one step on each batch, a pair of int64 (B, T), and yield its Step. Steps are numbered from `first_step`.
 
     The caller's work between steps (logging, writing) is not timed. If memory runs out, the step is repeated with half
     the micro-batch, and later steps keep it. On several ranks, `batches` has this rank's rows, but a Step describes the
