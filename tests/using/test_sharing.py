@@ -126,7 +126,7 @@ def test_the_card_of_an_unknown_network_states_what_is_unknown(project, capsys):
     card = ModelCard.load(Path("to/my net/README.md"))
     facts = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     assert card.data.to_dict() == facts
-    assert "It is not known for how many steps" in card.text
+    assert "The number of training steps and the training data are not known." in card.text
     assert "a local file of unknown origin" in card.text
     assert "the rows that padded its vocabulary during training were removed" in card.text
     assert "Training" not in card.text
