@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ladder import model, params_yaml
-from gpt2_ladder.config import AdamW, Switches
+from gpt2_ladder.config import AdamW, GPTConfig, Switches
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import loop, runtime
 from helpers.common import REPOSITORY, random_ids, tiny
@@ -49,8 +49,7 @@ class Recorder(TorchDispatchMode):
 
 def build(switches: Switches) -> GPT:
     """Return a small network with the switches that concern the network."""
-    names = {"attention", "tie_weights", "init", "vocab_size", "chunked_loss"}
-    return GPT(tiny(n_layer=N_LAYER, **switches.model_dump(include=names)))
+    return GPT(tiny(n_layer=N_LAYER, **switches.model_dump(include=set(GPTConfig.model_fields))))
 
 
 def record(switches: Switches) -> tuple[Recorder, GPT, tuple[torch.dtype | None, torch.dtype]]:

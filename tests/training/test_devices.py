@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ladder import files
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Switches, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.training import devices
@@ -22,9 +22,7 @@ CPU = torch.device("cpu")
 
 
 def switches(**changes: object) -> Switches:
-    row = {"tie_weights": True, "init": "gpt2", "precision": "fp32", "compile": False, "attention": "eager"}
-    past = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}
-    return Switches.model_validate({**row, "vocab_size": 50257, **past, **changes})
+    return Switches.model_validate({**params_yaml.load(REPOSITORY / "params.yaml").switches.model_dump(), **changes})
 
 
 def test_a_level_is_skipped_only_if_the_machine_cannot_run_it():
