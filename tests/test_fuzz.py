@@ -230,6 +230,7 @@ def test_the_valid_input_is_accepted(reader):
     assert refusal(read, valid) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_input_is_accepted_or_refused_in_clear_lines(reader, record_property):
     fuzz(reader, examples=100, repeatable=True, record_property=record_property)

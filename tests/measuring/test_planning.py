@@ -60,7 +60,9 @@ def test_live_storages_are_counted_once_until_they_are_freed():
 
 @pytest.mark.parametrize("attention", ["eager", "flash"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("sizes", "shape"), [(TINY, (4, 128)), (MID, (2, 256))], ids=["tiny", "mid"])
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [(TINY, (4, 128)), pytest.param(MID, (2, 256), marks=pytest.mark.slow)], ids=["tiny", "mid"]
+)
 def test_the_predicted_peak_is_what_torch_allocates(sizes, shape, precision, attention):
     config = GPTConfig(**sizes, attention=attention)
     measured = allocated_peak(config, precision, *shape)

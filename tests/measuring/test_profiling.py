@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
@@ -50,6 +51,7 @@ def test_an_empty_profile_explains_how_to_see_the_reason(tmp_path, capsys):
     assert message in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_inductors_kernels_have_one_name(tmp_path):
     def step(x: torch.Tensor) -> torch.Tensor:
         return (x.sin() * x.cos()).exp() + 1

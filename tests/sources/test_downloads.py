@@ -416,6 +416,7 @@ def start_stage(serve, tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once_wait_for_each_other(serve, start_stage, tmp_path):
     both = [start_stage(), start_stage()]
     first_lines = sorted(process.stdout.readline() for process in both)
@@ -429,6 +430,7 @@ def test_two_downloads_at_once_wait_for_each_other(serve, start_stage, tmp_path)
     assert (tmp_path / "data/input.txt").read_bytes() == BODY
 
 
+@pytest.mark.slow
 def test_a_killed_download_does_not_block_the_one_that_waits(serve, start_stage, tmp_path):
     killed = start_stage()
     assert "fetching" in killed.stdout.readline()

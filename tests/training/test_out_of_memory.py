@@ -128,6 +128,7 @@ def need(rows: int, block_size: int = 64) -> int:
     return step.peak_bytes + count_bytes(params.gpt(LEVELS["padded"]), 4)
 
 
+@pytest.mark.slow
 def test_the_probe_returns_the_whole_batch_or_a_smaller_one_that_fits():
     everything = Capped(float("inf"))
     with everything:

@@ -36,6 +36,7 @@ def test_an_unknown_precision_is_refused():
         runtime.set_precision("fp8", CPU)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_its_parameter_names_and_its_output():
     plain, compiled = GPT(tiny(n_layer=1)), GPT(tiny(n_layer=1))
     runtime.compile_model(compiled)

@@ -126,9 +126,7 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
         state.setdefault("lm_head.weight", state["wte.weight"])
     expected = model.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(
-            f"the checkpoint lacks {len(missing)} tensors, such as {missing[0]}; download the checkpoint again"
-        )
+        raise UserError(f"the checkpoint lacks {len(missing)} tensor(s), such as {missing[0]}; download it again")
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(
             f"checkpoint: GPT-2 has no tensor {unknown[0]!r:.80} ({len(unknown)} are unknown); use another config.json"
