@@ -39,6 +39,7 @@ for name in ("step.json.gz", "no/such/folder/step.json"):
 """
 
 
+@pytest.mark.slow
 def test_kinetos_errors_are_shown_and_its_usdt_lines_hidden(tmp_path):
     (line,) = processes.run(PROFILE, arguments=[str(tmp_path)], stderr=True).splitlines()
     assert "Failed to open" in line

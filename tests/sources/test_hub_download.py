@@ -50,6 +50,7 @@ def fetch(folder: Path, published: Path, endpoint: str, source: str) -> subproce
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_downloaded_and_verified(tmp_path, published):
     folder = tmp_path / "gpt2"
     with fake_hub.serve(published, pretrained.REVISIONS["gpt2"]) as (endpoint, requests):

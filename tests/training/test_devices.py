@@ -104,6 +104,7 @@ print(sum([use() for _ in range(40)][-10:]))  # the heap grows during the first 
 """
 
 
+@pytest.mark.slow
 def test_kept_memory_causes_no_page_faults():
     system, caching = map(int, processes.run(PAGE_FAULTS).split())
     assert system > 200_000 > 1_000 > caching  # 100 MiB are 25,600 pages of 4 KiB

@@ -139,6 +139,7 @@ def test_the_probe_returns_the_whole_batch_or_a_smaller_one_that_fits():
     assert memory.refused
 
 
+@pytest.mark.slow
 def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda _: need(4))
     tried, step = [], loop.train_step
@@ -147,6 +148,7 @@ def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch)
     assert max(tried) <= 4
 
 
+@pytest.mark.slow
 def test_a_failed_probe_reports_the_block_size_that_would_fit(monkeypatch):
     for free, fix in (
         (need(1, 32), "set machines.cpu.block_size: 32, which fits"),
