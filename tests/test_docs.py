@@ -42,7 +42,7 @@ NOT_RUN = {
     "run by the last test of this file": "grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo",
     "changes your shell": "export USER=$(id -u)",
     "test_repository.py runs them as the warnings print them": "git fetch --unshallow; git switch main; "
-    "git config user.name NAME",
+    "git config user.name NAME; git config user.email EMAIL",
 }
 
 
@@ -93,10 +93,14 @@ def stands_for(documented: str, word: str) -> bool:
 
 
 def is_run(command: str, words: list[str]) -> bool:
-    """Tell whether all words of `command` follow each other in `words`."""
+    """Tell whether `words` contain all words of `command`, and then at most options, X=value, && or /path."""
     documented = shlex.split(command)
     starts = range(len(words) - len(documented) + 1)
-    return any(all(map(stands_for, documented, words[start : start + len(documented)])) for start in starts)
+    return any(
+        all(map(stands_for, documented, words[start : start + len(documented)]))
+        and re.match("-|&&|/|[A-Z]+=|$", [*words, ""][start + len(documented)]) is not None
+        for start in starts
+    )
 
 
 def test_tests_run_every_command_of_a_page_with_all_its_words():

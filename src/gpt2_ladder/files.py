@@ -36,7 +36,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 path.chmod(plain.stat().st_mode)  # the mode that open() sets; safetensors' files are private
                 _sync(path)
         except Exception as error:
-            if disk_is_full(error):  # a failed write does not name its file
+            if disk_is_full(error):  # a failed write does not name its file; only OSError declares filename
                 error.filename = getattr(error, "filename", None) or str(paths[0])  # type: ignore[attr-defined]
             raise
         for written, path in zip(temporary, paths, strict=True):
