@@ -1,42 +1,32 @@
 """Compare two levels in results/benchmark.json, or compare this machine with another one.
 
 python -m pipeline.tools.compare flash bf16             how much faster flash is than bf16 on this machine
-python -m pipeline.tools.compare other/benchmark.json   the gains on both machines, side by side
+python -m pipeline.tools.compare machines/h100-sxm.json  the gains on both machines, side by side (or a benchmark.json)
 """
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring.gains import Measurement
-from gpt2_ladder.reporting import tables
+from gpt2_ladder.reporting import gallery, tables
 from pipeline import BENCHMARK, run
 
 
 def main(*arguments: str) -> None:
     if len(arguments) == 2:
         level, base = arguments
-        measured = read(BENCHMARK)
+        measured = gallery.read_measurement(BENCHMARK)
         result = measured.compare(level, base, measured.noise())
         rounds = result["rounds_to_settle"]
         more = f" (a clear result needs about {rounds:,} rounds)" if rounds else ""
         print(f"{level} is {measured.gain(level, base)} times as fast as {base}: {result['verdict']}{more}")
         print(f"measured on {describe(measured)}")
     elif len(arguments) == 1:
-        this, other = read(BENCHMARK), read(Path(arguments[0]))
+        this, other = gallery.read_measurement(BENCHMARK), gallery.read_measurement(Path(arguments[0]))
         print(f"this machine:  {describe(this)}\nother machine: {describe(other)}\n")
         print(tables.markdown_table(tables.side_by_side(this, other), text_columns=1))
     else:
-        raise UserError(f"{len(arguments)} arguments: name two levels, or the benchmark.json of another machine")
-
-
-def read(path: Path) -> Measurement:
-    """Read a benchmark.json; raise UserError if it is not one."""
-    try:
-        return Measurement.model_validate_json(path.read_bytes())
-    except (IsADirectoryError, ValidationError) as error:
-        raise UserError(f"{path}: not a benchmark.json of this project ({' '.join(str(error).split()):.200})") from None
+        raise UserError(f"{len(arguments)} arguments: name two levels, or a file of machines/")
 
 
 def describe(measurement: Measurement) -> str:

@@ -19,9 +19,9 @@ def test_two_levels_or_two_machines_are_compared(tmp_path, monkeypatch, capsys):
     write_json(tmp_path / "there.json", measurement(fp32=[30.0] * 4, bf16=[10.0] * 4).model_dump())
     compare.main(str(tmp_path / "there.json"))
     assert "| bf16   |             150 |             2.00 [2.00, 2.00] |" in capsys.readouterr().out
-    (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
-    compare.main("experiments/runs/xeon-amx.json")
-    assert "other machine: Intel" in capsys.readouterr().out
+    (tmp_path / "machines").symlink_to(REPOSITORY / "machines")
+    compare.main("machines/h100-sxm.json")
+    assert "other machine: NVIDIA H100" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
         compare.main("fp16", "fp32")
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", ""):
-        with pytest.raises(UserError, match=rf"{name or '.'}: not a benchmark\.json of this project"):
+        with pytest.raises(UserError, match=rf"{name or '.'}: neither a benchmark\.json nor"):
             compare.main(name)
     with pytest.raises(UserError, match="0 arguments: name two levels"):
         compare.main()
