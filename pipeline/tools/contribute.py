@@ -14,10 +14,10 @@ from gpt2_ladder import files
 from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.reporting import gallery
-from gpt2_ladder.reporting.gallery import OperatorTime, Training
+from gpt2_ladder.reporting.gallery import OTHERS, OperatorTime, Training
 from pipeline import RESULTS, Parser, read_json, run
 
-OPERATORS = 12  # of a level's profile; the others are summed
+SHARE = 0.005  # of a step's time; operators that take less are summed
 
 
 def main(*arguments: str) -> None:
@@ -100,12 +100,13 @@ def read_losses(results: Path) -> dict[str, list[float]]:
 
 
 def costliest(operators: list[dict[str, Any]]) -> tuple[OperatorTime, ...]:
-    """Return the costliest of `operators`, which are sorted, and one row for all others."""
-    rows, others = [OperatorTime(**row) for row in operators[:OPERATORS]], operators[OPERATORS:]
-    if others:
-        calls, self_ms = sum(row["calls"] for row in others), sum(row["self_ms"] for row in others)
-        rows.append(OperatorTime(name="all other operators", calls=calls, self_ms=self_ms))
-    return tuple(rows)
+    """Return the operators that take at least SHARE of a step's time, and one row for all others."""
+    rows = [OperatorTime(**row) for row in operators]
+    least = SHARE * sum(row.self_ms for row in rows)
+    others = [row for row in rows if row.self_ms < least]
+    calls, self_ms = sum(row.calls for row in others), sum(row.self_ms for row in others)
+    rest = [OperatorTime(name=OTHERS, calls=calls, self_ms=self_ms)] if others else []
+    return (*(row for row in rows if row.self_ms >= least), *rest)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from gpt2_ladder.config import Strict, UserError
 from gpt2_ladder.measuring.gains import Measurement
 
 FOLDER, LARGEST = Path("machines"), 200_000  # bytes of a file
+OTHERS = "all other operators"
 PRIVATE = re.compile(r"(?<![\w./:])(~|/|[A-Za-z]:\\)\w|\w@\w")  # a path, or an address such as user@host
 
 
