@@ -5,6 +5,7 @@
 # make plan       predict memory and least time          make schema     write params.schema.json
 # make sample     write text with the trial's network    make pins       write requirements.txt
 # make hellaswag  grade a network on HellaSwag           make share      make a folder for the Hugging Face hub
+# make docs       write the numbers of machines/ into README.md and docs/
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 $(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins
+.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
@@ -80,6 +81,10 @@ check: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+# Replaces only what is between two markers of a page.
+docs: .venv/installed
+	PYTHONPATH=src:. python -m experiments.machines
 
 # Editors check params.yaml with this schema.
 schema: .venv/installed

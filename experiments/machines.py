@@ -1,54 +1,199 @@
-"""Write the table of several machines' ladders into README.md: `PYTHONPATH=src:. python experiments/machines.py`.
+"""Write the numbers of machines/ into README.md and docs/: `make docs`.
 
-Every number is a ratio within one machine, except in the last two rows.
+Text between the comments `<!-- part -->` and `<!-- end of part -->` is replaced; docs/machines/ gets the pictures.
+Every gain is a ratio within one machine. A machine measures only the levels that existed at its commit.
 """
 
-import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from experiments import pages
-from gpt2_ladder import params_yaml
-from gpt2_ladder.measuring.gains import Measurement
-from gpt2_ladder.reporting import tables
+from gpt2_ladder import files, params_yaml
+from gpt2_ladder.measuring import summary
+from gpt2_ladder.measuring.gains import Gain
+from gpt2_ladder.reporting import charts, facts, gallery, tables
+from gpt2_ladder.reporting.gallery import Machine
 
-README = Path("README.md")
-MACHINES = {  # named here, because the first two environments do not distinguish processors of one name
-    "AMD EPYC, avx512_bf16": Path("experiments/runs/benchmark-1.json"),
-    "Intel Xeon, amx_bf16": Path("experiments/runs/xeon-amx.json"),
-    "Intel(R) Xeon(R) Processor, avx512_bf16": Path("experiments/runs/xeon-avx512.json"),
-}
+README, MACHINES, LEVELS, PICTURES = map(Path, ("README.md", "docs/machines.md", "docs/levels", "docs/machines"))
+FIRST = "h100-sxm"  # the machine in the README's picture
+IN_README = (FIRST, "xeon-amx", "epyc-avx512")
+NOT_MEASURED = "not measured"
+OPERATORS = 4  # of a level and a machine, whose time changed most
+PARAMS = params_yaml.load()
+ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
+BASELINE = next(iter(ROWS))
 
 
-def main() -> None:
-    """Write the table."""
-    levels = {name: level for name, level in params_yaml.load().levels.items() if level.group == "speed"}
-    baseline = next(iter(levels))
-    runs = [Measurement.model_validate_json(path.read_text()) for path in MACHINES.values()]
+@dataclass(frozen=True)
+class Climb:
+    """A machine of the gallery, and the summary of its rounds."""
 
-    def cell(run: Measurement, level: str, over: str) -> str:
-        return tables.gain_cell(run.compare(level, over, run.noise()) if level in run.levels else None)
+    name: str
+    machine: Machine
 
-    def tokens_per_second(run: Measurement) -> float:
-        return run.batch_size * run.block_size * 1000 / statistics.median(run.step_ms(baseline))
+    @cached_property
+    def gains(self) -> dict[str, Any]:
+        """The content of a gains.json, for the levels of params.yaml that the machine measured."""
+        benchmark = self.machine.benchmark
+        known = benchmark.model_copy(update={"levels": [level for level in benchmark.levels if level in ROWS]})
+        return summary.summarize(PARAMS.model_copy(update={"model": benchmark.model}), ROWS, known)
 
-    def peak(run: Measurement, precision: str) -> float:
-        return statistics.median(step.matmul_tflops[precision] for step in run.rounds)
+    @property
+    def fastest(self) -> str:
+        """The level with the most tokens per second."""
+        return max(self.gains["levels"], key=lambda level: self.gains["levels"][level]["tokens_per_second"])
 
-    rows = [["level", "switch that changes", *MACHINES]]
-    for previous, level in pairwise(levels):
-        change = tables.switch_that_changes(levels[level], levels[previous])
-        rows.append([f"[`{level}`](docs/levels/{level}.md)", change, *(cell(run, level, previous) for run in runs)])
-    rows.append([f"the last over `{baseline}`", "all", *(cell(run, run.levels[-1], baseline) for run in runs)])
-    rows.append([f"`{baseline}` over itself", "none", *(str(run.noise()) for run in runs)])
-    rows.append([f"`{baseline}`, tokens/s", "", *(f"{tokens_per_second(run):,.0f}" for run in runs)])
-    peaks = (f"{peak(run, 'fp32'):.2f}, {peak(run, 'bf16'):.2f}" for run in runs)
-    rows.append(["a bare product, TFLOP/s in fp32, bf16", "", *peaks])
-    counts = ", ".join(str(len(run.rounds)) for run in runs)
-    text = f"{tables.markdown_table(rows)}\n\nTwo cores each, 2 x 256 tokens a step, {counts} rounds."
-    print(text)
-    pages.put(README, "machines", text)
+    def cell(self, level: str | None, column: str) -> str:
+        """Format one number of `level`; NOT_MEASURED if the machine does not have it."""
+        measured, training = self.gains["levels"].get(level, {}), self.machine.levels.get(level or "")
+        value = measured.get(column, getattr(training, column, None))
+        if value is None:
+            return NOT_MEASURED
+        if isinstance(value, dict):
+            return tables.gain_cell(value).replace(facts.NO_GAIN, "no gain")
+        return {"step_ms": milliseconds, "mfu": "{:.0%}".format}.get(column, FORMATS.get(column, "{:,.0f}").format)(
+            value
+        )
+
+    def change(self, previous: str, level: str, column: str) -> str:
+        """Format one number of the level before and of `level`, as `before → after`."""
+        return f"{self.cell(previous, column)} → {self.cell(level, column)}"
+
+
+FORMATS = {"loss_difference": "{:.4f}", "val_loss": "{:.4f}"}
+
+
+def milliseconds(value: float) -> str:
+    """Format milliseconds with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def read() -> list[Climb]:
+    """Return the machines of the gallery: FIRST, then by gain, the largest first."""
+    climbs = [Climb(path.stem, gallery.read(path)) for path in sorted(gallery.FOLDER.glob("*.json"))]
+
+    def rank(climb: Climb) -> tuple[bool, float]:
+        over = climb.gains["levels"][climb.fastest]["over_baseline"]
+        return climb.name != FIRST, -over["ratio"] if over else 0.0
+
+    return sorted(climbs, key=rank)
+
+
+def ladder_table(climbs: Sequence[Climb]) -> str:
+    """Return one row a speed level: what changes, and its gain over the level before on every machine."""
+    rows = [["level", "what changes", *(climb.machine.title for climb in climbs)]]
+    for previous, level in pairwise(ROWS):
+        change = f"`{tables.switch_that_changes(ROWS[level], ROWS[previous])}`"
+        rows.append([f"`{level}`", change, *(climb.cell(level, "over_previous") for climb in climbs)])
+    fastest = (climb.cell(climb.fastest, "over_baseline") if climb.fastest != BASELINE else "none" for climb in climbs)
+    rows.append([f"fastest over `{BASELINE}`", "", *fastest])
+    rows.append([f"`{BASELINE}` over itself", "nothing", *(str(Gain(**climb.gains["control"])) for climb in climbs)])
+    return tables.markdown_table(rows)
+
+
+def machines_part(climbs: Sequence[Climb]) -> str:
+    """Return the generated part of docs/machines.md: two tables, and a section a machine."""
+    titles = (
+        "machine",
+        "torch",
+        "commit",
+        "day",
+        "tokens a step",
+        "rounds",
+        f"`{BASELINE}` tokens/s",
+        "fastest tokens/s",
+    )
+    rows = [[*titles, "losses within"]]
+    for climb in climbs:
+        machine, run = climb.machine, climb.machine.benchmark
+        apart = [training.loss_difference or 0.0 for training in machine.levels.values()]
+        fastest = f"{climb.cell(climb.fastest, 'tokens_per_second')} (`{climb.fastest}`)"
+        rows.append([f"[{machine.title}](#{machine.title.lower().replace(' ', '-')})", run.environment.torch])
+        rows[-1] += [
+            machine.commit[:7],
+            str(machine.date),
+            f"{run.batch_size} x {run.block_size}",
+            str(len(run.rounds)),
+        ]
+        rows[-1] += [climb.cell(BASELINE, "tokens_per_second"), fastest, f"{max(apart):.4f}" if apart else NOT_MEASURED]
+    sections = [section(climb) for climb in climbs]
+    return "\n\n".join([tables.markdown_table(rows), ladder_table(climbs), *sections])
+
+
+def section(climb: Climb) -> str:
+    """Return one machine's section of docs/machines.md."""
+    machine = climb.machine.benchmark.environment
+    software = f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, Python {machine.python}"
+    picture = f"![tokens per second at each level on the {climb.machine.title}](machines/{climb.name}.svg)"
+    return "\n\n".join([f"## {climb.machine.title}", picture, " ".join([f"{software}.", *climb.machine.notes])])
+
+
+def level_part(level: str, climbs: Sequence[Climb]) -> str:
+    """Return the generated part of one level's page."""
+    if level not in ROWS:
+        return tables.markdown_table(quality_rows(level, climbs), text_columns=1)
+    if level == BASELINE:
+        columns = {"step_ms": "ms a step", "tokens_per_second": "tokens/s", "mfu": "of the peak"}
+        columns["peak_memory_mib"] = "peak memory, MiB"
+        rows = [[climb.machine.title, *(climb.cell(level, column) for column in columns)] for climb in climbs]
+        return tables.markdown_table([["machine", *columns.values()], *rows], text_columns=1)
+    previous = list(ROWS)[list(ROWS).index(level) - 1]
+    rows = [["machine", f"gain over `{previous}`", "ms a step", "peak memory, MiB", "loss difference"]]
+    measured = [climb for climb in climbs if level in climb.gains["levels"]]
+    for climb in measured:
+        changes = (climb.change(previous, level, column) for column in ("step_ms", "peak_memory_mib"))
+        rows.append([climb.machine.title, climb.cell(level, "over_previous"), *changes])
+        rows[-1].append(climb.cell(level, "loss_difference"))
+    lines = [line for climb in measured if (line := operators_line(climb, previous, level))]
+    heading = "Operators whose time changed most, in ms of a profiled step (0.0: less than 0.5 % of it):\n\n"
+    return tables.markdown_table(rows, text_columns=1) + ("\n\n" + heading + "\n".join(lines) if lines else "")
+
+
+def quality_rows(level: str, climbs: Sequence[Climb]) -> tables.Table:
+    """Return one row a machine with the losses of a quality level."""
+    rows = [["machine", "parameters", "loss at step 0", "last loss", "validation loss", "peak memory, MiB"]]
+    for climb in climbs:
+        losses = climb.machine.levels[level].losses if level in climb.machine.levels else ()
+        ends = (f"{losses[index]:.4f}" if losses else NOT_MEASURED for index in (0, -1))
+        rest = (climb.cell(level, column) for column in ("val_loss", "peak_memory_mib"))
+        rows.append([climb.machine.title, climb.cell(level, "parameters"), *ends, *rest])
+    return rows
+
+
+def operators_line(climb: Climb, previous: str, level: str) -> str | None:
+    """Return a list item with the operators whose time changed most; None if the gain may be noise."""
+    if climb.gains["levels"][level]["over_previous"]["verdict"] == facts.NO_GAIN:
+        return None
+    operators = {name: [row.model_dump() for row in climb.machine.levels[name].operators] for name in (previous, level)}
+    if not all(operators.values()):
+        return None
+    before, after = (facts.operator_ms(name, climb.gains, operators) for name in operators)
+    changed = [name for name in facts.largest_changes(before, after) if name != gallery.OTHERS][:OPERATORS]
+    texts = (f"`{name}` {milliseconds(before[name])} → {milliseconds(after[name])}" for name in changed)
+    return f"- {climb.machine.title}: {', '.join(texts)}"
+
+
+def picture(climb: Climb) -> str:
+    """Return a machine's ladder as an SVG."""
+    run = climb.machine.benchmark
+    title = f"GPT-2 ({run.model}) on {climb.machine.title}, {run.batch_size} x {run.block_size} tokens a step"
+    return charts.svg(charts.waterfall(facts.ladder_steps(climb.gains)).properties(width=620, title=title))
+
+
+def contents() -> dict[Path, str]:
+    """Return the text of every file that `make docs` writes."""
+    climbs = read()
+    in_readme = [climb for name in IN_README for climb in climbs if climb.name == name]
+    parts = {README: ("ladder", ladder_table(in_readme)), MACHINES: ("machines", machines_part(climbs))}
+    parts |= {LEVELS / f"{level}.md": ("measured", level_part(level, climbs)) for level in PARAMS.levels}
+    pictures = {PICTURES / f"{climb.name}.svg": picture(climb) for climb in climbs}
+    return {**{page: pages.replace(page, *part) for page, part in parts.items()}, **pictures}
 
 
 if __name__ == "__main__":
-    main()
+    for path, text in contents().items():
+        files.write(path, text)

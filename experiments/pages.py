@@ -14,12 +14,17 @@ def conditions() -> str:
     return f"On {machine.device_name}, {machine.threads} threads, torch {machine.torch}, Python {machine.python}."
 
 
-def put(page: Path, part: str, text: str) -> None:
-    """Replace the text of `page` between the comments `<!-- part -->` and `<!-- end of part -->` by `text`."""
+def replace(page: Path, part: str, text: str) -> str:
+    """Return `page` with `text` between the comments `<!-- part -->` and `<!-- end of part -->`."""
     start, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
     new, places = re.subn(
         f"{start}.*?{end}", lambda _: f"{start}\n{text.strip()}\n{end}", page.read_text(), flags=re.DOTALL
     )
     if places != 1:
         raise SystemExit(f"error: {page} has {places} places for {part}; it must have one: {start} ... {end}")
-    page.write_text(new)
+    return new
+
+
+def put(page: Path, part: str, text: str) -> None:
+    """Write `text` between the two comments of `part` in `page`."""
+    page.write_text(replace(page, part, text))
