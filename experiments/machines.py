@@ -168,7 +168,8 @@ def operators_line(climb: Climb, previous: str, level: str) -> str | None:
     """Return a list item with the operators whose time changed most; None if the gain may be noise."""
     if climb.gains["levels"][level]["over_previous"]["verdict"] == facts.NO_GAIN:
         return None
-    operators = {name: [row.model_dump() for row in climb.machine.levels[name].operators] for name in (previous, level)}
+    trainings = {name: climb.machine.levels.get(name, gallery.Training()) for name in (previous, level)}
+    operators = {name: [row.model_dump() for row in training.operators] for name, training in trainings.items()}
     if not all(operators.values()):
         return None
     before, after = (facts.operator_ms(name, climb.gains, operators) for name in operators)

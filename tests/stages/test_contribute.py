@@ -1,0 +1,74 @@
+"""A file for the gallery, written from a climb."""
+
+import getpass
+
+import pytest
+
+from gpt2_ladder import files
+from gpt2_ladder.config import UserError
+from gpt2_ladder.reporting import gallery
+from helpers.climbing import call
+from helpers.common import measurement
+from pipeline.tools import contribute
+
+
+@pytest.mark.slow
+def test_a_committed_climb_becomes_a_file_of_the_gallery(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    contribute.main("rtx-4090", "--title", "RTX 4090")
+    machine = gallery.read(gallery.FOLDER / "rtx-4090.json")
+    assert machine.title == "RTX 4090"
+    assert (
+        f"{machine.commit} {machine.date}"
+        == call(clone, "git", "log", "-1", "--format=%H %cs", "--", "results").strip()
+    )
+    bf16 = machine.levels["bf16"]
+    assert len(bf16.losses) == 4  # the steps of the tests' climb, which makes no profile
+    assert bf16.loss_difference > 0
+    assert bf16.peak_memory_mib > 100
+    (clone / "results/benchmark.json").write_text("{}")
+    with pytest.raises(UserError, match="results: not committed; commit the results first"):
+        contribute.main("rtx-4090")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The results of a climb with code of before steps.csv, outside of Git."""
+    monkeypatch.chdir(tmp_path)
+    files.write_json(tmp_path / "results/benchmark.json", measurement(fp32=[300.0] * 6).model_dump())
+    files.write_json(tmp_path / "results/parity.json", {"levels": {"fp32": {"largest": 0.25}}})
+    metrics = {"reason": None, "note": "a note", "parameters": 3, "step_ms": 1.0}
+    files.write_json(tmp_path / "results/levels/fp32/metrics.json", metrics)
+    files.write(tmp_path / "results/report/losses.csv", "group,level,step,loss\nspeed,fp32,0,9.5\nspeed,fp32,1,9.25\n")
+    return "--commit", "17f2d6b", "--date", "2026-11-26"
+
+
+def test_results_of_older_code_are_read_and_what_they_lack_is_empty(results):
+    contribute.main("old", *results, "--note", "Two cores.")
+    machine = gallery.read(gallery.FOLDER / "old.json")
+    (level,) = machine.levels.values()
+    assert (level.losses, level.note, level.loss_difference, level.operators) == ((9.5, 9.25), "a note", 0.25, ())
+    assert (machine.title, machine.notes) == ("A processor", ("Two cores.",))
+
+
+def test_a_wrong_name_an_uncommitted_folder_and_a_private_word_are_refused(results, monkeypatch):
+    for arguments, message in [
+        (("My GPU", *results), "My GPU: name the machine with a-z, 0-9 and single hyphens"),
+        (("x",), "results: not committed"),
+        (("x", *results, "--note", "by somebody"), "'somebody' is the name of this user or machine"),
+    ]:
+        monkeypatch.setattr(getpass, "getuser", lambda: "somebody")
+        with pytest.raises(UserError, match=message):
+            contribute.main(*arguments)
+    assert not gallery.FOLDER.exists()
+
+
+def test_small_operators_are_summed():
+    rows = [
+        {"name": name, "calls": 2, "self_ms": ms} for name, ms in (("mm", 990.0), ("add", 6.0), ("a", 3.0), ("b", 1.0))
+    ]
+    assert [(row.name, row.calls, row.self_ms) for row in contribute.costliest(rows)] == [
+        ("mm", 2, 990.0),
+        ("add", 2, 6.0),
+        (gallery.OTHERS, 4, 4.0),
+    ]
