@@ -27,6 +27,7 @@ NOT_RUN = {
     "rm -rf .venv; .venv/bin/pip check",
     "takes 20 minutes; the climb of the tests runs its `dvc repro`": "make repro",
     "runs the tests, or is the other half of .ci/run": "make test-fast; make check",
+    "test_gallery.py compares what it writes with the pages": "make docs",
     "needs a GPU; test_gpu.py rehearses it": "make test-gpu",
     "names a process; test_ranks.py sends it a SIGTERM": "python -m pipeline.train",
     "takes minutes": "python -m pytest -m long -n 0; python experiments/memory.py; python experiments/determinism.py; "
@@ -140,6 +141,23 @@ def test_params_yaml_accepts_every_change_that_a_page_makes(values, tmp_path):
         shutil.copy(REPOSITORY / "params.yaml", path)
         apply_overrides(path, sweep[str(path)])  # as DVC does
         params_yaml.load(path)
+
+
+def test_pages_are_short():
+    readme = (REPOSITORY / "README.md").read_text().splitlines()
+    assert len(readme) <= 100
+    assert [line for line in readme if len(line) > 120] == []
+    docs = {
+        page.relative_to(REPOSITORY): len(page.read_text().splitlines()) for page in PAGES if page.parent.name == "docs"
+    }
+    assert {page: lines for page, lines in docs.items() if lines >= 150} == {}
+
+
+def test_the_readmes_diff_is_code_of_the_network():
+    (diff,) = re.findall(r"```diff\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    lines = [line[1:].strip() for line in diff.splitlines()]
+    code = {line.strip() for line in (REPOSITORY / "src/gpt2_ladder/model.py").read_text().splitlines()}
+    assert set(lines) <= code
 
 
 def test_every_relative_link_and_picture_exists():
