@@ -54,7 +54,7 @@ class Climb:
         if value is None:
             return NOT_MEASURED
         if isinstance(value, dict):
-            return tables.gain_cell(value).replace(facts.NO_GAIN, "no gain")
+            return tables.gain_cell(value).replace(facts.NO_GAIN, "none")
         return {"step_ms": milliseconds, "mfu": "{:.0%}".format}.get(column, FORMATS.get(column, "{:,.0f}").format)(
             value
         )
@@ -83,7 +83,7 @@ def read() -> list[Climb]:
     return sorted(climbs, key=rank)
 
 
-def ladder_table(climbs: Sequence[Climb]) -> str:
+def ladder_table(climbs: Sequence[Climb]) -> tables.Table:
     """Return one row a speed level: what changes, and its gain over the level before on every machine."""
     rows = [["level", "what changes", *(climb.machine.title for climb in climbs)]]
     for previous, level in pairwise(ROWS):
@@ -92,7 +92,14 @@ def ladder_table(climbs: Sequence[Climb]) -> str:
     fastest = (climb.cell(climb.fastest, "over_baseline") if climb.fastest != BASELINE else "none" for climb in climbs)
     rows.append([f"fastest over `{BASELINE}`", "", *fastest])
     rows.append([f"`{BASELINE}` over itself", "nothing", *(str(Gain(**climb.gains["control"])) for climb in climbs)])
-    return tables.markdown_table(rows)
+    return rows
+
+
+def readme_part(climbs: Sequence[Climb]) -> str:
+    """Return the README's table: the ladder on some machines, and the memory that the first one needs."""
+    rows, memory = ladder_table(climbs), {level: climbs[0].machine.levels[level].peak_memory_mib for level in ROWS}
+    cells = {f"`{level}`": f"{(mib or 0) / 1024:.1f}" for level, mib in memory.items()}
+    return tables.markdown_table([[*rows[0], "GiB"], *([*row, cells.get(row[0], "")] for row in rows[1:])])
 
 
 def machines_part(climbs: Sequence[Climb]) -> str:
@@ -121,7 +128,7 @@ def machines_part(climbs: Sequence[Climb]) -> str:
         ]
         rows[-1] += [climb.cell(BASELINE, "tokens_per_second"), fastest, f"{max(apart):.4f}" if apart else NOT_MEASURED]
     sections = [section(climb) for climb in climbs]
-    return "\n\n".join([tables.markdown_table(rows), ladder_table(climbs), *sections])
+    return "\n\n".join([tables.markdown_table(rows), tables.markdown_table(ladder_table(climbs)), *sections])
 
 
 def section(climb: Climb) -> str:
@@ -189,7 +196,7 @@ def contents() -> dict[Path, str]:
     """Return the text of every file that `make docs` writes."""
     climbs = read()
     in_readme = [climb for name in IN_README for climb in climbs if climb.name == name]
-    parts = {README: ("ladder", ladder_table(in_readme)), MACHINES: ("machines", machines_part(climbs))}
+    parts = {README: ("ladder", readme_part(in_readme)), MACHINES: ("machines", machines_part(climbs))}
     parts |= {LEVELS / f"{level}.md": ("measured", level_part(level, climbs)) for level in PARAMS.levels}
     pictures = {PICTURES / f"{climb.name}.svg": picture(climb) for climb in climbs}
     return {**{page: pages.replace(page, *part) for page, part in parts.items()}, **pictures}

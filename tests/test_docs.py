@@ -153,11 +153,11 @@ def test_pages_are_short():
     assert {page: lines for page, lines in docs.items() if lines >= 150} == {}
 
 
-def test_the_readmes_diff_is_code_of_the_network():
+def test_the_readmes_diff_is_a_row_of_params_yaml_and_code_of_the_network():
     (diff,) = re.findall(r"```diff\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     lines = [line[1:].strip() for line in diff.splitlines()]
-    code = {line.strip() for line in (REPOSITORY / "src/gpt2_ladder/model.py").read_text().splitlines()}
-    assert set(lines) <= code
+    files = [(REPOSITORY / name).read_text() for name in ("params.yaml", "src/gpt2_ladder/model.py")]
+    assert set(lines) <= {line.strip() for text in files for line in text.splitlines()}
 
 
 def test_every_relative_link_and_picture_exists():
