@@ -127,8 +127,9 @@ def test_every_script_and_test_file_that_a_page_names_exists():
 
 
 def changes() -> list[str]:
-    """Return the values of every -S option, and every `key=value` of the README's tables with a GPU's shape."""
-    loose = [span for span in spans(REPOSITORY / "README.md") if re.fullmatch(r"[a-z_.]+=[\w.]+", span)]
+    """Return the values of every -S option, and every `key=value` of two pages with a GPU's shape."""
+    pages = [REPOSITORY / name for name in ("README.md", "docs/usage.md")]
+    loose = [span for page in pages for span in spans(page) if re.fullmatch(r"[a-z_.]+=[\w.]+", span)]
     return sorted(
         {text for values in commands().values() for text in values} | {f"machine=gpu {text}" for text in loose}
     )
