@@ -84,14 +84,14 @@ def test_a_server_that_fails_from_the_start_leaves_an_offline_run(user, tmp_path
 
 
 def test_wandb_sync_sends_the_other_runs_beside_a_killed_one_only_one_by_one(user, tmp_path, monkeypatch):
-    """This is why the README's command loops over the runs."""
+    """This is why the command in docs/wandb.md loops over the runs."""
     monkeypatch.chdir(tmp_path)
     tracking.start_run("fp32", "train", [], {}, "group").finish()
     killed = tmp_path / "wandb/offline-run-20000101_000000-killed00"
     killed.mkdir()
     (killed / "run-killed00.wandb").write_bytes(b"")
     one_by_one = "for run in wandb/offline-run-*; do wandb sync $run; done"
-    assert one_by_one in (REPOSITORY / "README.md").read_text()
+    assert one_by_one in (REPOSITORY / "docs/wandb.md").read_text()
     for command_line, count in (("wandb sync wandb/offline-run-*", 0), (one_by_one, 1)):
         with serve() as (url, sent):
             own = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
