@@ -91,7 +91,7 @@ def command_seconds(command: list[str], stages: int = 0) -> float:
 
 
 def main() -> None:
-    """Measure everything and write the table into docs/PERFORMANCE.md."""
+    """Measure everything and write the table into docs/performance.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=10, help="repeats of measurements that start a process")
     repeats = parser.parse_args().repeats

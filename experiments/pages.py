@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline import environment
 
-PERFORMANCE, RELIABILITY = Path("docs/PERFORMANCE.md"), Path("docs/RELIABILITY.md")
+PERFORMANCE, RELIABILITY = Path("docs/performance.md"), Path("docs/reliability.md")
 
 
 def conditions() -> str:

@@ -1,7 +1,7 @@
 """Compare the time of a training step with transformers' GPT-2: `PYTHONPATH=src:. python experiments/race.py`.
 
 Every implementation has its own process, and they take steps in turn, at each of CELLS. The table is written into
-docs/PERFORMANCE.md. `--contestant module:function` adds an implementation: a function (cell) -> step, where step takes
+docs/performance.md. `--contestant module:function` adds an implementation: a function (cell) -> step, where step takes
 ids and targets, int64 (B, T) each, trains on them, from zero_grad to the optimizer's step, and returns the loss.
 """
 

@@ -62,7 +62,7 @@ def count(selection: str, *options: str) -> int:
 
 
 def main() -> None:
-    """Run every row and write the table into docs/RELIABILITY.md."""
+    """Run every row and write the table into docs/reliability.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--long", action="store_true", help="damage 10,000 inputs of each reader instead of 100")
     rows = ["| fault | times | cost | `python -m pytest -n 0` |", "| --- | ---: | --- | --- |"]

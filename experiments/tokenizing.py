@@ -85,7 +85,7 @@ PROCESSES = torch.get_num_threads()
 
 
 def main() -> None:
-    """Measure both and write the table into docs/PERFORMANCE.md."""
+    """Measure both and write the table into docs/performance.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=6)

@@ -1,6 +1,6 @@
 """Check the ladder on an NVIDIA GPU in a few minutes: `make test-gpu`, which writes gpu-report.md.
 
-docs/GPU.md has an H200's report. `pytest -m gpu tests/test_gpu.py --rehearse` runs these tests on a CPU with the tiny
+docs/gpu.md has an H200's report. `pytest -m gpu tests/test_gpu.py --rehearse` runs these tests on a CPU with the tiny
 model, which only shows that the tests themselves work; test_the_gpu_tests_can_be_rehearsed does so.
 """
 
