@@ -17,7 +17,7 @@ GIB = 2**30
 NOTE = """\
 Peak: the memory of torch's tensors; compiled levels need at most as much. Largest B: the largest batch size that leaves
 1 GiB and a tenth of the remaining memory free. Least ms: a lower bound (roofline) from the GPU's peak arithmetic rate
-and its memory bandwidth; not measured. docs/gpu.md shows the errors of both predictions."""
+and its memory bandwidth; not measured. docs/memory.md shows the errors of both predictions."""
 
 
 def main(*arguments: str) -> None:
