@@ -26,7 +26,7 @@ def main(*arguments: str) -> None:
     parser.add_argument("--title", help="title of the machine's column, such as 'RTX 4090'")
     parser.add_argument("--note", action="append", default=[], help="something a reader must know; can be repeated")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the results of a climb")
-    parser.add_argument("--commit", help="commit of this project that was measured (default: of the results)")
+    parser.add_argument("--commit", help="commit of this project that was measured (default: the last one of its code)")
     parser.add_argument("--date", help="day of the measurement, YYYY-MM-DD (default: of the results' commit)")
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", options.name):
@@ -57,18 +57,20 @@ def main(*arguments: str) -> None:
 
 
 def committed(results: Path) -> tuple[str, str]:
-    """Return the commit and the day that recorded `results`. Raise UserError if they are not committed."""
-    commands = (
-        ("status", "--porcelain", "--", results),
-        ("log", "-1", "--format=%H %cs", "--", results / "benchmark.json"),
-    )
-    changed, recorded = (
-        subprocess.run(["git", *command], capture_output=True, text=True, check=False) for command in commands
-    )
-    if changed.returncode or changed.stdout or not recorded.stdout:
+    """Return the last commit that changed the code of `results`, and the day on which the results were committed.
+
+    The commit of the results themselves is only in the contributor's clone. Raise UserError if they are not committed.
+    """
+    status = git("status", "--porcelain", "--", str(results))
+    commit, _, date = git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")).partition(" ")
+    if status or not date:
         raise UserError(f"{results}: not committed; commit the results first, or give --commit and --date")
-    commit, date = recorded.stdout.split()
-    return commit, date
+    return git("log", "-1", "--format=%H", commit, "--", "src", "pipeline"), date
+
+
+def git(*arguments: str) -> str:
+    """Return the output of a git command; "" if it fails."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def trainings(results: Path) -> dict[str, Training]:

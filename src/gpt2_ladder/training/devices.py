@@ -63,7 +63,7 @@ def check_count(name: str, count: int) -> None:
     if name == "cuda" and (available := torch.cuda.device_count()) < count:
         raise UserError(
             f"devices = {count}, but this machine has {available} GPUs: set devices: {available}, or start the ranks "
-            "on several machines with torchrun (see README.md)"
+            "on several machines with torchrun (see docs/gpu.md)"
         )
 
 
