@@ -1,5 +1,6 @@
 """The generated pages show this machine's numbers; the written ones in docs/levels show code that exists."""
 
+import ast
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from gpt2_ladder.reporting import level_pages
 from helpers.common import REPOSITORY
 from helpers.results import LEVELS, SKIPPED, TRAINED, ladder, profiled
 
-WRITTEN = REPOSITORY / "docs/levels"
+EXPLAINED = [path for path in sorted((REPOSITORY / "docs/levels").glob("*.md")) if path.name != "README.md"]
 
 
 def pages(**changes: object) -> dict[str, str]:
@@ -50,15 +51,35 @@ def test_the_profile_lists_the_operators_that_changed():
 
 
 def code_of(line: str) -> str:
-    """A line of source without its indentation and comment."""
+    """Return a line of source without its indentation and comment."""
     return line.partition("  # ")[0].strip()
 
 
-@pytest.mark.parametrize("page", [path for path in WRITTEN.glob("*.md") if path.name != "README.md"])
-def test_every_line_of_code_in_a_written_page_is_in_its_source_file(page):
-    (block,) = re.findall(r"```python\n# (\S+): \S+\n(.*?)\n```", page.read_text(), re.DOTALL)
-    source = {code_of(line) for line in (REPOSITORY / block[0]).read_text().splitlines()}
-    assert {code_of(line) for line in block[1].splitlines()} <= {"...", *source}
+def lines_of(path: str, name: str) -> set[str]:
+    """Return the lines of code of `name` in a source file: a function, Class.method, or a variable of the module."""
+    source = (REPOSITORY / path).read_text()
+    body, node = ast.parse(source).body, None
+    for part in name.split("."):
+        (node,) = [
+            item
+            for item in body
+            if getattr(item, "name", None) == part
+            or (isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == part)
+        ]
+        body = getattr(node, "body", [])
+    return {code_of(line) for line in source.splitlines()[node.lineno - 1 : node.end_lineno]}
+
+
+@pytest.mark.parametrize("page", EXPLAINED, ids=lambda page: page.stem)
+def test_every_line_of_a_pages_diff_is_in_the_function_that_it_names(page):
+    (diff,) = re.findall(r"```diff\n(.*?)\n```", page.read_text(), re.DOTALL)
+    assert diff.startswith("# ")
+    for line in diff.splitlines():
+        if header := re.fullmatch(r"# (\S+\.py): ([\w.]+)", line):
+            known = {"...", *lines_of(*header.groups())}
+        else:
+            assert line[0] in "+- ", line
+            assert code_of(line[1:]) in known, line
 
 
 def test_no_stage_writes_into_docs():
