@@ -22,6 +22,7 @@ README, MACHINES, LEVELS, PICTURES = map(Path, ("README.md", "docs/machines.md",
 FIRST = "h100-sxm"  # the machine in the README's picture
 IN_README = (FIRST, "xeon-amx", "epyc-avx512")
 NOT_MEASURED = "not measured"
+NOISE = "*"  # marks a gain that noise may explain
 OPERATORS = 4  # of a level and a machine, whose time changed most
 PARAMS = params_yaml.load()
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
@@ -54,7 +55,9 @@ class Climb:
         if value is None:
             return NOT_MEASURED
         if isinstance(value, dict):
-            return tables.gain_cell(value).replace(facts.NO_GAIN, "none")
+            return str(Gain(value["ratio"], value["low"], value["high"])) + (
+                NOISE if value["verdict"] == facts.NO_GAIN else ""
+            )
         return {"step_ms": milliseconds, "mfu": "{:.0%}".format}.get(column, FORMATS.get(column, "{:,.0f}").format)(
             value
         )
@@ -86,12 +89,14 @@ def read() -> list[Climb]:
 def ladder_table(climbs: Sequence[Climb]) -> tables.Table:
     """Return one row a speed level: what changes, and its gain over the level before on every machine."""
     rows = [["level", "what changes", *(climb.machine.title for climb in climbs)]]
+    rates = (f"{climb.cell(BASELINE, 'tokens_per_second')} tokens/s" for climb in climbs)
+    rows.append([f"`{BASELINE}`", "the baseline", *rates])
     for previous, level in pairwise(ROWS):
         change = f"`{tables.switch_that_changes(ROWS[level], ROWS[previous])}`"
         rows.append([f"`{level}`", change, *(climb.cell(level, "over_previous") for climb in climbs)])
     fastest = (climb.cell(climb.fastest, "over_baseline") if climb.fastest != BASELINE else "none" for climb in climbs)
-    rows.append([f"fastest over `{BASELINE}`", "", *fastest])
-    rows.append([f"`{BASELINE}` over itself", "nothing", *(str(Gain(**climb.gains["control"])) for climb in climbs)])
+    rows.append([f"best over `{BASELINE}`", "", *fastest])
+    rows.append(["control", f"`{BASELINE}` again", *(str(Gain(**climb.gains["control"])) for climb in climbs)])
     return rows
 
 
@@ -99,7 +104,7 @@ def readme_part(climbs: Sequence[Climb]) -> str:
     """Return the README's table: the ladder on some machines, and the memory that the first one needs."""
     rows, memory = ladder_table(climbs), {level: climbs[0].machine.levels[level].peak_memory_mib for level in ROWS}
     cells = {f"`{level}`": f"{(mib or 0) / 1024:.1f}" for level, mib in memory.items()}
-    return tables.markdown_table([[*rows[0], "GiB"], *([*row, cells.get(row[0], "")] for row in rows[1:])])
+    return tables.markdown_table([[*rows[0], "H100 GiB"], *([*row, cells.get(row[0], "")] for row in rows[1:])])
 
 
 def machines_part(climbs: Sequence[Climb]) -> str:
@@ -157,7 +162,10 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
         rows[-1].append(climb.cell(level, "loss_difference"))
     lines = [line for climb in measured if (line := operators_line(climb, previous, level))]
     heading = "Operators whose time changed most, in ms of a profiled step (0.0: less than 0.5 % of it):\n\n"
-    return tables.markdown_table(rows, text_columns=1) + ("\n\n" + heading + "\n".join(lines) if lines else "")
+    table = tables.markdown_table(rows, text_columns=1)
+    if f"{NOISE} |" in table:
+        table += f"\n\n{NOISE} Noise may explain this difference ([numbers.md](../numbers.md))."
+    return table + ("\n\n" + heading + "\n".join(lines) if lines else "")
 
 
 def quality_rows(level: str, climbs: Sequence[Climb]) -> tables.Table:

@@ -65,7 +65,7 @@ def committed(results: Path) -> tuple[str, str]:
     commit, _, date = git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")).partition(" ")
     if status or not date:
         raise UserError(f"{results}: not committed; commit the results first, or give --commit and --date")
-    return git("log", "-1", "--format=%H", commit, "--", "src", "pipeline"), date
+    return git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py"), date
 
 
 def git(*arguments: str) -> str:

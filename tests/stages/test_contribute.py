@@ -18,7 +18,7 @@ def test_a_committed_climb_becomes_a_file_of_the_gallery(clone, monkeypatch):
     contribute.main("rtx-4090", "--title", "RTX 4090")
     machine = gallery.read(gallery.FOLDER / "rtx-4090.json")
     assert machine.title == "RTX 4090"
-    code = call(clone, "git", "log", "-1", "--format=%H", "--", "src", "pipeline").strip()
+    code = call(clone, "git", "log", "-1", "--format=%H", "--", "src", "pipeline/train.py").strip()
     assert machine.commit == code != call(clone, "git", "rev-parse", "HEAD").strip()
     assert str(machine.date) == call(clone, "git", "log", "-1", "--format=%cs").strip()
     bf16 = machine.levels["bf16"]
