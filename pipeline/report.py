@@ -1,18 +1,16 @@
-"""Write results/report: the ladder as Markdown and HTML, charts, a page per level, all losses. Send it to W&B."""
+"""Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B."""
 
 import csv
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.reporting import charts, facts, level_pages
+from gpt2_ladder.reporting import charts, facts
 from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
-WRITTEN = Path("docs/levels")  # not a dependency of this stage, which only links to these pages
 
 
 def main() -> None:
@@ -57,8 +55,6 @@ def main() -> None:
         charts.save_png(chart, FOLDER / f"{name}.png")
     files.write(FOLDER / "ladder.md", facts.markdown(content))
     files.write(FOLDER / "ladder.html", facts.html(content, {name: charts.svg(pictures[name]) for name in pictures}))
-    for name, page in level_pages.pages(ladder, {path.stem for path in WRITTEN.glob("*.md")}).items():
-        files.write(FOLDER / "levels" / name, page)
     write_losses(losses)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
