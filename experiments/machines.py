@@ -55,9 +55,8 @@ class Climb:
         if value is None:
             return NOT_MEASURED
         if isinstance(value, dict):
-            return str(Gain(value["ratio"], value["low"], value["high"])) + (
-                NOISE if value["verdict"] == facts.NO_GAIN else ""
-            )
+            gain = str(Gain(value["ratio"], value["low"], value["high"])).replace(", ", ",\N{NO-BREAK SPACE}")
+            return gain + (NOISE if value["verdict"] == facts.NO_GAIN else "")
         return {"step_ms": milliseconds, "mfu": "{:.0%}".format}.get(column, FORMATS.get(column, "{:,.0f}").format)(
             value
         )
@@ -164,7 +163,7 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
     heading = "Operators whose time changed most, in ms of a profiled step (0.0: less than 0.5 % of it):\n\n"
     table = tables.markdown_table(rows, text_columns=1)
     if f"{NOISE} |" in table:
-        table += f"\n\n{NOISE} Noise may explain this difference ([numbers.md](../numbers.md))."
+        table += f"\n\n\\{NOISE} Noise may explain this difference ([numbers.md](../numbers.md))."
     return table + ("\n\n" + heading + "\n".join(lines) if lines else "")
 
 

@@ -71,7 +71,7 @@ def test_a_file_that_is_missing_or_not_json_is_named(tmp_path):
 
 def test_what_a_machine_did_not_measure_is_named_so():
     climb = machines.Climb("x", parse())
-    assert climb.cell("tf32", "over_previous") == "2.00 [2.00, 2.00]"
+    assert climb.cell("tf32", "over_previous") == "2.00 [2.00,\N{NO-BREAK SPACE}2.00]"
     assert climb.cell("bf16", "over_previous") == climb.cell("fp32", "peak_memory_mib") == machines.NOT_MEASURED
     assert "| A machine |" in machines.level_part("tf32", [climb])
     assert "A machine" not in machines.level_part("bf16", [climb])
