@@ -1,11 +1,13 @@
 """Charts, read back as SVG."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 from gpt2_ladder.reporting import charts, facts
+from helpers.common import REPOSITORY
 from helpers.results import RUN, gains
 
 LOSSES = [{"level": level, "step": step, "loss": 9.0 - step} for level in ("fp32", "bf16") for step in range(3)]
@@ -33,3 +35,20 @@ def test_the_waterfall_shows_levels_in_order_with_gains_and_verdicts():
     assert [word for word in shown if word in RUN.levels] == RUN.levels
     assert {"1.00 x", "2.00 x", "baseline", "no measurable gain", "faster"} <= set(shown)
     assert "slower" not in shown  # no level was
+
+
+def test_each_of_16_curves_has_its_own_color_and_dashes():
+    rows = [{"level": f"level{number}", "step": step, "loss": 9.0} for number in range(16) for step in range(2)]
+    lines = [
+        (element.get("stroke"), element.get("stroke-dasharray"))
+        for element in ElementTree.fromstring(charts.svg(charts.losses(rows, "coinciding"))).iter()
+        if element.get("stroke") in charts.LINES
+    ]
+    assert len(lines) == 2 * 16  # a curve and its symbol in the legend
+    assert len({*lines}) == 16
+
+
+def test_dvcs_plots_have_the_same_colors_and_dashes():
+    encoding = json.loads((REPOSITORY / ".dvc/plots/levels.json").read_text())["spec"]["encoding"]
+    assert tuple(encoding["color"]["scale"]["range"]) == charts.LINES
+    assert tuple(encoding["strokeDash"]["scale"]["range"]) == charts.DASHES

@@ -13,6 +13,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 # the colors also differ in lightness, for readers who cannot distinguish red from green
 COLORS = {"baseline": "#4c78a8", "faster": "#2e8540", "slower": "#d1495b", "no measurable gain": "#b8b8b8"}
+# colors and dashes make coinciding curves visible. Colors from Tol 2012, "Colour schemes", similar ones far apart
+LINES = (
+    *("#332288", "#cc6677", "#44aa99", "#882255", "#88ccee", "#117733"),
+    *("#ddcc77", "#6699cc", "#661100", "#aa4499", "#999933", "#aa4466"),
+)
+DASHES = ([1, 0], [9, 3], [3, 3], [9, 3, 3, 3], [6, 6])
 WIDTH = 330
 
 
@@ -45,13 +51,15 @@ def waterfall(rows: Rows) -> alt.LayerChart:
 def losses(rows: Rows, title: str, y_title: str = "training loss in nats") -> alt.Chart:
     """Draw the losses of each level as a line; each of `rows` has `level`, `step` and `loss`."""
     order = list(dict.fromkeys(row["level"] for row in rows))
+    legend = alt.Legend(title=None, symbolSize=900)  # long enough to show the dashes
     return (
         alt.Chart(alt.Data(values=list(rows)), title=title)
-        .mark_line(opacity=0.8)
+        .mark_line()
         .encode(
             alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
             alt.Y("loss:Q", title=y_title, scale=alt.Scale(zero=False)),
-            alt.Color("level:N", title=None, sort=order, scale=alt.Scale(domain=order, scheme="tableau10")),
+            alt.Color("level:N", legend=legend, sort=order, scale=alt.Scale(domain=order, range=LINES)),
+            alt.StrokeDash("level:N", legend=legend, sort=order, scale=alt.Scale(domain=order, range=DASHES)),
         )
         .properties(width=WIDTH, height=240)
     )
