@@ -35,9 +35,9 @@ def main() -> None:
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
-    for name in trained:
-        rows = csv.DictReader((RESULTS / "levels" / name / "steps.csv").read_text().splitlines())
-        losses[params.levels[name].group] += [
+    for name, folder in {**{name: RESULTS / "levels" / name for name in trained}, "trial": RESULTS / "trial"}.items():
+        rows = csv.DictReader((folder / "steps.csv").read_text().splitlines())
+        losses[params.levels[name].group if name in trained else "speed"] += [
             {"level": name, "step": int(row["step"]), "loss": float(row["loss"])} for row in rows
         ]
     differences = [
