@@ -6,17 +6,20 @@ from typing import Any
 import altair as alt
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.reporting import charts, facts
+from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
+WRITTEN = Path("docs/levels")  # not a dependency of this stage, which only links to these pages
+H100 = gallery.FOLDER / "h100-sxm.json"
 
 
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
     results = {name: read_metrics(name) for name in params.levels}
     gains, parity = read_json(GAINS), read_json(PARITY)
+    explained = {path.stem for path in WRITTEN.glob("*.md")}
     ladder = facts.Ladder(
         levels=params.levels,
         shapes={"quality": params.quality, "speed": params.shape("speed")},
@@ -32,6 +35,8 @@ def main() -> None:
         trial=read_json(RESULTS / "trial" / "metrics.json"),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
+        explained=explained,
+        reference=gallery.read(H100) if H100.exists() else None,
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
@@ -53,7 +58,7 @@ def main() -> None:
     }
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
-    files.write(FOLDER / "ladder.md", facts.markdown(content))
+    files.write(FOLDER / "ladder.md", facts.markdown(content, pictures))
     files.write(FOLDER / "ladder.html", facts.html(content, {name: charts.svg(pictures[name]) for name in pictures}))
     write_losses(losses)
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}

@@ -1,7 +1,11 @@
 """Invented results of a climb, in the form that the stages write."""
 
+import datetime
+
 from gpt2_ladder import params_yaml
+from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.reporting import facts
+from gpt2_ladder.reporting.gallery import Machine
 from gpt2_ladder.training import metrics
 from helpers.common import REPOSITORY, environment, measurement
 
@@ -32,20 +36,24 @@ SKIPPED = {**TRAINED, "status": "skipped", "reason": "no compiler"} | dict.fromk
 RUN = measurement(
     fp32=[300.0] * 4, tf32=[300.0, 301.0, 299.0, 300.0], bf16=[150.0] * 4, compile=[120.0, 100.0, 120.0, 121.0]
 )
+H100 = Machine(version=1, title="H100", commit="0123456", date=datetime.date(2026, 11, 26), benchmark=RUN)
+VERIFY = {"weights": "openai", "note": None, "max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
+VERIFY["random"] = dict(VERIFY)
+OVERFIT = {"steps": 50, "loss_first": 10.98, "loss_last": 0.003}
 
 
-def gains() -> dict:
-    levels = {}
-    for previous, name in zip([None, *RUN.levels], RUN.levels, strict=False):
+def gains(run: Measurement = RUN) -> dict:
+    levels, noise = {}, run.noise()
+    for previous, name in zip([None, *run.levels], run.levels, strict=False):
         levels[name] = {
-            **{"step_ms": RUN.step_ms(name)[0], "tokens_per_second": 1000.0, "tflops": 0.2, "peak_tflops": 0.4},
+            **{"step_ms": run.step_ms(name)[0], "tokens_per_second": 1000.0, "tflops": 0.2, "peak_tflops": 0.4},
             "mfu": 0.5 if name != "tf32" else None,
-            "over_previous": RUN.compare(name, previous, RUN.noise()) if previous else None,
-            "over_baseline": RUN.compare(name, "fp32", RUN.noise()) if previous else None,
+            "over_previous": run.compare(name, previous, noise) if previous else None,
+            "over_baseline": run.compare(name, "fp32", noise) if previous else None,
         }
     return {
         "environment": environment().fingerprint,
-        "estimator": RUN.estimator,
+        "estimator": run.estimator,
         "rounds": 4,
         "peak_source": "a bare matrix product in the same round",
         "control": {"ratio": 1.0, "low": 0.99, "high": 1.01},
@@ -78,7 +86,7 @@ def ladder(**changes: object) -> facts.Ladder:
             "baseline": "fp32",
             "micro_batch": 2,
             "environment": environment().fingerprint,
-            "levels": {name: {"largest": 0.0012, "steps": 10} for name in RUN.levels},
+            "levels": {name: {"largest": 0.0012, "steps": 10, "differences": [0.0, 0.0012]} for name in RUN.levels},
         },
         "operators": OPERATORS,
         "environment": environment(),
@@ -87,12 +95,7 @@ def ladder(**changes: object) -> facts.Ladder:
 
 
 def content(weights: str = "openai", note: str | None = None, **changes: object) -> dict:
-    """What the report's templates get for `ladder(**changes)`."""
-    difference = {"max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
-    return facts.collect(
-        ladder(**changes),
-        model="gpt2",
-        trial=TRAINED,
-        verify={"weights": weights, "note": note, **difference, "random": difference},
-        overfit={"steps": 50, "loss_first": 10.98, "loss_last": 0.003},
-    )
+    """What the report's templates get for `ladder(**changes)`; only the level bf16 has a page in docs/levels."""
+    verify = {**VERIFY, "weights": weights, "note": note}
+    common = {"model": "gpt2", "overfit": OVERFIT, "explained": {"bf16"}}
+    return facts.collect(ladder(**changes), TRAINED, verify, H100, **common)

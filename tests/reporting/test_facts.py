@@ -10,9 +10,16 @@ from gpt2_ladder.reporting import facts, tables
 from helpers.common import environment, measurement
 from helpers.results import LEVELS, RUN, SKIPPED, TRAINED, content, gains, profiled
 
+SVG = "<svg><text>1.2</text></svg>"
+EVEN = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[330.0] * 4)  # no level is faster
+
 
 def html(report: dict) -> str:
-    return facts.html(report, {"ladder": "<svg><text>1.2</text></svg>"})
+    return facts.html(report, {"ladder": SVG, "speed": SVG})
+
+
+def markdown(report: dict) -> str:
+    return facts.markdown(report, ("ladder", "speed"))
 
 
 def test_every_row_names_the_switch_that_changes():
@@ -58,7 +65,7 @@ def test_each_step_of_the_waterfall_starts_at_the_end_of_the_previous_one():
     assert [step["verdict"] for step in steps[:3]] == ["baseline", "no measurable gain", "faster"]
 
 
-@pytest.mark.parametrize("page", [facts.markdown, html])
+@pytest.mark.parametrize("page", [markdown, html])
 def test_both_pages_show_the_same_facts(page):
     text = unescape(page(content()))
     for part in "2.00 [1.99, 2.01]", "A processor", "4 rounds", "124,439,808", "make repro", "2.0e-06", "240 -> 120 ms":
@@ -68,7 +75,23 @@ def test_both_pages_show_the_same_facts(page):
 def test_the_html_page_loads_nothing():
     text = html(content())
     assert "<svg><text>1.2</text></svg>" in text
-    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", text)
+    assert not re.search(r"src\s*=|url\(|@import|<(script|link)", text)
+    assert not re.search(r"href\s*=", text.replace("<a href=", ""))
+
+
+@pytest.mark.parametrize("page", [markdown, html])
+def test_both_pages_link_a_level_to_its_page_if_it_has_one(page):
+    links = re.findall(r"docs/levels/(\w+)\.md", page(content()).replace("README", ""))
+    assert links == ["bf16", "bf16"]  # in the table of gains and in that of losses
+
+
+@pytest.mark.parametrize("page", [markdown, html])
+def test_only_existing_pictures_are_shown(page):
+    text = page(content())
+    assert text.count("speed.png") + text.count(SVG) == (1 if page is markdown else 2)
+    assert "quality.png" not in text
+    assert "picture of the differences" not in text
+    assert "coincide by design" in text
 
 
 def test_a_device_name_is_escaped_in_html():
@@ -80,7 +103,7 @@ def test_a_skipped_level_has_its_reason_and_no_numbers():
     report = content(results={name: SKIPPED if name == "flash" else TRAINED for name in LEVELS})
     row = next(row for row in report["training"] if row[0] == "flash")
     assert set(row[2:]) == {tables.MISSING}
-    assert "- `flash`: no compiler" in facts.markdown(report)
+    assert "- `flash`: no compiler" in markdown(report)
     assert "<code>flash</code>: no compiler" in html(report)
 
 
@@ -93,14 +116,62 @@ def test_results_of_two_machines_are_refused():
         content(gains=gains() | other)
 
 
-def test_the_headline_promises_only_a_measured_gain():
-    report = content()
-    assert report["fastest"] == "compile"
-    assert "times as fast" in html(report)
-    for page in (facts.markdown, html):
-        text = page(report | {"measurable": False})
-        assert "no level is measurably faster" in text
-        assert "times as fast" not in text
+@pytest.mark.parametrize("page", [markdown, html])
+def test_the_headline_has_the_fastest_level_and_the_largest_loss_difference(page):
+    text = re.sub(r"</?code>", "`", page(content()))
+    gain = content()["gains"]["levels"]["compile"]["over_baseline"]
+    assert f"`compile` is the fastest level: it is {tables.gain_cell(gain)} times as fast as `fp32`" in text
+    assert "agree with those of `fp32` within 0.0012 nats" in text
+
+
+@pytest.mark.parametrize("page", [markdown, html])
+def test_the_headline_promises_only_a_measured_gain(page):
+    text = page(content(gains=gains(EVEN)))
+    assert "No level is measurably faster" in text
+    assert "fastest level" not in text
+
+
+def test_a_machine_with_fast_bf16_is_named_with_its_peaks():
+    measured = gains()
+    measured["levels"]["bf16"]["peak_tflops"] = 1.2
+    text = markdown(content(gains=measured))
+    bf16 = "`bf16` is 2.00 [2.00, 2.00] times as fast as `fp32`"
+    assert f"{bf16}, and the peak in bf16 is 3.0 times the peak in fp32." in text
+    measured["levels"]["fp32"]["peak_tflops"] = None  # as on a GPU that is not listed
+    assert f"{bf16}.\n" in markdown(content(gains=measured))
+    assert "On an H100" not in text
+
+
+@pytest.mark.parametrize("page", [markdown, html])
+def test_a_machine_without_fast_bf16_shows_the_gains_of_an_h100(page):
+    def answer(run, bf16: bool = True) -> str:
+        return re.sub(r"</?code>", "`", page(content(gains=gains(run)) | {"environment": environment(bf16=bf16)}))
+
+    on_h100 = "the gains over the previous level were `bf16` 2.00, `compile` 1.25, and all levels together were 2.5"
+    slow = answer(EVEN)
+    assert "no fast bf16: `bf16` is 0.91 [0.91, 0.91] times as fast as `fp32`" in slow
+    skipped = answer(measurement(fp32=[300.0] * 4, tf32=[300.0] * 4), bf16=False)
+    assert "no fast bf16: `bf16` was skipped." in skipped
+    for text in (slow, skipped):
+        assert "On an H100" in text
+        assert on_h100 in " ".join(text.split())
+    slightly = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[270.0] * 4)  # 1.11 times as fast
+    assert on_h100 in " ".join(answer(slightly).split())
+
+
+def test_without_the_h100s_file_its_gains_are_not_shown():
+    report = content(gains=gains(EVEN)) | {"reference": None}
+    assert "no fast bf16" in markdown(report)
+    assert "On an H100" not in markdown(report)
+
+
+@pytest.mark.parametrize("page", [markdown, html])
+def test_a_gain_within_the_controls_interval_is_explained_although_its_own_excludes_one(page):
+    run = measurement(fp32=[300.0] * 4, tf32=[306.0] * 4, control=[294.0, 306.0, 291.0, 309.0])
+    text = unescape(page(content(gains=gains(run) | {"control": {"ratio": 1.0, "low": 0.95, "high": 1.04}})))
+    assert "no measurable gain [0.98, 0.98]" in text
+    assert "gave 1.00 [0.95, 1.04]" in text
+    assert "although its interval excludes 1.0" in text
 
 
 def test_the_ten_costliest_operators_are_shown():
@@ -111,9 +182,9 @@ def test_the_ten_costliest_operators_are_shown():
 
 def test_the_page_states_that_a_stand_in_was_used():
     note = "OpenAI's weights were NOT verified: dvc repro -f download"
-    assert f"- {note}" in facts.markdown(content("stand-in", note))
+    assert f"- {note}" in markdown(content("stand-in", note))
     assert "random stand-in weights" in html(content("stand-in", note))
-    assert "NOT verified" not in facts.markdown(content())
+    assert "NOT verified" not in markdown(content())
 
 
 def test_two_machines_are_compared_by_ratios_within_each():

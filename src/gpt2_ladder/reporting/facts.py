@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from gpt2_ladder.config import Environment, Level, Shape
 from gpt2_ladder.measuring.cost import KNOWN_PEAKS
 from gpt2_ladder.measuring.gains import NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
-from gpt2_ladder.reporting.tables import MISSING, Metrics, gain_cell, markdown_table, speed_table, training_table
+from gpt2_ladder.reporting.gallery import Machine
+from gpt2_ladder.reporting.tables import Metrics, gain_cell, markdown_table, speed_table, training_table
 
+FAST_BF16 = 1.2  # bfloat16 counts as fast if its gain over the baseline is at least this
 WEIGHTS = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
 templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -23,6 +25,7 @@ templates = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+templates.filters["gain_cell"] = gain_cell
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,16 @@ def device_notes(trainings: Mapping[str, Metrics], gains: Metrics, device_name: 
     return notes
 
 
-def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit: Metrics) -> dict[str, Any]:
-    """Return the variables of the templates ladder.md and ladder.html.
+def largest_gain(gains: Metrics, over: str) -> str:
+    """Return the level with the largest measurable gain; `over` is "over_previous" or "over_baseline". "": none."""
+    faster = [name for name, row in gains["levels"].items() if row[over] and row[over]["verdict"] == "faster"]
+    return max(faster, key=lambda name: gains["levels"][name][over]["ratio"], default="")
 
+
+def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine | None, **more: Any) -> dict[str, Any]:
+    """Return the variables of the templates ladder.md and ladder.html; `more` is passed to them unchanged.
+
+    The pages show the gains of `reference` if bfloat16 is not fast here.
     Raise UserError if the results are from different environments or from different numbers of devices.
     """
     levels, results, gains, parity = ladder.levels, ladder.results, ladder.gains, ladder.parity
@@ -139,18 +149,18 @@ def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit
     notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, shapes["speed"].batch_size)
     notes += device_notes(trainings, gains, environment.device_name)
     notes += [verify["note"]] if verify["note"] else []
-    over_baseline = {name: row["over_baseline"] for name, row in gains["levels"].items() if row["over_baseline"]}
-    fastest = max(over_baseline, key=lambda name: over_baseline[name]["ratio"], default=parity["baseline"])
-    gain = over_baseline.get(fastest)
+    baseline = parity["baseline"]
+    bf16 = next((name for name, level in levels.items() if level.precision == "bf16"), baseline)
+    gain = gains["levels"][bf16]["over_baseline"] if bf16 in gains["levels"] else None
+    is_fast = gain is not None and gain["verdict"] == "faster" and gain["ratio"] >= FAST_BF16
     return {
-        **{"model": model, "gains": gains, "environment": environment, "shapes": shapes},
-        **{"verify": verify, "overfit": overfit},
+        **{**more, "gains": gains, "environment": environment, "shapes": shapes, "verify": verify},
         "weights": WEIGHTS[verify["weights"]],
-        "baseline": parity["baseline"],
-        "fastest": fastest,
-        "gain": gain_cell(gain),
-        "measurable": gain is not None and gain["verdict"] == "faster",
-        "times": f"{gain['ratio']:.2f}" if gain else MISSING,
+        **{"baseline": baseline, "precision": levels[baseline].precision},
+        "fastest": largest_gain(gains, "over_baseline"),
+        "largest": largest_gain(gains, "over_previous"),
+        **{"bf16": bf16, "bf16_is_fast": is_fast},
+        "reference": None if is_fast or bf16 == baseline else reference,
         "largest_difference": max(level["largest"] for level in parity["levels"].values()),
         "parity_steps": max(level["steps"] for level in parity["levels"].values()),
         "control": str(Gain(**gains["control"])),
@@ -167,9 +177,9 @@ def collect(ladder: Ladder, model: str, trial: Metrics, verify: Metrics, overfit
     }
 
 
-def markdown(facts: Mapping[str, Any]) -> str:
-    """Return the page ladder.md; it shows the PNG files next to it."""
-    return templates.get_template("ladder.md").render(**facts, table=markdown_table)
+def markdown(facts: Mapping[str, Any], pictures: Collection[str]) -> str:
+    """Return the page ladder.md; it shows the PNG files next to it, which have the names `pictures`."""
+    return templates.get_template("ladder.md").render(**facts, table=markdown_table, pictures=pictures)
 
 
 def html(facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:

@@ -1,0 +1,81 @@
+"""The report stage, run on invented results."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers.common import REPOSITORY, environment, measurement
+from helpers.results import OVERFIT, PARAMS, RUN, SKIPPED, TRAINED, VERIFY, gains, ladder
+from pipeline import report
+
+HEADER = "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+STEPS = HEADER + "0,10.95,1,1,1,2\n1,9.5,1,1,1,2\n"
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the results of a climb, in which bf16 is not fast."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    shutil.copy(REPOSITORY / "params.yaml", "params.yaml")
+    Path("docs/levels").mkdir(parents=True)
+    Path("docs/levels/fp32.md").touch()
+    run = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[330.0] * 4, compile=[320.0] * 4)
+    contents = {
+        "environment": environment().model_dump(),
+        "gains": gains(run),
+        "parity": ladder().parity,
+        "profile": {},
+        "verify": VERIFY,
+        "overfit": OVERFIT,
+    }
+    Path("results").mkdir()
+    for name, content in contents.items():
+        Path(f"results/{name}.json").write_text(json.dumps(content))
+    for name in PARAMS.levels:
+        write(f"levels/{name}", trained=name in RUN.levels or PARAMS.levels[name].group == "quality")
+    write("trial", trained=True)
+    return tmp_path / "results"
+
+
+def write(name: str, trained: bool) -> None:
+    """Write the results of one training."""
+    folder = Path("results", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(TRAINED if trained else SKIPPED))
+    (folder / "steps.csv").write_text(STEPS if trained else HEADER)
+
+
+def test_the_losses_include_the_trial_among_the_speed_levels(results):
+    report.main()
+    rows = list(csv.DictReader((results / "report/losses.csv").read_text().splitlines()))
+    groups = {row["level"]: row["group"] for row in rows}
+    assert groups == {"untied": "quality", "tied": "quality", "init": "quality"} | dict.fromkeys(
+        (*RUN.levels, "trial"), "speed"
+    )
+    assert [row["loss"] for row in rows if row["level"] == "trial"] == ["10.95", "9.5"]
+    assert ">trial</text>" in (results / "report/ladder.html").read_text()
+
+
+def test_the_report_shows_the_gallerys_h100_if_its_file_exists(results):
+    report.main()
+    assert "On an H100" not in (results / "report/ladder.md").read_text()
+    shutil.copytree(REPOSITORY / "machines", "machines")
+    report.main()
+    page = (results / "report/ladder.md").read_text()
+    assert "On an H100" in page
+    assert "[fp32](../../docs/levels/fp32.md)" in page
+
+
+def test_skipped_trainings_leave_no_empty_picture(results):
+    for name in ("levels/untied", "levels/tied", "levels/init", "trial"):
+        write(name, trained=False)
+    report.main()
+    assert not (results / "report/quality.png").exists()
+    for page in ("ladder.md", "ladder.html"):
+        text = (results / "report" / page).read_text()
+        assert "quality.png" not in text
+        assert ">trial</text>" not in text
