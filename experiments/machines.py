@@ -5,7 +5,7 @@ Every gain is a ratio within one machine. A machine measures only the levels tha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -160,7 +160,7 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
         rows.append([climb.machine.title, climb.cell(level, "over_previous"), *changes])
         rows[-1].append(climb.cell(level, "loss_difference"))
     lines = [line for climb in measured if (line := operators_line(climb, previous, level))]
-    heading = "Operators whose time changed most, in ms of a profiled step (0.0: less than 0.5 % of it):\n\n"
+    heading = "Operators whose time changed most, in ms, scaled to the median step (0.0: less than 0.5 %):\n\n"
     table = tables.markdown_table(rows, text_columns=1)
     if f"{NOISE} |" in table:
         table += f"\n\n\\{NOISE} Noise may explain this difference ([numbers.md](../numbers.md))."
@@ -183,7 +183,7 @@ def operators_line(climb: Climb, previous: str, level: str) -> str | None:
     if climb.gains["levels"][level]["over_previous"]["verdict"] == facts.NO_GAIN:
         return None
     trainings = {name: climb.machine.levels.get(name, gallery.Training()) for name in (previous, level)}
-    operators = {name: [row.model_dump() for row in training.operators] for name, training in trainings.items()}
+    operators = {name: [asdict(row) for row in training.operators] for name, training in trainings.items()}
     if not all(operators.values()):
         return None
     before, after = (facts.operator_ms(name, climb.gains, operators) for name in operators)

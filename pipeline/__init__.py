@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -85,6 +86,11 @@ def _end(error: str) -> NoReturn:
         Path(path).write_text(error)
         sys.exit(1)
     sys.exit(f"error: {error}")
+
+
+def git(*arguments: str) -> str:
+    """Return the output of a git command; "" if it fails."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def read_environment() -> Environment:

@@ -1,6 +1,7 @@
 """Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B."""
 
 import csv
+from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -11,7 +12,6 @@ from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
-WRITTEN = Path("docs/levels")  # not a dependency of this stage, which only links to these pages
 H100 = gallery.FOLDER / "h100-sxm.json"
 
 
@@ -19,7 +19,6 @@ def main() -> None:
     params, environment = params_yaml.load(), read_environment()
     results = {name: read_metrics(name) for name in params.levels}
     gains, parity = read_json(GAINS), read_json(PARITY)
-    explained = {path.stem for path in WRITTEN.glob("*.md")}
     ladder = facts.Ladder(
         levels=params.levels,
         shapes={"quality": params.quality, "speed": params.shape("speed")},
@@ -35,7 +34,7 @@ def main() -> None:
         trial=read_json(RESULTS / "trial" / "metrics.json"),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
-        explained=explained,
+        explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
         reference=gallery.read(H100) if H100.exists() else None,
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}

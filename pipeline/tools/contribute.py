@@ -5,17 +5,16 @@ import getpass
 import json
 import re
 import socket
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
-from gpt2_ladder.measuring.gains import Measurement
+from gpt2_ladder.measuring.profiling import Operator
 from gpt2_ladder.reporting import gallery
-from gpt2_ladder.reporting.gallery import OTHERS, OperatorTime, Training
-from pipeline import RESULTS, Parser, read_json, run
+from gpt2_ladder.reporting.gallery import Training
+from pipeline import RESULTS, Parser, git, read_json, run
 
 SHARE = 0.005  # of a step's time; operators that take less are summed
 
@@ -34,7 +33,7 @@ def main(*arguments: str) -> None:
     if options.commit is None or options.date is None:
         commit, date = committed(options.results)
         options.commit, options.date = options.commit or commit, options.date or date
-    benchmark = Measurement.model_validate(read_json(options.results / "benchmark.json"))
+    benchmark = gallery.read_measurement(options.results / "benchmark.json")
     path = gallery.FOLDER / f"{options.name}.json"
     content = {
         "version": 1,
@@ -48,9 +47,7 @@ def main(*arguments: str) -> None:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     for private in {getpass.getuser(), socket.gethostname()} - {"root"}:
         if re.search(rf"\b{re.escape(private)}\b", text):
-            raise UserError(
-                f"{path}: '{private}' is the name of this user or machine; remove it from --title or --note"
-            )
+            raise UserError(f"'{private}' is the name of this user or machine; remove it from --title or --note")
     gallery.parse(text, path)
     files.write(path, text)
     print(f"{path} is written. Read it, run `make docs`, and open a pull request with all that changed.")
@@ -66,11 +63,6 @@ def committed(results: Path) -> tuple[str, str]:
     if status or not date:
         raise UserError(f"{results}: not committed; commit the results first, or give --commit and --date")
     return git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py"), date
-
-
-def git(*arguments: str) -> str:
-    """Return the output of a git command; "" if it fails."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def trainings(results: Path) -> dict[str, Training]:
@@ -93,22 +85,20 @@ def trainings(results: Path) -> dict[str, Training]:
 def read_losses(results: Path) -> dict[str, list[float]]:
     """Return the training losses of every level, from steps.csv or, where they are missing, from the report."""
     losses: dict[str, list[float]] = defaultdict(list)
-    report = results / "report" / "losses.csv"
-    for row in csv.DictReader(report.read_text().splitlines()) if report.exists() else ():
-        losses[row["level"]].append(float(row["loss"]))
-    for path in results.glob("levels/*/steps.csv"):
-        losses[path.parent.name] = [float(row["loss"]) for row in csv.DictReader(path.read_text().splitlines())]
+    trained = {path.parent.name: path for path in results.glob("levels/*/steps.csv")}
+    for name, path in (trained or {"": results / "report/losses.csv"}).items():
+        for row in csv.DictReader(path.read_text().splitlines()):
+            losses[name or row["level"]].append(float(row["loss"]))
     return losses
 
 
-def costliest(operators: list[dict[str, Any]]) -> tuple[OperatorTime, ...]:
-    """Return the operators that take at least SHARE of a step's time, and one row for all others."""
-    rows = [OperatorTime(**row) for row in operators]
-    least = SHARE * sum(row.self_ms for row in rows)
-    others = [row for row in rows if row.self_ms < least]
-    calls, self_ms = sum(row.calls for row in others), sum(row.self_ms for row in others)
-    rest = [OperatorTime(name=OTHERS, calls=calls, self_ms=self_ms)] if others else []
-    return (*(row for row in rows if row.self_ms >= least), *rest)
+def costliest(operators: list[dict[str, Any]]) -> tuple[Operator, ...]:
+    """Return those of `operators`, the costliest first, that take SHARE of the step, and one row for all others."""
+    least = SHARE * sum(row["self_ms"] for row in operators)
+    kept = [Operator(**row) for row in operators if row["self_ms"] >= least]
+    others = [Operator(**row) for row in operators[len(kept) :]]
+    rest = Operator(gallery.OTHERS, sum(row.calls for row in others), sum(row.self_ms for row in others))
+    return (*kept, rest) if others else tuple(kept)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pipeline import (
     VOCAB_BPE,
     Parser,
     check_weights,
+    git,
     read_environment,
     run,
 )
@@ -120,10 +121,7 @@ def _changed(*stages: str) -> list[str]:
 
 def _commit() -> str | None:
     """Return the current commit, or None if code or settings have uncommitted changes."""
-    status = subprocess.run(["git", "status", "--porcelain", "--", *DESCRIBED], capture_output=True, check=False)
-    if status.returncode or status.stdout:
-        return None
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return None if git("status", "--porcelain", "--", *DESCRIBED) else git("rev-parse", "HEAD") or None
 
 
 if __name__ == "__main__":

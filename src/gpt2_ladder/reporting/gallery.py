@@ -10,18 +10,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from gpt2_ladder.config import Strict, UserError
 from gpt2_ladder.measuring.gains import Measurement
+from gpt2_ladder.measuring.profiling import Operator
 
 FOLDER, LARGEST = Path("machines"), 200_000  # bytes of a file
 OTHERS = "all other operators"
 PRIVATE = re.compile(r"(?<![\w./:])(~|/|[A-Za-z]:\\)\w|\w@\w")  # a path, or an address such as user@host
-
-
-class OperatorTime(Strict):
-    """What one operator took in one profiled step."""
-
-    name: str
-    calls: int
-    self_ms: float
 
 
 class Training(Strict):
@@ -36,7 +29,7 @@ class Training(Strict):
     compile_seconds: float | None = None
     compile_cache: str | None = None  # "cold" or "warm"
     attention_kernel: str | None = None
-    operators: tuple[OperatorTime, ...] = ()  # the costliest of one profiled step, and the sum of the others
+    operators: tuple[Operator, ...] = ()  # the costliest of one profiled step, and the sum of the others
 
 
 class Machine(Strict):
@@ -60,11 +53,8 @@ class Machine(Strict):
 
 
 def read(path: Path) -> Machine:
-    """Read a file of the gallery. Raise UserError if it is missing, too large or not of this version."""
-    try:
-        return parse(path.read_text(), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    """Read a file of the gallery. Raise UserError if it is too large or wrong, FileNotFoundError if it is missing."""
+    return parse(path.read_text(errors="replace"), path)
 
 
 def parse(text: str, path: Path) -> Machine:

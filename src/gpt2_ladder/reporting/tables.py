@@ -22,23 +22,18 @@ TRAINING_COLUMNS = {  # key in metrics.json: (title, format)
 
 
 def switch_that_changes(level: Switches, previous: Switches | None) -> str:
-    """Return the switches in which `level` differs from `previous`, as `name: value`."""
+    """Return the switches in which `level` differs from `previous`, as params.yaml has them."""
     if previous is None:
         return "start: PyTorch's defaults"
     changed = [name for name in Switches.model_fields if getattr(level, name) != getattr(previous, name)]
-    return ", ".join(f"{name}: {switch_value(getattr(level, name))}" for name in changed) or "the speed shape only"
+    return ", ".join(f"{name}: {getattr(level, name)}".lower() for name in changed) or "the speed shape only"
 
 
-def switch_value(value: object) -> str:
-    """Format a switch's value as it is written in params.yaml."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics | None = None) -> Table:
-    """Return one row per level with parameters, losses and training speed, and a row for `trial` if it is given."""
+def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], trial: Metrics) -> Table:
+    """Return one row per level with parameters, losses and training speed, and a row for `trial`."""
     rows = [[name, change, *_training_cells(results[name])] for name, change in _changes(levels).items()]
     titles = ["level", "switch that changes", *(title for title, _ in TRAINING_COLUMNS.values())]
-    return [titles, *rows, *([["trial", "as set in params.yaml", *_training_cells(trial)]] if trial else [])]
+    return [titles, *rows, ["trial", "as set in params.yaml", *_training_cells(trial)]]
 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
