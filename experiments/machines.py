@@ -204,7 +204,8 @@ def contents() -> dict[Path, str]:
     climbs = read()
     in_readme = [climb for name in IN_README for climb in climbs if climb.name == name]
     parts = {README: ("ladder", readme_part(in_readme)), MACHINES: ("machines", machines_part(climbs))}
-    parts |= {LEVELS / f"{level}.md": ("measured", level_part(level, climbs)) for level in PARAMS.levels}
+    levels = [level for level in PARAMS.levels if (LEVELS / f"{level}.md").exists()]
+    parts |= {LEVELS / f"{level}.md": ("measured", level_part(level, climbs)) for level in levels}
     pictures = {PICTURES / f"{climb.name}.svg": picture(climb) for climb in climbs}
     return {**{page: pages.replace(page, *part) for page, part in parts.items()}, **pictures}
 
