@@ -4,15 +4,16 @@ Text between the comments `<!-- part -->` and `<!-- end of part -->` is replaced
 Every gain is a ratio within one machine. A machine measures only the levels that existed at its commit.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from experiments import pages
 from gpt2_ladder import files, params_yaml
+from gpt2_ladder.config import Peaks
 from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Gain
 from gpt2_ladder.reporting import charts, facts, gallery, tables
@@ -25,8 +26,31 @@ NOT_MEASURED = "not measured"
 NOISE = "*"  # marks a gain that noise may explain
 OPERATORS = 4  # of a level and a machine, whose time changed most
 PARAMS = params_yaml.load()
+NO_PEAKS = Peaks(fp32=None, tf32=None, bf16=None)  # those in params.yaml are of the reader's machine
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
 BASELINE = next(iter(ROWS))
+PREVIOUS = dict(zip(list(ROWS)[1:], ROWS, strict=False))
+
+
+def milliseconds(value: float) -> str:
+    """Format milliseconds with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def interval(value: Mapping[str, Any]) -> str:
+    """Format an entry of gains.json, on one line of a table cell."""
+    gain = str(Gain(value["ratio"], value["low"], value["high"])).replace(", ", ",\N{NO-BREAK SPACE}")
+    return gain + (NOISE if value["verdict"] == facts.NO_GAIN else "")
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "over_previous": interval,
+    "over_baseline": interval,
+    "step_ms": milliseconds,
+    "mfu": "{:.0%}".format,
+    "loss_difference": "{:.4f}".format,
+    "val_loss": "{:.4f}".format,
+}
 
 
 @dataclass(frozen=True)
@@ -41,37 +65,26 @@ class Climb:
         """The content of a gains.json, for the levels of params.yaml that the machine measured."""
         benchmark = self.machine.benchmark
         known = benchmark.model_copy(update={"levels": [level for level in benchmark.levels if level in ROWS]})
-        return summary.summarize(PARAMS.model_copy(update={"model": benchmark.model}), ROWS, known)
+        params = PARAMS.model_copy(update={"model": benchmark.model, "peak_tflops": NO_PEAKS})
+        return summary.summarize(params, ROWS, known)
 
     @property
     def fastest(self) -> str:
         """The level with the most tokens per second."""
         return max(self.gains["levels"], key=lambda level: self.gains["levels"][level]["tokens_per_second"])
 
-    def cell(self, level: str | None, column: str) -> str:
-        """Format one number of `level`; NOT_MEASURED if the machine does not have it."""
-        measured, training = self.gains["levels"].get(level, {}), self.machine.levels.get(level or "")
-        value = measured.get(column, getattr(training, column, None))
+    def cell(self, level: str, column: str) -> str:
+        """Format one number of `level`; NOT_MEASURED if it is missing, or over another level than here."""
+        value = self.gains["levels"].get(level, {}).get(column)
         if value is None:
+            value = getattr(self.machine.levels.get(level), column, None)
+        if value is None or (column == "over_previous" and value["over"] != PREVIOUS[level]):
             return NOT_MEASURED
-        if isinstance(value, dict):
-            gain = str(Gain(value["ratio"], value["low"], value["high"])).replace(", ", ",\N{NO-BREAK SPACE}")
-            return gain + (NOISE if value["verdict"] == facts.NO_GAIN else "")
-        return {"step_ms": milliseconds, "mfu": "{:.0%}".format}.get(column, FORMATS.get(column, "{:,.0f}").format)(
-            value
-        )
+        return FORMATS.get(column, "{:,.0f}".format)(value)
 
     def change(self, previous: str, level: str, column: str) -> str:
         """Format one number of the level before and of `level`, as `before → after`."""
         return f"{self.cell(previous, column)} → {self.cell(level, column)}"
-
-
-FORMATS = {"loss_difference": "{:.4f}", "val_loss": "{:.4f}"}
-
-
-def milliseconds(value: float) -> str:
-    """Format milliseconds with three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def read() -> list[Climb]:
@@ -90,7 +103,7 @@ def ladder_table(climbs: Sequence[Climb]) -> tables.Table:
     rows = [["level", "what changes", *(climb.machine.title for climb in climbs)]]
     rates = (f"{climb.cell(BASELINE, 'tokens_per_second')} tokens/s" for climb in climbs)
     rows.append([f"`{BASELINE}`", "the baseline", *rates])
-    for previous, level in pairwise(ROWS):
+    for level, previous in PREVIOUS.items():
         change = f"`{tables.switch_that_changes(ROWS[level], ROWS[previous])}`"
         rows.append([f"`{level}`", change, *(climb.cell(level, "over_previous") for climb in climbs)])
     fastest = (climb.cell(climb.fastest, "over_baseline") if climb.fastest != BASELINE else "none" for climb in climbs)
@@ -101,36 +114,33 @@ def ladder_table(climbs: Sequence[Climb]) -> tables.Table:
 
 def readme_part(climbs: Sequence[Climb]) -> str:
     """Return the README's table: the ladder on some machines, and the memory that the first one needs."""
-    rows, memory = ladder_table(climbs), {level: climbs[0].machine.levels[level].peak_memory_mib for level in ROWS}
-    cells = {f"`{level}`": f"{(mib or 0) / 1024:.1f}" for level, mib in memory.items()}
-    return tables.markdown_table([[*rows[0], "H100 GiB"], *([*row, cells.get(row[0], "")] for row in rows[1:])])
+    rows = ladder_table(climbs)
+    for row in rows[1:]:
+        training = climbs[0].machine.levels.get(row[0].strip("`"), gallery.Training())
+        row.append(f"{training.peak_memory_mib / 1024:.1f}" if training.peak_memory_mib else "")
+    return tables.markdown_table([[*rows[0], "H100 GiB"], *rows[1:]])
 
 
 def machines_part(climbs: Sequence[Climb]) -> str:
     """Return the generated part of docs/machines.md: two tables, and a section a machine."""
-    titles = (
-        "machine",
-        "torch",
-        "commit",
-        "day",
-        "tokens a step",
-        "rounds",
-        f"`{BASELINE}` tokens/s",
-        "fastest tokens/s",
-    )
-    rows = [[*titles, "losses within"]]
+    titles = "machine", "model", "torch", "commit", "day", "tokens a step", "rounds", f"`{BASELINE}` tokens/s"
+    rows = [[*titles, "fastest tokens/s", "losses within"]]
     for climb in climbs:
         machine, run = climb.machine, climb.machine.benchmark
-        apart = [training.loss_difference or 0.0 for training in machine.levels.values()]
-        fastest = f"{climb.cell(climb.fastest, 'tokens_per_second')} (`{climb.fastest}`)"
-        rows.append([f"[{machine.title}](#{machine.title.lower().replace(' ', '-')})", run.environment.torch])
-        rows[-1] += [
-            machine.commit[:7],
-            str(machine.date),
-            f"{run.batch_size} x {run.block_size}",
-            str(len(run.rounds)),
-        ]
-        rows[-1] += [climb.cell(BASELINE, "tokens_per_second"), fastest, f"{max(apart):.4f}" if apart else NOT_MEASURED]
+        apart = [row.loss_difference for row in machine.levels.values() if row.loss_difference is not None]
+        cells = {
+            "machine": f"[{machine.title}](#{climb.name})",
+            "model": run.model,
+            "torch": run.environment.torch,
+            "commit": machine.commit[:7],
+            "day": str(machine.date),
+            "tokens a step": f"{run.batch_size} x {run.block_size}",
+            "rounds": str(len(run.rounds)),
+            "baseline": climb.cell(BASELINE, "tokens_per_second"),
+            "fastest": f"{climb.cell(climb.fastest, 'tokens_per_second')} (`{climb.fastest}`)",
+            "losses": f"{max(apart):.4f}" if apart else NOT_MEASURED,
+        }
+        rows.append(list(cells.values()))
     sections = [section(climb) for climb in climbs]
     return "\n\n".join([tables.markdown_table(rows), tables.markdown_table(ladder_table(climbs)), *sections])
 
@@ -140,7 +150,8 @@ def section(climb: Climb) -> str:
     machine = climb.machine.benchmark.environment
     software = f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, Python {machine.python}"
     picture = f"![tokens per second at each level on the {climb.machine.title}](machines/{climb.name}.svg)"
-    return "\n\n".join([f"## {climb.machine.title}", picture, " ".join([f"{software}.", *climb.machine.notes])])
+    text = textwrap.fill(" ".join([f"{software}.", *climb.machine.notes]), 120)
+    return "\n\n".join([f'<a id="{climb.name}"></a>', f"## {climb.machine.title}", picture, text])
 
 
 def level_part(level: str, climbs: Sequence[Climb]) -> str:
@@ -152,7 +163,7 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
         columns["peak_memory_mib"] = "peak memory, MiB"
         rows = [[climb.machine.title, *(climb.cell(level, column) for column in columns)] for climb in climbs]
         return tables.markdown_table([["machine", *columns.values()], *rows], text_columns=1)
-    previous = list(ROWS)[list(ROWS).index(level) - 1]
+    previous = PREVIOUS[level]
     rows = [["machine", f"gain over `{previous}`", "ms a step", "peak memory, MiB", "loss difference"]]
     measured = [climb for climb in climbs if level in climb.gains["levels"]]
     for climb in measured:
@@ -180,7 +191,8 @@ def quality_rows(level: str, climbs: Sequence[Climb]) -> tables.Table:
 
 def operators_line(climb: Climb, previous: str, level: str) -> str | None:
     """Return a list item with the operators whose time changed most; None if the gain may be noise."""
-    if climb.gains["levels"][level]["over_previous"]["verdict"] == facts.NO_GAIN:
+    over = climb.gains["levels"][level]["over_previous"]
+    if over["verdict"] == facts.NO_GAIN or over["over"] != previous:
         return None
     trainings = {name: climb.machine.levels.get(name, gallery.Training()) for name in (previous, level)}
     operators = {name: [asdict(row) for row in training.operators] for name, training in trainings.items()}

@@ -15,7 +15,7 @@ def conditions() -> str:
 
 
 def replace(page: Path, part: str, text: str) -> str:
-    """Return `page` with `text` between the comments `<!-- part -->` and `<!-- end of part -->`."""
+    """Return the text of `page` with `text` between the comments `<!-- part -->` and `<!-- end of part -->`."""
     start, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
     new, places = re.subn(
         f"{start}.*?{end}", lambda _: f"{start}\n{text.strip()}\n{end}", page.read_text(), flags=re.DOTALL

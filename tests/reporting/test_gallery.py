@@ -6,7 +6,7 @@ import re
 import pytest
 
 from experiments import machines, pages
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Peaks, UserError
 from gpt2_ladder.reporting import gallery
 from helpers.common import REPOSITORY, measurement
 
@@ -45,11 +45,32 @@ def test_the_gallery_has_the_machines_of_the_readme():
         ({"commit": "main"}, "commit: String should match pattern"),
         ({"date": "yesterday"}, "date: Input should be a valid date"),
         ({"speed": 3}, "speed: Extra inputs are not permitted"),
-        ({"notes": ["results in /home/me/ladder"]}, "'results in /home/me/ladder' contains a path or an address"),
-        ({"notes": ["ask me@example.org"]}, "contains a path or an address"),
-        ({"levels": {"fp32": {"note": r"no C:\Python"}}}, "contains a path or an address"),
-        ({"title": "~me"}, "contains a path or an address"),
-        ({"notes": ["x" * 200_001]}, "bytes; at most 200,000 are allowed"),
+        ({"notes": ["x" * 200_001]}, "characters; at most 200,000 are allowed"),
+        ({"benchmark": measurement(fp32=[300.0] * 5).model_dump()}, "needs 6 rounds"),
+        (
+            {"benchmark": measurement(fp32=[300.0] * 5 + [0.0]).model_dump()},
+            "with positive times of every level and the control",
+        ),
+        ({"benchmark": measurement(tf32=[300.0] * 6).model_dump()}, "first fp32"),
+        ({"benchmark": SMALLEST["benchmark"] | {"levels": ["fp32", "bf16"]}}, "of every level and the control"),
+        *(
+            ({"notes": [text]}, "contains a path, an address or a special character; remove it")
+            for text in (
+                *(
+                    "results in /home/me/ladder",
+                    "file:///home/me",
+                    "log:/home/me",
+                    "home/me",
+                    "../me",
+                    "~/me",
+                    "$HOME/x",
+                ),
+                *("C:/Users/me", r"C:\Users", r"\\server\share", "me@example.org", "gpu07.cluster.local", "10.0.0.3"),
+                *("s3://bucket", "a | b", "two\nlines", "<!-- end of machines -->"),
+            )
+        ),
+        ({"title": "a/b | c"}, "contains a path"),
+        ({"levels": {"fp32": {"attention_kernel": "/opt/x"}}}, "'/opt/x' contains a path"),
     ],
 )
 def test_a_file_with_a_mistake_or_something_private_is_refused(changes, message):
@@ -62,10 +83,10 @@ def test_words_with_slashes_are_not_paths():
 
 
 def test_a_file_that_is_missing_or_not_json_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError):  # pipeline.run reports it
+    with pytest.raises(UserError, match=r"none\.json: not a file of the gallery: no such file"):
         gallery.read(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match=r"bad\.json: the file: Invalid JSON"):
+    with pytest.raises(UserError, match=r"bad\.json: not a file of the gallery: content: Invalid JSON"):
         gallery.read(tmp_path / "bad.json")
 
 
@@ -75,6 +96,23 @@ def test_what_a_machine_did_not_measure_is_named_so():
     assert climb.cell("bf16", "over_previous") == climb.cell("fp32", "peak_memory_mib") == machines.NOT_MEASURED
     assert "| A machine |" in machines.level_part("tf32", [climb])
     assert "A machine" not in machines.level_part("bf16", [climb])
+    assert "| fp32 | the baseline | 1,707 tokens/s | |" in " ".join(
+        machines.readme_part([climb]).replace("`", "").split()
+    )
+
+
+def test_a_gain_over_another_level_than_the_one_before_is_not_shown():
+    run = measurement(fp32=[300.0] * 6, flash=[150.0] * 6)  # without tf32, bf16 and compile
+    climb = machines.Climb("x", parse(benchmark=run.model_dump()))
+    assert climb.cell("flash", "over_baseline").startswith("2.00")
+    assert climb.cell("flash", "over_previous") == machines.NOT_MEASURED
+
+
+def test_the_readers_own_peak_does_not_change_other_machines(monkeypatch):
+    expected = machines.Climb("x", parse()).cell("fp32", "mfu")
+    mine = machines.PARAMS.model_copy(update={"peak_tflops": Peaks(fp32=82.6, tf32=None, bf16=None)})
+    monkeypatch.setattr(machines, "PARAMS", mine)
+    assert machines.Climb("x", parse()).cell("fp32", "mfu") == expected
 
 
 @pytest.mark.slow
