@@ -88,9 +88,10 @@ def _end(error: str) -> NoReturn:
     sys.exit(f"error: {error}")
 
 
-def git(*arguments: str) -> str:
-    """Return the output of a git command; "" if it fails."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+def git(*arguments: str) -> str | None:
+    """Return the output of a git command; None if it fails."""
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return None if result.returncode else result.stdout.strip()
 
 
 def read_environment() -> Environment:

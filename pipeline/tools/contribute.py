@@ -1,5 +1,6 @@
 """Write machines/NAME.json, the gallery's file about this machine, from results/."""
 
+import argparse
 import csv
 import getpass
 import json
@@ -11,12 +12,11 @@ from typing import Any
 
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
+from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.measuring.profiling import Operator
 from gpt2_ladder.reporting import gallery
 from gpt2_ladder.reporting.gallery import Training
 from pipeline import RESULTS, Parser, git, read_json, run
-
-SHARE = 0.005  # of a step's time; operators that take less are summed
 
 
 def main(*arguments: str) -> None:
@@ -30,22 +30,16 @@ def main(*arguments: str) -> None:
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", options.name):
         raise UserError(f"{options.name}: name the machine with a-z, 0-9 and single hyphens, such as rtx-4090")
-    if options.commit is None or options.date is None:
-        commit, date = committed(options.results)
-        options.commit, options.date = options.commit or commit, options.date or date
-    benchmark = gallery.read_measurement(options.results / "benchmark.json")
+    if not (options.commit and options.date):
+        options.commit, options.date = committed(options.results)
     path = gallery.FOLDER / f"{options.name}.json"
-    content = {
-        "version": 1,
-        "title": options.title or benchmark.environment.device_name,
-        "commit": options.commit,
-        "date": options.date,
-        "benchmark": benchmark.model_dump(),
-        "levels": {name: training.model_dump() for name, training in trainings(options.results).items()},
-        "notes": options.note,
-    }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    for private in {getpass.getuser(), socket.gethostname()} - {"root"}:
+    try:
+        text = describe(options)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{options.results}: not the results of a climb ({' '.join(repr(error).split()):.200})"
+        ) from None
+    for private in {getpass.getuser(), socket.gethostname().partition(".")[0]} - {"root"}:
         if re.search(rf"\b{re.escape(private)}\b", text):
             raise UserError(f"'{private}' is the name of this user or machine; remove it from --title or --note")
     gallery.parse(text, path)
@@ -53,16 +47,28 @@ def main(*arguments: str) -> None:
     print(f"{path} is written. Read it, run `make docs`, and open a pull request with all that changed.")
 
 
-def committed(results: Path) -> tuple[str, str]:
-    """Return the last commit that changed the code of `results`, and the day on which the results were committed.
+def describe(options: argparse.Namespace) -> str:
+    """Return the content of the file, without the paths that messages of a compiler contain."""
+    benchmark = Measurement.model_validate(read_json(options.results / "benchmark.json"))
+    content = {
+        "version": 1,
+        "title": options.title or benchmark.environment.device_name[:40],
+        "commit": options.commit,
+        "date": options.date,
+        "benchmark": benchmark.model_dump(),
+        "levels": {name: training.model_dump() for name, training in trainings(options.results).items()},
+        "notes": options.note,
+    }
+    return re.sub(r"(?<![\w):/])~?/[^\s\"\\]+", "PATH", json.dumps(content, indent=1, allow_nan=False)) + "\n"
 
-    The commit of the results themselves is only in the contributor's clone. Raise UserError if they are not committed.
-    """
-    status = git("status", "--porcelain", "--", str(results))
-    commit, _, date = git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")).partition(" ")
-    if status or not date:
+
+def committed(results: Path) -> tuple[str, str]:
+    """Return the last commit of the code that made `results`, and their day; raise UserError if not committed."""
+    changed = git("status", "--porcelain", "--", str(results))
+    commit, _, date = (git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")) or "").partition(" ")
+    if changed != "" or not date:
         raise UserError(f"{results}: not committed; commit the results first, or give --commit and --date")
-    return git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py"), date
+    return git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py") or commit, date
 
 
 def trainings(results: Path) -> dict[str, Training]:
@@ -85,16 +91,17 @@ def trainings(results: Path) -> dict[str, Training]:
 def read_losses(results: Path) -> dict[str, list[float]]:
     """Return the training losses of every level, from steps.csv or, where they are missing, from the report."""
     losses: dict[str, list[float]] = defaultdict(list)
-    trained = {path.parent.name: path for path in results.glob("levels/*/steps.csv")}
-    for name, path in (trained or {"": results / "report/losses.csv"}).items():
-        for row in csv.DictReader(path.read_text().splitlines()):
-            losses[name or row["level"]].append(float(row["loss"]))
+    report = results / "report/losses.csv"
+    for row in csv.DictReader(report.read_text().splitlines()) if report.exists() else ():
+        losses[row["level"]].append(float(row["loss"]))
+    for path in results.glob("levels/*/steps.csv"):
+        losses[path.parent.name] = [float(row["loss"]) for row in csv.DictReader(path.read_text().splitlines())]
     return losses
 
 
 def costliest(operators: list[dict[str, Any]]) -> tuple[Operator, ...]:
-    """Return those of `operators`, the costliest first, that take SHARE of the step, and one row for all others."""
-    least = SHARE * sum(row["self_ms"] for row in operators)
+    """Return those of `operators`, the costliest first, that take 0.5 % of the step, and one row for all others."""
+    least = 0.005 * sum(row["self_ms"] for row in operators)
     kept = [Operator(**row) for row in operators if row["self_ms"] >= least]
     others = [Operator(**row) for row in operators[len(kept) :]]
     rest = Operator(gallery.OTHERS, sum(row.calls for row in others), sum(row.self_ms for row in others))

@@ -121,7 +121,7 @@ def _changed(*stages: str) -> list[str]:
 
 def _commit() -> str | None:
     """Return the current commit, or None if code or settings have uncommitted changes."""
-    return None if git("status", "--porcelain", "--", *DESCRIBED) else git("rev-parse", "HEAD") or None
+    return git("rev-parse", "HEAD") if git("status", "--porcelain", "--", *DESCRIBED) == "" else None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A file for the gallery, written from a climb."""
 
 import getpass
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,39 @@ def test_a_wrong_name_an_uncommitted_folder_and_a_private_word_are_refused(resul
         monkeypatch.setattr(getpass, "getuser", lambda: "somebody")
         with pytest.raises(UserError, match=message):
             contribute.main(*arguments)
+    assert not gallery.FOLDER.exists()
+
+
+def test_losses_come_from_steps_csv_where_it_exists(results):
+    files.write_json(Path("results/levels/tf32/metrics.json"), {"reason": None, "note": "in /opt/x: failed"})
+    files.write(Path("results/levels/tf32/steps.csv"), "step,loss\n0,8.5\n")
+    contribute.main("old", *results)
+    levels = gallery.read(gallery.FOLDER / "old.json").levels
+    assert {name: level.losses for name, level in levels.items()} == {"fp32": (9.5, 9.25), "tf32": (8.5,)}
+    assert levels["tf32"].note == "in PATH failed"  # a compiler's message may contain a path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("levels/fp32/steps.csv", "step,loss\n0,nan\n"),
+        ("levels/fp32/steps.csv", "step,loss\n0,\n"),
+        ("levels/fp32/steps.csv", "step\n0\n"),
+        ("levels/fp32/metrics.json", "{"),
+        ("levels/fp32/metrics.json", "[]"),
+        ("levels/fp32/metrics.json", "{}"),
+        ("levels/fp32/metrics.json", '{"reason": null, "note": 3}'),
+        ("parity.json", "{}"),
+        ("parity.json", '{"levels": {"fp32": {}}}'),
+        ("profile.json", '{"fp32": null}'),
+        ("profile.json", '{"fp32": [{"name": "mm"}]}'),
+        ("benchmark.json", "{}"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(results, name, content):
+    Path("results", name).write_text(content)
+    with pytest.raises(UserError, match=r"^results: not the results of a climb \(.{1,200}\)$"):
+        contribute.main("x", *results)
     assert not gallery.FOLDER.exists()
 
 

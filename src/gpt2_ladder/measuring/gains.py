@@ -14,8 +14,7 @@ from scipy.stats import bootstrap, norm, t
 
 from gpt2_ladder.config import Environment, Strict, UserError
 
-# Chosen by experiment: experiments/estimators.py, docs/LOG.md.
-ESTIMATOR = "Hodges-Lehmann estimate of the per-round log ratios"
+ESTIMATOR = "Hodges-Lehmann estimate of the per-round log ratios"  # chosen by experiments/estimators.py
 CONFIDENCE, RESAMPLES = 0.95, 9999
 NO_GAIN = "no measurable gain"
 

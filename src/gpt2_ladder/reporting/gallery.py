@@ -1,20 +1,20 @@
 """Define and read the gallery: one file in machines/ for each machine that climbed the ladder."""
 
 import datetime
-import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from gpt2_ladder.config import Strict, UserError
+from gpt2_ladder.config import MINIMUM_ROUNDS, Strict, UserError
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.measuring.profiling import Operator
 
-FOLDER, LARGEST = Path("machines"), 200_000  # bytes of a file
+FOLDER, LARGEST = Path("machines"), 200_000  # characters of a file
 OTHERS = "all other operators"
-PRIVATE = re.compile(r"(?<![\w./:])(~|/|[A-Za-z]:\\)\w|\w@\w")  # a path, or an address such as user@host
+# in a JSON string: paths, addresses, host names, escaped characters, and what breaks a Markdown table
+PRIVATE = re.compile(r"(?<![\w)])~?/|\b(home|Users)/|[A-Za-z]:/|\\(?!u)|\$\w|\w@\w|\.local\b|(\d+\.){3}\d|\||<!--")
 
 
 class Training(Strict):
@@ -44,35 +44,33 @@ class Machine(Strict):
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _nothing_private(self) -> "Machine":
-        notes = [training.note for training in self.levels.values()]
-        for text in (self.title, *self.notes, *notes, *self.benchmark.environment.model_dump().values()):
-            if isinstance(text, str) and PRIVATE.search(text):
-                raise ValueError(f"'{text}' contains a path or an address; remove it")
+    def _check(self) -> Self:
+        run, arms = self.benchmark, {*self.benchmark.levels, self.benchmark.control}
+        complete = all({*round_.step_ms} == arms and min(round_.step_ms.values()) > 0 for round_ in run.rounds)
+        if not complete or len(run.rounds) < MINIMUM_ROUNDS or run.levels[:1] != ["fp32"]:
+            raise ValueError(
+                f"needs {MINIMUM_ROUNDS} rounds with positive times of every level and the control; first fp32"
+            )
         return self
 
 
 def read(path: Path) -> Machine:
-    """Read a file of the gallery. Raise UserError if it is too large or wrong, FileNotFoundError if it is missing."""
+    """Read a file of the gallery. Raise UserError if it is missing, too large or wrong."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a file of the gallery: no such file")
     return parse(path.read_text(errors="replace"), path)
 
 
 def parse(text: str, path: Path) -> Machine:
     """Check `text`, the content of `path`. Raise UserError if it is too large, wrong, or holds something private."""
     if len(text) > LARGEST:
-        raise UserError(f"{path}: {len(text):,} bytes; at most {LARGEST:,} are allowed")
+        raise UserError(f"{path}: {len(text):,} characters; at most {LARGEST:,} are allowed")
+    for string in re.findall(r'"((?:[^"\\]|\\.)*)"', text):
+        if PRIVATE.search(re.sub(r"https?://\S+", "", string)):
+            raise UserError(f"{path}: '{string}' contains a path, an address or a special character; remove it")
     try:
         return Machine.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
-
-
-def read_measurement(path: Path) -> Measurement:
-    """Read the rounds of a benchmark.json or of a file of the gallery. Raise UserError if `path` is neither."""
-    try:
-        content = json.loads(path.read_bytes())
-        return Measurement.model_validate(content.get("benchmark", content))
-    except (IsADirectoryError, AttributeError, ValueError) as error:  # pydantic's error is a ValueError
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: neither a benchmark.json nor a file of {FOLDER} ({reason:.200})") from None
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"{path}: not a file of the gallery: {place}: {first['msg']}") from None
