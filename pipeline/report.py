@@ -12,7 +12,6 @@ from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
-H100 = gallery.FOLDER / "h100-sxm.json"
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
-        reference=gallery.read(H100) if H100.exists() else None,
+        reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
@@ -59,17 +58,12 @@ def main() -> None:
         charts.save_png(chart, FOLDER / f"{name}.png")
     files.write(FOLDER / "ladder.md", facts.markdown(content, pictures))
     files.write(FOLDER / "ladder.html", facts.html(content, {name: charts.svg(pictures[name]) for name in pictures}))
-    write_losses(losses)
+    lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
+    files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))  # for `dvc plots`
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
     summary = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)
     tracking.log_summary(summary, gains, {name: FOLDER / f"{name}.png" for name in pictures})
-
-
-def write_losses(losses: dict[str, list[dict[str, Any]]]) -> None:
-    """Write the losses of all levels to losses.csv, one row per step, for `dvc plots`."""
-    lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
-    files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))
 
 
 if __name__ == "__main__":

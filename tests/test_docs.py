@@ -161,6 +161,22 @@ def test_the_readmes_diff_is_a_row_of_params_yaml_and_code_of_the_network():
     assert set(lines) <= {line.strip() for text in files for line in text.splitlines()}
 
 
+def anchors(page) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings, and those that the page sets itself."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+def test_every_link_to_a_part_of_a_page_finds_it():
+    links = {(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s:]*#[^)\s]+)\)", page.read_text())}
+    assert len(links) > 5
+    for page, link in links:
+        name, _, anchor = link.partition("#")
+        assert anchor in anchors(page.parent / name if name else page), f"{page.relative_to(REPOSITORY)}: {link}"
+
+
 def test_every_relative_link_and_picture_exists():
     pages, count = [*PAGES, *REPOSITORY.glob("results/**/*.md")], 0
     for page in pages:

@@ -57,7 +57,6 @@ WRITERS = {
     "weights": (lambda folder: hub_format.save_gpt(GPT(tiny()), folder), ["config.json", "model.safetensors"]),
     "steps": (record, ["steps.csv"]),
     "skipped level": (skip, ["metrics.json", "steps.csv"]),
-    "losses": (lambda _: report.write_losses({"speed": [{"level": "fp32", "step": 0, "loss": 10.9}]}), ["losses.csv"]),
 }
 writers = pytest.mark.parametrize(("write", "names"), WRITERS.values(), ids=WRITERS)
 

@@ -36,7 +36,8 @@ SKIPPED = {**TRAINED, "status": "skipped", "reason": "no compiler"} | dict.fromk
 RUN = measurement(
     fp32=[300.0] * 4, tf32=[300.0, 301.0, 299.0, 300.0], bf16=[150.0] * 4, compile=[120.0, 100.0, 120.0, 121.0]
 )
-H100 = Machine(version=1, title="H100", commit="0123456", date=datetime.date(2026, 11, 26), benchmark=RUN)
+SIX = measurement(fp32=[300.0] * 6, tf32=[300.0] * 6, bf16=[150.0] * 6, compile=[120.0] * 6)
+H100 = Machine(version=1, title="H100", commit="0123456", date=datetime.date(2026, 11, 26), benchmark=SIX)
 VERIFY = {"weights": "openai", "note": None, "max_abs_logit_diff": 2e-6, "max_abs_logit": 3.2}
 VERIFY["random"] = dict(VERIFY)
 OVERFIT = {"steps": 50, "loss_first": 10.98, "loss_last": 0.003}

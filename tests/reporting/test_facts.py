@@ -147,7 +147,7 @@ def test_a_machine_without_fast_bf16_shows_the_gains_of_an_h100(page):
     def answer(run, bf16: bool = True) -> str:
         return re.sub(r"</?code>", "`", page(content(gains=gains(run)) | {"environment": environment(bf16=bf16)}))
 
-    on_h100 = "the gains over the previous level were `bf16` 2.00, `compile` 1.25, and `compile` was 2.5"
+    on_h100 = "On an H100, `bf16` gains 2.00, `compile` gains 1.25, and `compile` is 2.5"
     slow = answer(EVEN)
     assert "no fast bf16: `bf16` is 0.91 [0.91, 0.91] times as fast as `fp32`" in slow
     skipped = answer(measurement(fp32=[300.0] * 4, tf32=[300.0] * 4), bf16=False)
@@ -156,7 +156,10 @@ def test_a_machine_without_fast_bf16_shows_the_gains_of_an_h100(page):
         assert "On an H100" in text
         assert on_h100 in " ".join(text.split())
     slightly = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[270.0] * 4)  # 1.11 times as fast
+    assert "bf16 gains little here: `bf16` is 1.11" in answer(slightly)
     assert on_h100 in " ".join(answer(slightly).split())
+    unmeasured = answer(measurement(fp32=[300.0] * 4, tf32=[300.0] * 4))
+    assert "no fast bf16: `bf16` was not measured." in unmeasured
 
 
 def test_without_the_h100s_file_its_gains_are_not_shown():
