@@ -98,6 +98,12 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
         ("  fp32: {}", "  fp.32: {}", "levels.fp.32 = 'fp.32': String should match pattern"),
         ("  tf32:\n    p", "  control:\n    p", "levels.control = control: the benchmark uses this name"),
         ("    rounds: 8\n", "    rounds: 5\n", "benchmark.cpu.rounds = 5: Input should be greater than or equal to 6"),
+        ("  fp32: {}", "  base: {}", "levels.fp32 = None: the trial is compared with this level; keep its row"),
+        (
+            "    seconds: 60\n",
+            "    seconds: -1\n",
+            "trial.cpu.seconds = -1: Input should be greater than or equal to 0",
+        ),
         ("  tied:\n", "  tied: &row\n", "{}: YAML anchor or alias 'row': write the values out"),
         ("  betas:\n  - 0.9\n  - 0.999\n", "  betas:\n    a: 0.9\n", "optimizer.betas"),
         ("machines:  ", "machines: []\nrest:  ", "machines = []: Input should be a valid dictionary"),

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
+BASELINE = "fp32"  # the level that the trial is compared with
 MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"]
@@ -155,6 +156,12 @@ class Rounds(Strict):
     seconds: PositiveFloat
 
 
+class TrialTime(Strict):
+    """How long the trial takes steps in turn with BASELINE, after its training; 0: not at all."""
+
+    seconds: Annotated[float, Field(ge=0)]
+
+
 class Tolerances(Strict):
     """Largest allowed difference, in nats, from the baseline's loss in the first `steps` steps, by precision."""
 
@@ -195,6 +202,7 @@ class Params(Switches):
     quality: Shape
     machines: dict[Literal["cpu", "gpu"], Shape]
     benchmark: dict[Literal["cpu", "gpu"], Rounds]
+    trial: dict[Literal["cpu", "gpu"], TrialTime]
     profile: bool
     parity: Tolerances
     peak_tflops: Peaks
@@ -215,7 +223,8 @@ class Params(Switches):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for table, name in (("models", "model"), ("machines", "machine"), ("benchmark", "machine")):
+        tables = {"models": "model", **dict.fromkeys(("machines", "benchmark", "trial"), "machine")}
+        for table, name in tables.items():
             rows, key = getattr(self, table), getattr(self, name)
             _require(key in rows, name, key, f"{table} only has {', '.join(rows) or 'no rows'}")
         machine, shape = f"machines.{self.machine}", self.shape("speed")
@@ -232,6 +241,8 @@ class Params(Switches):
         _require(warmup < shape.steps, "recipe.lr_warmup_steps", warmup, rule)
         rule = "the benchmark uses this name for the baseline's second arm; rename the level"
         _require(CONTROL not in self.levels, f"levels.{CONTROL}", CONTROL, rule)
+        rule = "the trial is compared with this level; keep its row"
+        _require(BASELINE in self.levels, f"levels.{BASELINE}", None, rule)
         path, rule = self.data.path, f"source {self.data.source} does not read a path; set data.path: {CORPUS}"
         _require(self.data.source in ("text", "parquet") or path == CORPUS, "data.path", path, rule)
         source, folder, tiny = self.pretrained.source, self.pretrained.folder, self.model == "tiny"

@@ -1,0 +1,118 @@
+"""Compare the trial with the level BASELINE: take their steps in turn, and compare their losses."""
+
+import gc
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Params, Recipe, Switches
+from gpt2_ladder.measuring import loss_parity, turns
+from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
+from gpt2_ladder.measuring.turns import Arm, RemoteArm
+from gpt2_ladder.training import devices, loop
+
+TRIAL = "trial"
+MOST_ROUNDS = 100  # the time of the bootstrap grows with the square of the rounds
+
+
+def find_changes(params: Params) -> dict[str, str]:
+    """Return the trial's switches and recipe where they differ from BASELINE's, by their key in params.yaml."""
+    before = params.levels[BASELINE].model_dump() | {f"recipe.{key}": value for key, value in Recipe()}
+    after = params.switches.model_dump() | {f"recipe.{key}": value for key, value in params.recipe}
+    return {key: str(value).lower() for key, value in after.items() if value != before[key]}
+
+
+def compare_losses(
+    params: Params, changes: Mapping[str, str], losses: Sequence[float], baseline: Sequence[float]
+) -> dict[str, Any]:
+    """Return the largest difference to BASELINE's losses in the steps that parity checks, or why there is none."""
+    if others := [key for key in changes if key in ("tie_weights", "init") or key.startswith("recipe.")]:
+        return {"loss_apart": None, "not_compared": f"other losses are expected with {', '.join(others)}"}
+    if not (losses and baseline):
+        return {"loss_apart": None, "not_compared": f"{BASELINE if losses else 'the trial'} has no losses"}
+    steps = params.parity.steps
+    expected = loss_parity.padding_cost(params.vocab_size, params.levels[BASELINE].vocab_size)
+    # no tolerance: the report shows a wrong trial, and no stage fails
+    parity = loss_parity.compare(TRIAL, losses[:steps], baseline[:steps], math.inf, steps, expected)
+    return {"loss_apart": parity.largest, "not_compared": None}
+
+
+def measure(
+    params: Params, environment: Environment, micro_batch: int, batches: Sequence[loop.Batch], seconds: float
+) -> Measurement:
+    """Take steps of the trial, of BASELINE and of its control in turn, as many rounds as fit into `seconds`.
+
+    The trial's training may have changed how this process gets memory. Then BASELINE and the control use another one.
+    """
+    gc.collect()  # frees the trained network
+    baseline, device = params.levels[BASELINE], torch.device(environment.device)
+    devices.reset_peak_memory(device)
+    levels, rounds = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}, list[Round]()
+    apart = len({devices.needs_own_process(switches, environment) for switches in levels.values()}) > 1
+    here = build(params, environment, micro_batch, {TRIAL: params.switches} if apart else levels)
+    here[TRIAL] = follow_recipe(here[TRIAL], params)
+    there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
+        arms = [here.get(name) or RemoteArm(name, process, there) for name in levels]
+        for name in turns.warm_up(arms, batches[0], device, params.seed):
+            print(f"trial: warming up {name}", flush=True)
+        print(f"trial: measuring for {seconds:g} s", flush=True)
+        start = time.perf_counter()
+        for result in turns.measure(arms, batches, device, MOST_ROUNDS, math.inf, params.seed):
+            rounds.append(result)
+            if (time.perf_counter() - start) * (1 + 1 / len(rounds)) > seconds:
+                break
+    B, T = batches[0][0].shape
+    about: dict[str, Any] = {"model": params.model, "batch_size": B, "block_size": T, "environment": environment}
+    return Measurement(estimator=ESTIMATOR, levels=[BASELINE, TRIAL], control=CONTROL, rounds=rounds, **about)
+
+
+def build(params: Params, environment: Environment, micro_batch: int, levels: Mapping[str, Switches]) -> dict[str, Arm]:
+    """Return the arms of `levels` by name; set up this process for them."""
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    if any(devices.needs_own_process(switches, environment) for switches in levels.values()):
+        devices.keep_freed_memory(device)
+    return {arm.name: arm for arm in turns.build_arms(params, levels, device, micro_batch)}
+
+
+def follow_recipe(arm: Arm, params: Params) -> Arm:
+    """Return the trial's arm with an optimizer of its own, which clips and decays as the recipe says."""
+    if (recipe := params.recipe) == Recipe():
+        return arm
+    settings = params.size.learning_rate, params.optimizer, params.fused_adamw, recipe.decay
+    optimizer = loop.make_optimizer(arm.model, *settings)
+
+    def clip(*_: object) -> None:
+        clip_grad_norm_(arm.model.parameters(), recipe.clip_norm or math.inf)
+
+    if recipe.clip_norm:
+        optimizer.register_step_pre_hook(clip)
+    return replace(arm, optimizer=optimizer)
+
+
+def open_arm(params: str, environment: str, micro_batch: int, name: str) -> Arm:
+    """Return the arm `name` of BASELINE, built at the first call; settings and environment are JSON."""
+    return _open_arms(params, environment, micro_batch)[name]
+
+
+@cache
+def _open_arms(params: str, environment: str, micro_batch: int) -> dict[str, Arm]:
+    settings = Params.model_validate_json(params)
+    levels = dict.fromkeys((BASELINE, CONTROL), settings.levels[BASELINE])
+    return build(settings, Environment.model_validate_json(environment), micro_batch, levels)
+
+
+def judge(measurement: Measurement) -> dict[str, Any]:
+    """Return the measurement with the trial's gain over BASELINE, or with the reason why there is none."""
+    count, reason = len(measurement.rounds), f"{MINIMUM_ROUNDS} rounds are needed, but only %s fitted in"
+    enough = count >= MINIMUM_ROUNDS
+    gain = measurement.compare(TRIAL, BASELINE, measurement.noise()) if enough else None
+    return {"measurement": measurement.model_dump(), "gain": gain, "not_measured": None if enough else reason % count}
