@@ -37,8 +37,8 @@ benchmark: .venv/installed
 	@cat results/report/ladder.md
 
 show: .venv/installed
-	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|json$$).*' \
-		--sort-by results/trial/metrics.json:tokens_per_second --sort-order desc
+	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|(json|csv)$$).*' \
+		--sort-by gain --sort-order desc
 
 # DVC's default page loads Vega from a server. This page includes Vega, from vl-convert.
 plots: .venv/installed

@@ -31,6 +31,7 @@ TRAINING_INPUTS = (TRAIN_SHARD, SHARDS, VAL_SHARD, ENCODER_JSON)  # the fields o
 MODELS = Path("models")
 TRIAL = MODELS / "trial"
 RESULTS = Path("results")
+TRIAL_FACTS = RESULTS / "trial" / "facts.json"
 ENVIRONMENT = RESULTS / "environment.json"
 PROBE = RESULTS / "probe.json"
 PARITY = RESULTS / "parity.json"

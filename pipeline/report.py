@@ -9,7 +9,7 @@ import altair as alt
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
-from pipeline import GAINS, PARITY, PROFILE, RESULTS, read_environment, read_json, read_metrics, run
+from pipeline import GAINS, PARITY, PROFILE, RESULTS, TRIAL_FACTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
 
@@ -30,7 +30,7 @@ def main() -> None:
     content = facts.collect(
         ladder,
         model=params.model,
-        trial=read_json(RESULTS / "trial" / "metrics.json"),
+        trial=read_json(TRIAL_FACTS),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency

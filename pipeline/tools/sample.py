@@ -123,7 +123,7 @@ def load_network(args: argparse.Namespace, params: Params) -> GPT:
     elif folder == TRIAL and not (folder / hub_format.CONFIG).exists():
         raise UserError(
             f"{TRIAL}: contains no network; train it with `dvc repro trial` (if the stage was skipped, "
-            "results/trial/metrics.json shows why), or give a folder, --hub ID or --random"
+            "results/trial/facts.json shows why), or give a folder, --hub ID or --random"
         )
     check_weights(folder)
     model = hub_format.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)

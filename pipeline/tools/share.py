@@ -21,9 +21,9 @@ from gpt2_ladder.using import sharing
 from pipeline import (
     CORPUS,
     ENCODER_JSON,
-    RESULTS,
     SHARDS,
     TRIAL,
+    TRIAL_FACTS,
     VAL_SHARD,
     VOCAB_BPE,
     Parser,
@@ -71,9 +71,9 @@ def main(*arguments: str) -> None:
 
 def read_run() -> dict[str, Any]:
     """Return the facts of the run that trained the trial's network; raise UserError if anything changed since."""
-    metrics = RESULTS / "trial" / "metrics.json"
     if not (TRIAL / hub_format.WEIGHTS).exists():
-        reason = (files.read_json(metrics) if metrics.exists() else {}).get("reason") or "not trained, or not pulled"
+        reason = files.read_json(TRIAL_FACTS)["reason"] if TRIAL_FACTS.exists() else None
+        reason = reason or "not trained, or not pulled"
         raise UserError(f"{TRIAL}: contains no network ({reason}); train it with `dvc repro trial`")
     if changed := _changed("tokenize", "trial"):
         raise UserError(
@@ -89,7 +89,7 @@ def read_run() -> dict[str, Any]:
         inputs = {f"{len(inputs):,} files, hash of their hashes": digest}
     settings = describe(make_job(params), params, environment)
     return {
-        "result": files.read_json(metrics),
+        "result": files.read_json(TRIAL_FACTS),
         "shape": shape,
         "tokens": shape.steps * (recipe.tokens_per_step or shape.batch_size * shape.block_size),
         "settings": {key: value for key, value in settings.items() if key not in ("environment", "level")},

@@ -38,7 +38,7 @@ def test_two_queue_workers_run_the_queued_code_and_keep_the_shared_cache_whole(f
     losses = {
         revision["data"]["params"]["params.yaml"]["data"]["precision"]: revision["data"]["metrics"][
             "results/trial/metrics.json"
-        ]["data"]["loss_last"]
+        ]["data"]["loss"]
         for revision in revisions
         if revision["name"].startswith("sweep")
     }
@@ -56,6 +56,6 @@ def test_keep_going_runs_the_other_levels_when_one_fails(first_run, clone):
     set_param(clone, "levels.init.vocab_size", 4_000_000_000_000)  # fits no memory
     set_param(clone, "levels.fp32.attention", "flash")
     ran = stages_that_ran(call(clone, "dvc", "repro", "-k", exit_code=255))
-    assert ran == {"environment", "probe", "train@init", "train@fp32"}
+    assert ran == {"environment", "probe", "train@init", "train@fp32", "trial"}
     assert read_metrics(clone, "levels/fp32")["status"] == "trained"
     get_back(clone)

@@ -1,5 +1,6 @@
 """The whole pipeline under real DVC: the results of one climb, and which stages a second run executes."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -68,6 +69,8 @@ def test_levels_are_trained_and_the_speed_levels_agree(clone):
 def test_the_trial_computes_what_the_fp32_level_computes(clone):
     trial, fp32 = read_metrics(clone, "trial"), read_metrics(clone, "levels/fp32")
     assert {name: trial[name] for name in LOSSES} == {name: fp32[name] for name in LOSSES}
+    assert (trial["changes"], trial["loss_apart"]) == ({}, 0.0)
+    assert trial["gain"]["low"] <= trial["gain"]["ratio"] <= trial["gain"]["high"]
     assert (clone / "models/trial/model.safetensors").exists()
 
 
@@ -283,7 +286,11 @@ def test_an_experiment_runs_only_the_trial_and_can_be_removed(clone):
     assert "warning: " not in output
     assert stages_that_ran(output) == {"environment", "trial", "report"}
     assert "precision" in call(clone, "dvc", "params", "diff")
-    assert "results/trial/metrics.json" in call(clone, "dvc", "metrics", "diff")
+    changed = call(clone, "dvc", "metrics", "diff").splitlines()[1:]
+    assert {line.split()[0] for line in changed} == {"results/trial/metrics.json"}
+    assert len(changed) <= 6
+    titles = next(csv.reader(call(clone, "dvc", "exp", "show", "--csv").splitlines()))
+    assert {"gain", "low", "high", "loss_apart", "loss", "val"} <= {*titles}  # DVC adds no file's name to them
     assert call(clone, "git", "diff", "--numstat", "params.yaml").split() == ["1", "1", "params.yaml"]  # still readable
     assert re.search(r"\| precision .*\| bf16 ", call(clone, "make", "show"), re.DOTALL)
     get_back(clone)

@@ -137,7 +137,7 @@ def test_the_card_of_an_unknown_network_states_what_is_unknown(project, capsys):
 def test_a_trial_that_was_not_trained_is_refused(project):
     with pytest.raises(UserError, match=r"models/trial: contains no network \(not trained, or not pulled\)"):
         share.main("to")
-    write_json(Path("results/trial/metrics.json"), {"status": "skipped", "reason": "no bfloat16 here"})
+    write_json(Path("results/trial/facts.json"), {"status": "skipped", "reason": "no bfloat16 here"})
     with pytest.raises(UserError, match=r"models/trial: contains no network \(no bfloat16 here\); train it"):
         share.main("to")
     assert not Path("to").exists()
