@@ -1,4 +1,4 @@
-"""Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B."""
+"""Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B, print a summary."""
 
 import csv
 from pathlib import Path
@@ -30,6 +30,7 @@ def main() -> None:
     content = facts.collect(
         ladder,
         model=params.model,
+        machine=params.machine,
         trial=read_json(TRIAL_FACTS),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
@@ -60,10 +61,12 @@ def main() -> None:
     files.write(FOLDER / "ladder.html", facts.html(content, {name: charts.svg(pictures[name]) for name in pictures}))
     lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
     files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))  # for `dvc plots`
+    files.write(FOLDER / "summary.txt", summary := facts.summary(content))
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
     group = tracking.run_group(environment.fingerprint)
-    summary = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)
-    tracking.log_summary(summary, gains, {name: FOLDER / f"{name}.png" for name in pictures})
+    wandb_run = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)
+    tracking.log_summary(wandb_run, gains, {name: FOLDER / f"{name}.png" for name in pictures})
+    print(summary, end="")
 
 
 if __name__ == "__main__":

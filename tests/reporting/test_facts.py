@@ -8,7 +8,7 @@ import pytest
 from gpt2_ladder.config import UserError
 from gpt2_ladder.reporting import facts, tables
 from helpers.common import environment, measurement
-from helpers.results import LEVELS, RUN, SKIPPED, TRAINED, content, gains, profiled
+from helpers.results import LEVELS, RUN, SKIPPED, TRAINED, TRIAL, content, gains, profiled
 
 SVG = "<svg><text>1.2</text></svg>"
 EVEN = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[330.0] * 4)  # no level is faster
@@ -160,6 +160,79 @@ def test_a_machine_without_fast_bf16_shows_the_gains_of_an_h100(page):
     assert on_h100 in " ".join(answer(slightly).split())
     unmeasured = answer(measurement(fp32=[300.0] * 4, tf32=[300.0] * 4))
     assert "no fast bf16: `bf16` was not measured." in unmeasured
+
+
+@pytest.mark.parametrize("page", [markdown, html])
+def test_the_headline_has_the_gain_of_a_changed_trial(page):
+    def answers(**changes: object) -> str:
+        return re.sub(r"</?code>", "`", page(content(trial={**TRIAL, **changes})))
+
+    answer = "`precision=bf16`: 2.00 [1.99, 2.01] times as fast as `fp32`, losses within 0.0006 nats."
+    assert answer in answers()
+    assert "Your trial" not in answers(changes={})
+
+
+NOISY = measurement(fp32=[300.0, 310.0, 290.0, 305.0, 295.0, 300.0], trial=[295.0, 300.0, 296.0, 299.0, 301.0, 297.0])
+NO_GAIN = {**NOISY.compare("trial", "fp32", NOISY.noise()), "rounds_to_settle": 30}
+OTHER = {"loss_apart": None, "not_compared": "other losses are expected with init"}
+NOT_MEASURED = {"gain": None, "measurement": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "result", "next_try"),
+    [
+        (
+            {},
+            "precision=bf16: 2.00 [1.99, 2.01] times as fast as fp32, losses within 0.0006 nats",
+            'make try CHANGE="compile=true" adds this switch; docs/dvc.md shows how to undo changes',
+        ),
+        ({"changes": {}}, "compile is the fastest level: it is 2.5", 'make try CHANGE="precision=bf16"'),
+        (
+            {"changes": {"precision": "bf16", "compile": "true"}},
+            "precision=bf16 compile=true: 2.00 ",
+            "make show compares your experiments; docs/dvc.md shows how to undo changes",
+        ),
+        (
+            {"gain": NO_GAIN},
+            "precision=bf16: no measurable gain [0.98, 1.03] over fp32, losses within 0.0006",
+            'make try CHANGE="trial.cpu.seconds=360" for about 30 rounds instead of 6',
+        ),
+        (
+            {"gain": None, "not_measured": "only 3", "measurement": {"rounds": [0] * 3}},
+            "precision=bf16: speed not measured (only 3), losses within 0.0006",
+            'make try CHANGE="trial.cpu.seconds=144" for about 6 rounds instead of 3',
+        ),
+        (
+            {"changes": {"init": "pytorch"}, **OTHER},
+            "init=pytorch: 2.00 [1.99, 2.01] times as fast as fp32, last loss 6.7200 (other losses are expected with",
+            'make try CHANGE="precision=bf16"',
+        ),
+        (
+            {**SKIPPED, **OTHER, **NOT_MEASURED, "not_measured": "no compiler"},
+            "precision=bf16: not trained (no compiler)\n",
+            'make try CHANGE="compile=true"',
+        ),
+    ],
+)
+def test_a_run_ends_with_its_result_the_file_to_open_and_what_to_try_next(changes, result, next_try):
+    text = facts.summary(content(trial={**TRIAL, **changes}))
+    _, second, third = text.splitlines()
+    assert text.startswith(result)
+    assert second == "Open results/report/ladder.html for all tables and pictures"
+    assert third.startswith(f"Try next: {next_try}")
+
+
+def test_the_next_switch_is_one_of_the_fastest_level_or_of_all_levels_if_none_is_faster():
+    table = [["level", "switch"], ["fp32", "the speed shape only"], ["a", "init: gpt2, compile: true"], ["b", "c: d"]]
+
+    def next_try(fastest: str, **changes: str) -> str:
+        report = {**content(trial={**TRIAL, "changes": changes}), "speed": table, "fastest": fastest}
+        return facts.summary(report).splitlines()[-1]
+
+    assert 'CHANGE="init=gpt2"' in next_try("a", attention="flash")
+    assert 'CHANGE="compile=true" adds this switch' in next_try("a", init="gpt2")
+    assert "make show compares" in next_try("a", init="gpt2", compile="true")
+    assert 'CHANGE="c=d"' in next_try("", init="gpt2", compile="true")
 
 
 def test_without_the_h100s_file_its_gains_are_not_shown():

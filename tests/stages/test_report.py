@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_ladder.files import write_json
 from helpers.common import REPOSITORY, environment, measurement
-from helpers.results import OVERFIT, PARAMS, RUN, SKIPPED, TRAINED, VERIFY, gains, ladder
-from pipeline import report
+from helpers.results import OVERFIT, PARAMS, RUN, SKIPPED, TRAINED, TRIAL, VERIFY, gains, ladder
+from pipeline import TRIAL_FACTS, report
 
 HEADER = "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
 STEPS = HEADER + "0,10.95,1,1,1,2\n1,9.5,1,1,1,2\n"
@@ -39,15 +40,14 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in PARAMS.levels:
         write(f"levels/{name}", trained=name in RUN.levels or PARAMS.levels[name].group == "quality")
     write("trial", trained=True)
+    write_json(TRIAL_FACTS, TRIAL)
     return tmp_path / "results"
 
 
 def write(name: str, trained: bool) -> None:
     """Write the results of one training."""
     folder = Path("results", name)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("metrics.json", "facts.json"):  # a level has the first, the report reads the trial's second
-        (folder / file).write_text(json.dumps(TRAINED if trained else SKIPPED))
+    write_json(folder / "metrics.json", TRAINED if trained else SKIPPED)
     (folder / "steps.csv").write_text(STEPS if trained else HEADER)
 
 
@@ -69,7 +69,16 @@ def test_the_report_shows_the_gallerys_h100(results):
     assert "[fp32](../../docs/levels/fp32.md)" in page
 
 
-def test_skipped_trainings_leave_no_empty_picture(results):
+def test_the_last_three_lines_are_the_trials_result(results, capsys):
+    report.main()
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "precision=bf16: 2.00 [1.99, 2.01] times as fast as fp32, losses within 0.0006 nats"
+    assert (results / "report/summary.txt").read_text().splitlines() == lines
+
+
+def test_skipped_trainings_leave_no_empty_picture(results, capsys):
+    missing = ("gain", "measurement", "loss_apart")
+    write_json(TRIAL_FACTS, {**TRIAL, **SKIPPED, **dict.fromkeys(missing), "not_measured": "no compiler"})
     for name in ("levels/untied", "levels/tied", "levels/init", "trial"):
         write(name, trained=False)
     report.main()
@@ -78,3 +87,4 @@ def test_skipped_trainings_leave_no_empty_picture(results):
         text = (results / "report" / page).read_text()
         assert "quality.png" not in text
         assert ">trial</text>" not in text
+    assert "precision=bf16: not trained (no compiler)\n" in capsys.readouterr().out

@@ -154,7 +154,7 @@ def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine 
     gain = gains["levels"][bf16]["over_baseline"] if bf16 in gains["levels"] else None
     is_fast = gain is not None and gain["verdict"] == "faster" and gain["ratio"] >= FAST_BF16
     return {
-        **{**more, "gains": gains, "environment": environment, "shapes": shapes, "verify": verify},
+        **{**more, "gains": gains, "environment": environment, "shapes": shapes, "verify": verify, "trial": trial},
         "weights": WEIGHTS[verify["weights"]],
         **{"baseline": baseline, "precision": levels[baseline].precision},
         "fastest": largest_gain(gains, "over_baseline"),
@@ -180,6 +180,11 @@ def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine 
 def markdown(facts: Mapping[str, Any], pictures: Collection[str]) -> str:
     """Return the page ladder.md; it shows the PNG files next to it, which have the names `pictures`."""
     return templates.get_template("ladder.md").render(**facts, table=markdown_table, pictures=pictures)
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """Return the three lines that end a run: the result, the file to open, and what to try next."""
+    return templates.get_template("summary.txt").render(**facts).replace("`", "")
 
 
 def html(facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
