@@ -1,21 +1,27 @@
 """Compare two levels in results/benchmark.json, or compare this machine with another one.
 
 python -m pipeline.tools.compare flash bf16             how much faster flash is than bf16 on this machine
+python -m pipeline.tools.compare trial bf16             how much faster the trial is than bf16
 python -m pipeline.tools.compare machines/h100-sxm.json  the gains on both machines, side by side
 """
 
+import math
 from pathlib import Path
 
-from gpt2_ladder.config import UserError
-from gpt2_ladder.measuring.gains import Measurement
+from gpt2_ladder import files
+from gpt2_ladder.config import BASELINE, UserError
+from gpt2_ladder.measuring.gains import Gain, Measurement, verdict
+from gpt2_ladder.measuring.trials import TRIAL
 from gpt2_ladder.reporting import gallery, tables
-from pipeline import BENCHMARK, read_json, run
+from pipeline import BENCHMARK, TRIAL_FACTS, read_json, run
 
 
 def main(*arguments: str) -> None:
-    if len(arguments) == 2:
+    if len(arguments) == 2 and TRIAL in arguments and BASELINE not in arguments:
+        compare_trial(*arguments)
+    elif len(arguments) == 2:
         level, base = arguments
-        measured = Measurement.model_validate(read_json(BENCHMARK))
+        measured = read_trial() if TRIAL in arguments else Measurement.model_validate(read_json(BENCHMARK))
         result = measured.compare(level, base, measured.noise())
         rounds = result["rounds_to_settle"]
         more = f" (a clear result needs about {rounds:,} rounds)" if rounds else ""
@@ -27,6 +33,34 @@ def main(*arguments: str) -> None:
         print(tables.markdown_table(tables.side_by_side(this, other), text_columns=1))
     else:
         raise UserError(f"{len(arguments)} arguments: name two levels, or a file of machines/")
+
+
+def read_trial() -> Measurement:
+    """Return the rounds of the trial and BASELINE. Raise UserError if they were not measured."""
+    facts = files.read_json(TRIAL_FACTS)
+    if not facts["gain"]:
+        raise UserError(f"the trial was not measured: {facts['not_measured']}")
+    return Measurement.model_validate(facts["measurement"])
+
+
+def compare_trial(level: str, base: str) -> None:
+    """Print the gain between the trial and a level of the benchmark: the quotient of their gains over BASELINE."""
+    trial, benchmark = read_trial(), Measurement.model_validate(read_json(BENCHMARK))
+    for key in ("environment", "model", "batch_size", "block_size"):
+        if getattr(trial, key) != getattr(benchmark, key):
+            raise UserError(f"the trial and the benchmark differ in {key}; run `dvc repro` to measure both again")
+    gains = [(trial if name == TRIAL else benchmark).gain(name, BASELINE) for name in (level, base)]
+    noise = math.exp(math.hypot(trial.noise().uncertainty, benchmark.noise().uncertainty))
+    result = divide(*gains)
+    print(f"{level} is {result} times as fast as {base}: {verdict(result, Gain(1, 1 / noise, noise))}")
+    print(f"{gains[0]} / {gains[1]}, both over {BASELINE}: measured apart, so the variances of their logarithms add")
+    print(f"trial: {describe(trial)}\nlevels: {describe(benchmark)}")
+
+
+def divide(gain: Gain, other: Gain) -> Gain:
+    """Return the quotient of two independent gains, with half-widths of intervals in place of standard deviations."""
+    ratio, width = gain.ratio / other.ratio, math.hypot(*(math.log(g.high / g.low) / 2 for g in (gain, other)))
+    return Gain(ratio, ratio * math.exp(-width), ratio * math.exp(width))
 
 
 def describe(measurement: Measurement) -> str:

@@ -1,5 +1,6 @@
 """The tools that are no stage: compare and plan."""
 
+import math
 import re
 
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
+from gpt2_ladder.measuring import trials
+from gpt2_ladder.measuring.gains import Gain
 from helpers.common import REPOSITORY, environment, measurement, params_with
-from pipeline import BENCHMARK, ENVIRONMENT
+from pipeline import BENCHMARK, ENVIRONMENT, TRIAL_FACTS
 from pipeline.tools import compare, plan
 
 
@@ -36,6 +39,47 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
             compare.main(name)
     with pytest.raises(UserError, match="0 arguments: name two levels"):
         compare.main()
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch) -> None:
+    """A trial that is 1.8 times as fast as fp32, and a benchmark in which bf16 is twice as fast."""
+    monkeypatch.chdir(tmp_path)
+    write_json(BENCHMARK, measurement(fp32=[300.0] * 6, bf16=[150.0] * 6).model_dump())
+    write_json(TRIAL_FACTS, trials.judge(measurement(fp32=[360.0] * 6, trial=[200.0] * 6)))
+
+
+def test_the_trial_is_compared_with_a_level_by_their_gains_over_fp32(measured, capsys):
+    compare.main("trial", "bf16")
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert first == "trial is 0.90 [0.90, 0.90] times as fast as bf16: slower"
+    assert second.startswith("1.80 [1.80, 1.80] / 2.00 [2.00, 2.00], both over fp32: measured apart, so the variances")
+    assert third.startswith("trial: A processor, 2 threads")
+    assert fourth.startswith("levels: A processor, 2 threads")
+    compare.main("bf16", "trial")
+    assert "bf16 is 1.11 [1.11, 1.11] times as fast as trial: faster" in capsys.readouterr().out
+    compare.main("trial", "fp32")
+    assert "trial is 1.80 [1.80, 1.80] times as fast as fp32: faster\nmeasured on" in capsys.readouterr().out
+
+
+def test_the_variances_of_two_gains_add_as_logarithms():
+    quotient = compare.divide(Gain(1.2, 1.2 / 1.03, 1.2 * 1.03), Gain(1.5, 1.5 / 1.04, 1.5 * 1.04))
+    width = math.sqrt(math.log(1.03) ** 2 + math.log(1.04) ** 2)
+    assert quotient.ratio == pytest.approx(0.8)
+    assert (quotient.low, quotient.high) == pytest.approx((0.8 * math.exp(-width), 0.8 * math.exp(width)))
+
+
+def test_a_trial_that_cannot_be_compared_is_refused(measured):
+    with pytest.raises(UserError, match="level 'flash' was not measured; choose from fp32, bf16"):
+        compare.main("trial", "flash")
+    other = measurement(fp32=[360.0] * 6, trial=[200.0] * 6).model_copy(update={"block_size": 1024})
+    write_json(TRIAL_FACTS, trials.judge(other))
+    with pytest.raises(UserError, match="the trial and the benchmark differ in block_size"):
+        compare.main("trial", "bf16")
+    write_json(TRIAL_FACTS, {"gain": None, "not_measured": "no compiler"})
+    for level in ("bf16", "fp32"):
+        with pytest.raises(UserError, match="the trial was not measured: no compiler"):
+            compare.main("trial", level)
 
 
 def test_a_plan_shows_what_fits_and_refuses_an_amount_that_is_no_memory(tmp_path, monkeypatch, capsys):
