@@ -1,10 +1,11 @@
 # make repro      run the whole ladder                  make test       run all tests
 # make benchmark  measure the gains in 30 rounds         make test-fast  run the tests that take seconds
-# make show       compare the experiments                make test-gpu   check a GPU
-# make plots      write DVC's plots to a page            make check      run linters and the type checker
-# make plan       predict memory and least time          make schema     write params.schema.json
-# make sample     write text with the trial's network    make pins       write requirements.txt
-# make hellaswag  grade a network on HellaSwag           make share      make a folder for the Hugging Face hub
+# make try        train and measure one change           make test-gpu   check a GPU
+# make show       compare the experiments                make check      run linters and the type checker
+# make plots      write DVC's plots to a page            make schema     write params.schema.json
+# make plan       predict memory and least time          make pins       write requirements.txt
+# make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
+# make hellaswag  grade a network on HellaSwag
 # make docs       write the numbers of machines/ into README.md and docs/
 
 SHELL := /bin/bash
@@ -15,14 +16,23 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
-$(foreach name,$(filter ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+$(foreach name,$(filter CHANGE ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
+.PHONY: repro try announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
 	@cat results/report/ladder.md
+	@echo && cat results/report/summary.txt
+
+# make try CHANGE="precision=bf16 compile=true". DVC's last lines are about files, so the result is printed again
+try: .venv/installed
+	@read -ra changes <<< "$(if $(CHANGE),,$(error CHANGE is not set; run make try CHANGE="precision=bf16"))$$CHANGE" \
+		&& dvc exp run "$${changes[@]/#/--set-param=}"
+	@echo
+	@git for-each-ref --sort=-committerdate --count=1 --format='Experiment: %(refname:lstrip=4)' 'refs/exps/??/*/*'
+	@cat results/report/summary.txt
 
 announce:
 	@echo "Takes about 20 minutes on two cores, 10 GB of memory and 3 GB of disk (several GB more with CUDA's packages)."

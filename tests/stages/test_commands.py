@@ -98,6 +98,23 @@ def test_make_passes_a_value_on_as_it_was_typed(make, arguments, printed):
     assert make(target, **dict(value.split("=", 1) for value in values)).stdout == result.stdout  # from the environment
 
 
+def test_make_try_sets_every_change_and_ends_with_the_experiments_result(make, tmp_path):
+    for name, line in (("dvc", "printf '[%s]' \"$@\"; exit $STATUS"), ("git", "echo Experiment: crass-airt")):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    (tmp_path / "results/report").mkdir(parents=True)
+    (tmp_path / "results/report/summary.txt").write_text("the result\n")
+    change, ran = (
+        "CHANGE=precision=bf16  data.path=$(X)*",
+        "[exp][run][--set-param=precision=bf16][--set-param=data.path=$(X)*]",
+    )
+    result = make("try", change, STATUS="0")
+    assert result.stdout == f"{ran}\nExperiment: crass-airt\nthe result\n", result.stderr
+    failed = make("try", change, STATUS="255")
+    assert (failed.stdout, failed.returncode) == (ran, 2)
+    assert 'CHANGE is not set; run make try CHANGE="precision=bf16"' in make("try").stderr
+
+
 @pytest.mark.parametrize("target", ["plan", "hellaswag", "sample"])
 def test_make_prints_why_dvc_fails_and_hides_its_other_output(make, tmp_path, target):
     (tmp_path / ".venv/bin/dvc").write_text(f'#!/bin/sh\nexec {sys.executable} -m dvc "$@"\n')

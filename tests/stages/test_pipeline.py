@@ -282,8 +282,13 @@ def test_an_experiment_runs_only_the_trial_and_can_be_removed(clone):
         return len(list((clone / ".dvc/cache/files").rglob("*")))
 
     before = cached()
-    output = call(clone, "dvc", "exp", "run", "-S", "precision=bf16")
+    output = call(clone, "make", "try", "CHANGE=precision=bf16")
     assert "warning: " not in output
+    _, name, *lines = output.splitlines()[-5:]
+    assert name.removeprefix("Experiment: ") in call(clone, "dvc", "exp", "list", "--name-only").split()
+    assert lines == (clone / "results/report/summary.txt").read_text().splitlines()
+    assert lines[0].startswith("precision=bf16: ")
+    assert lines[0] in (clone / "results/report/ladder.md").read_text().replace("`", "")
     assert stages_that_ran(output) == {"environment", "trial", "report"}
     assert "precision" in call(clone, "dvc", "params", "diff")
     changed = call(clone, "dvc", "metrics", "diff").splitlines()[1:]
