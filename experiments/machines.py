@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments import pages
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import Peaks
+from gpt2_ladder.config import BASELINE, Peaks
 from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Gain
 from gpt2_ladder.reporting import charts, facts, gallery, tables
@@ -28,7 +28,6 @@ OPERATORS = 4  # of a level and a machine, whose time changed most
 PARAMS = params_yaml.load()
 NO_PEAKS = Peaks(fp32=None, tf32=None, bf16=None)  # those in params.yaml are of the reader's machine
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
-BASELINE = next(iter(ROWS))
 PREVIOUS = dict(zip(list(ROWS)[1:], ROWS, strict=False))
 
 
@@ -123,12 +122,11 @@ def readme_part(climbs: Sequence[Climb]) -> str:
 
 def machines_part(climbs: Sequence[Climb]) -> str:
     """Return the generated part of docs/machines.md: two tables, and a section a machine."""
-    titles = "machine", "model", "torch", "commit", "day", "tokens a step", "rounds", f"`{BASELINE}` tokens/s"
-    rows = [[*titles, "fastest tokens/s", "losses within"]]
+    rows = []
     for climb in climbs:
         machine, run = climb.machine, climb.machine.benchmark
-        apart = [row.loss_difference for row in machine.levels.values() if row.loss_difference is not None]
-        cells = {
+        apart = [level.loss_difference for level in machine.levels.values() if level.loss_difference is not None]
+        row = {
             "machine": f"[{machine.title}](#{climb.name})",
             "model": run.model,
             "torch": run.environment.torch,
@@ -136,13 +134,14 @@ def machines_part(climbs: Sequence[Climb]) -> str:
             "day": str(machine.date),
             "tokens a step": f"{run.batch_size} x {run.block_size}",
             "rounds": str(len(run.rounds)),
-            "baseline": climb.cell(BASELINE, "tokens_per_second"),
-            "fastest": f"{climb.cell(climb.fastest, 'tokens_per_second')} (`{climb.fastest}`)",
-            "losses": f"{max(apart):.4f}" if apart else NOT_MEASURED,
+            f"`{BASELINE}` tokens/s": climb.cell(BASELINE, "tokens_per_second"),
+            "fastest tokens/s": f"{climb.cell(climb.fastest, 'tokens_per_second')} (`{climb.fastest}`)",
+            "losses within": f"{max(apart):.4f}" if apart else NOT_MEASURED,
         }
-        rows.append(list(cells.values()))
+        rows.append(row)
+    summary_table = [list(rows[0]), *(list(row.values()) for row in rows)]
     sections = [section(climb) for climb in climbs]
-    return "\n\n".join([tables.markdown_table(rows), tables.markdown_table(ladder_table(climbs)), *sections])
+    return "\n\n".join([tables.markdown_table(summary_table), tables.markdown_table(ladder_table(climbs)), *sections])
 
 
 def section(climb: Climb) -> str:

@@ -30,7 +30,7 @@ def main() -> None:
     if not run_job(make_job(params), params, environment, inputs, micro_batch, keep):
         shutil.rmtree(TRIAL, ignore_errors=True)
         TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
-    # of the ranks that torchrun started only the first goes on, and none of those that this command started itself
+    # if torchrun started the ranks, the first one measures; if this command started them, this process does
     if files.ERROR_FILE not in os.environ and os.environ.get("RANK", "0") == "0":
         conclude(params, environment)
 

@@ -187,7 +187,7 @@ def test_every_relative_link_and_picture_exists():
     assert count > 40
 
 
-def test_the_readmes_check_for_bfloat16_agrees_with_the_environment_stage():
+def test_the_documented_check_for_bfloat16_agrees_with_the_environment_stage():
     command = next(command for command in commands() if command.startswith("grep"))
     count = subprocess.run(command, shell=True, capture_output=True, text=True, check=False).stdout
     assert (int(count) > 0) == environment.describe().bf16

@@ -21,18 +21,23 @@ def main(*arguments: str) -> None:
         compare_trial(*arguments)
     elif len(arguments) == 2:
         level, base = arguments
-        measured = read_trial() if TRIAL in arguments else Measurement.model_validate(read_json(BENCHMARK))
+        measured = read_trial() if TRIAL in arguments else read_benchmark()
         result = measured.compare(level, base, measured.noise())
         rounds = result["rounds_to_settle"]
         more = f" (a clear result needs about {rounds:,} rounds)" if rounds else ""
         print(f"{level} is {measured.gain(level, base)} times as fast as {base}: {result['verdict']}{more}")
         print(f"measured on {describe(measured)}")
     elif len(arguments) == 1:
-        this, other = Measurement.model_validate(read_json(BENCHMARK)), gallery.read(Path(arguments[0])).benchmark
+        this, other = read_benchmark(), gallery.read(Path(arguments[0])).benchmark
         print(f"this machine:  {describe(this)}\nother machine: {describe(other)}\n")
         print(tables.markdown_table(tables.side_by_side(this, other), text_columns=1))
     else:
         raise UserError(f"{len(arguments)} arguments: name two levels, or a file of machines/")
+
+
+def read_benchmark() -> Measurement:
+    """Return the rounds of this machine's benchmark."""
+    return Measurement.model_validate(read_json(BENCHMARK))
 
 
 def read_trial() -> Measurement:
@@ -45,7 +50,7 @@ def read_trial() -> Measurement:
 
 def compare_trial(level: str, base: str) -> None:
     """Print the gain between the trial and a level of the benchmark: the quotient of their gains over BASELINE."""
-    trial, benchmark = read_trial(), Measurement.model_validate(read_json(BENCHMARK))
+    trial, benchmark = read_trial(), read_benchmark()
     for key in ("environment", "model", "batch_size", "block_size"):
         if getattr(trial, key) != getattr(benchmark, key):
             raise UserError(f"the trial and the benchmark differ in {key}; run `dvc repro` to measure both again")

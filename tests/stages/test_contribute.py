@@ -33,7 +33,7 @@ def test_a_committed_climb_becomes_a_file_of_the_gallery(clone, monkeypatch):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """The results of a climb with code of before steps.csv, outside of Git."""
+    """Results of older code, which wrote no steps.csv, outside of Git."""
     monkeypatch.chdir(tmp_path)
     files.write_json(tmp_path / "results/benchmark.json", measurement(fp32=[300.0] * 6).model_dump())
     files.write_json(tmp_path / "results/parity.json", {"levels": {"fp32": {"largest": 0.25}}})

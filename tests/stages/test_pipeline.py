@@ -71,7 +71,11 @@ def test_the_trial_computes_what_the_fp32_level_computes(clone):
     assert {name: trial[name] for name in LOSSES} == {name: fp32[name] for name in LOSSES}
     assert (trial["changes"], trial["loss_apart"]) == ({}, 0.0)
     rounds = len(trial["measurement"]["rounds"])
-    assert trial["gain"]["low"] <= trial["gain"]["ratio"] <= trial["gain"]["high"] if rounds >= 6 else rounds > 0
+    if rounds < 6:  # a busy machine
+        assert trial["gain"] is None
+        assert f"only {rounds} fitted in" in trial["not_measured"]
+    else:
+        assert trial["gain"]["low"] <= trial["gain"]["ratio"] <= trial["gain"]["high"]
     assert (clone / "models/trial/model.safetensors").exists()
 
 
@@ -283,10 +287,9 @@ def test_an_experiment_runs_only_the_trial_and_can_be_removed(clone):
         return len(list((clone / ".dvc/cache/files").rglob("*")))
 
     before = cached()
-    output = call(clone, "make", "try", "CHANGE=precision=bf16")
+    output = call(clone, "make", "try", "CHANGE=precision=bf16", "--no-print-directory")
     assert "warning: " not in output
-    printed = [line for line in output.splitlines() if not line.startswith("make[")]  # make in make names its folder
-    _, name, *lines = printed[-5:]
+    _, name, *lines = output.splitlines()[-5:]
     assert name.removeprefix("Experiment: ") in call(clone, "dvc", "exp", "list", "--name-only").split()
     assert lines == (clone / "results/report/summary.txt").read_text().splitlines()
     assert lines[0].startswith("precision=bf16: ")

@@ -68,7 +68,7 @@ def test_a_skipped_trial_has_six_empty_numbers_and_a_reason(run):
         ({}, True),
         ({"RANK": "0"}, True),  # torchrun was started by hand
         ({"RANK": "1"}, False),
-        ({"RANK": "0", files.ERROR_FILE: "error"}, False),  # the process that started this rank goes on
+        ({"RANK": "0", files.ERROR_FILE: "error"}, False),  # the process that started this rank measures
     ],
 )
 def test_one_process_measures_after_a_training_on_several_ranks(params, monkeypatch, variables, concludes):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from gpt2_ladder.config import MINIMUM_ROUNDS, Strict, UserError
+from gpt2_ladder.config import BASELINE, MINIMUM_ROUNDS, Strict, UserError
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.measuring.profiling import Operator
 
@@ -47,9 +47,9 @@ class Machine(Strict):
     def _check(self) -> Self:
         run, arms = self.benchmark, {*self.benchmark.levels, self.benchmark.control}
         complete = all({*round_.step_ms} == arms and min(round_.step_ms.values()) > 0 for round_ in run.rounds)
-        if not complete or len(run.rounds) < MINIMUM_ROUNDS or run.levels[:1] != ["fp32"]:
+        if not complete or len(run.rounds) < MINIMUM_ROUNDS or run.levels[:1] != [BASELINE]:
             raise ValueError(
-                f"needs {MINIMUM_ROUNDS} rounds with positive times of every level and the control; first fp32"
+                f"needs {MINIMUM_ROUNDS} rounds with positive times of every level and the control; first {BASELINE}"
             )
         return self
 
