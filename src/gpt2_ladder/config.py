@@ -262,6 +262,13 @@ class Params(Switches):
         """The switches of the trial."""
         return Switches(**{name: getattr(self, name) for name in Switches.model_fields})
 
+    @property
+    def changes(self) -> dict[str, str]:
+        """The trial's switches and recipe where they differ from BASELINE's, by their key in params.yaml."""
+        before = self.levels[BASELINE].model_dump() | {f"recipe.{key}": value for key, value in Recipe()}
+        after = self.switches.model_dump() | {f"recipe.{key}": value for key, value in self.recipe}
+        return {key: str(value).lower() for key, value in after.items() if value != before[key]}
+
     def shape(self, group: Literal["quality", "speed"]) -> Shape:
         """Return the shape of the levels in `group`. The trial uses the shape of the speed levels."""
         return self.quality if group == "quality" else self.machines[self.machine]

@@ -30,10 +30,10 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_only_what_differs_from_the_row_fp32_and_the_plain_recipe_is_a_change():
-    assert trials.find_changes(params_with()) == {}
+    assert params_with().changes == {}
     recipe = Recipe(clip_norm=1.0)
     changed = params_with(precision="bf16", compile=True, recipe=recipe)
-    assert trials.find_changes(changed) == {"precision": "bf16", "compile": "true", "recipe.clip_norm": "1.0"}
+    assert changed.changes == {"precision": "bf16", "compile": "true", "recipe.clip_norm": "1.0"}
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_only_what_differs_from_the_row_fp32_and_the_plain_recipe_is_a_change():
 )
 def test_losses_are_compared_if_the_trial_computes_the_same(changes, shift, apart):
     params = params_with(**changes)
-    result = trials.compare_losses(params, trials.find_changes(params), [loss + shift for loss in LOSSES], LOSSES)
+    result = trials.compare_losses(params, params.changes, [loss + shift for loss in LOSSES], LOSSES)
     assert result["loss_apart"] == (None if apart is None else pytest.approx(apart, abs=1e-9))
-    key = next(iter(trials.find_changes(params)))
+    key = next(iter(params.changes))
     assert result["not_compared"] == (f"other losses are expected with {key}" if apart is None else None)
 
 

@@ -23,13 +23,6 @@ TRIAL = "trial"
 MOST_ROUNDS = 100  # the time of the bootstrap grows with the square of the rounds
 
 
-def find_changes(params: Params) -> dict[str, str]:
-    """Return the trial's switches and recipe where they differ from BASELINE's, by their key in params.yaml."""
-    before = params.levels[BASELINE].model_dump() | {f"recipe.{key}": value for key, value in Recipe()}
-    after = params.switches.model_dump() | {f"recipe.{key}": value for key, value in params.recipe}
-    return {key: str(value).lower() for key, value in after.items() if value != before[key]}
-
-
 def compare_losses(
     params: Params, changes: Mapping[str, str], losses: Sequence[float], baseline: Sequence[float]
 ) -> dict[str, Any]:
