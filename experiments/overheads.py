@@ -33,9 +33,9 @@ def recording_ms() -> list[float]:
     steps = [Step(index, 9.0, STEP_MS, 5120.0, 1.0, 2) for index in range(STEPS)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder}
-        run = tracking.start_run("overheads", "overheads", [], {}, "overheads")
+        run = tracking.start_run({}, name="overheads")
         times = []
-        with tracking.Tracker(Path(folder) / "steps.csv", run) as tracker:
+        with tracking.Tracker(Path(folder) / "steps.csv", run, 1) as tracker:
             start = time.perf_counter()
             for step in progress.show(steps, "overheads", STEPS):
                 tracker.log(step)

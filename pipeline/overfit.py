@@ -24,7 +24,7 @@ def main() -> None:
     built = build(job, params, environment, shape.batch_size)
     batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     batches = repeat(batch, shape.steps)
-    with open_tracker(job, describe(job, params, environment)) as tracker:
+    with open_tracker(job, params, describe(job, params, environment)) as tracker:
         steps = loop.train(built.model, built.optimizer, batches, built.autocast, built.device, shape.batch_size)
         losses = [step.loss for step in follow(steps, tracker, job)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}

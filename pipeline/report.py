@@ -58,14 +58,13 @@ def main() -> None:
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
     files.write(FOLDER / "ladder.md", facts.markdown(content, pictures))
-    files.write(FOLDER / "ladder.html", facts.html(content, {name: charts.svg(pictures[name]) for name in pictures}))
+    drawings = {name: charts.svg(chart) for name, chart in pictures.items()}
+    files.write(FOLDER / "ladder.html", facts.html(content, drawings))
     lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
     files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))  # for `dvc plots`
     files.write(FOLDER / "summary.txt", summary := facts.summary(content))
-    settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
-    group = tracking.run_group(environment.fingerprint)
-    wandb_run = tracking.start_run("summary", "report", [params.model, environment.device], settings, group)
-    tracking.log_summary(wandb_run, gains, {name: FOLDER / f"{name}.png" for name in pictures})
+    images = {name: FOLDER / f"{name}.png" for name in pictures if name != "ladder"}
+    tracking.log_summary(params, environment, gains, drawings["ladder"], images)
     print(summary, end="")
 
 

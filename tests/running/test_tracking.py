@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import re
 import subprocess
 from contextlib import suppress
@@ -13,12 +14,15 @@ import psutil
 import pytest
 import wandb
 
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.reporting import charts
-from gpt2_ladder.running import tracking
+from gpt2_ladder.running import run, tracking
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training.metrics import Step
+from helpers.common import environment
+from helpers.results import PARAMS, gains
 from helpers.wandb_server import forget_user, records
+from pipeline import train, trial
 
 STEPS = [Step(0, 10.9, 500.0, 256.0, 1.5, 4), Step(1, 0.1 + 0.2, 400.0, 320.0, 1.25, 4)]
 
@@ -30,14 +34,16 @@ def no_settings_of_the_user(monkeypatch, tmp_path):
 
 
 def start(**config: object) -> wandb.Run:
-    return tracking.start_run("bf16", "train", ["cpu"], {"precision": "bf16", **config}, "group")
+    about = {"name": "bf16", "job_type": "train", "tags": ["cpu"], "group": "group"}
+    return tracking.start_run({"precision": "bf16", **config}, **about)
 
 
 def track(path: Path, run: wandb.Run | None, steps: list[Step] = STEPS) -> list[dict[str, str]]:
     """Record `steps` and a summary, and return the rows of the CSV file."""
-    with Tracker(path, run) as tracker:
+    with Tracker(path, run, 512) as tracker:
         for step in steps:
             tracker.log(step)
+        tracker.log_validation(steps[-1].step, 6.5)
         tracker.summarize({"loss_last": 0.3, "note": None})
     return list(csv.DictReader(path.read_text().splitlines()))
 
@@ -46,7 +52,7 @@ def test_every_step_is_in_the_file_before_the_next_one_also_without_wandb(tmp_pa
     monkeypatch.setenv("WANDB_MODE", "disabled")
     path, run = tmp_path / "results" / "steps.csv", start()
     assert run is None
-    with Tracker(path, run) as tracker:
+    with Tracker(path, run, 512) as tracker:
         for count, step in enumerate(STEPS, start=1):
             tracker.log(step)
             rows = list(csv.DictReader(path.read_text().splitlines()))
@@ -65,6 +71,10 @@ def test_wandb_has_the_rows_of_the_csv_the_config_and_the_summary(tmp_path):
         assert record["step"]["num"] == int(row["step"])
         for name in ("loss", "step_ms", "tokens_per_second"):
             assert record["item"][name] == float(row[name])
+        assert record["item"]["tokens"] == 512 * (int(row["step"]) + 1)
+    assert result["history"][-1]["item"]["val_loss"] == 6.5
+    axes = {metric["name"]: metric.get("step_metric") for metric in result["metric"]}
+    assert (axes["loss"], axes["val_loss"]) == ("tokens", "tokens")
     (run,) = result["run"]
     assert (run["project"], run["run_group"], run["job_type"]) == ("gpt2-ladder", "group", "train")
     assert (run["display_name"], run["tags"]) == ("bf16", ["cpu"])
@@ -74,16 +84,46 @@ def test_wandb_has_the_rows_of_the_csv_the_config_and_the_summary(tmp_path):
     assert summary["loss_last"] == 0.3
 
 
-def test_the_summary_run_has_gains_and_pictures(tmp_path):
-    charts.save_png(charts.memory({"fp32": 3000.0}), tmp_path / "memory.png")
-    gains = {"rounds": 8, "levels": {"bf16": {"mfu": 0.5, "over_previous": {"ratio": 1.7, "low": 1.6, "high": 1.8}}}}
-    tracking.log_summary(start(), gains, {"memory": tmp_path / "memory.png"})
-    (folder,) = tmp_path.glob("wandb/offline-run-*")
-    summary = {key: value for record in records(folder)["summary"] for key, value in record["update"].items()}
+def summarize(levels: dict[str, dict]) -> list[str]:
+    """Log the summary of `levels`, and return the names of all summaries' folders."""
+    charts.save_png(charts.memory({"fp32": 3000.0}), Path("memory.png"))
+    gains = {"rounds": 8, "control": {"ratio": 1.0}, "levels": levels}
+    tracking.log_summary(PARAMS, environment(), gains, "<svg>bars</svg>", {"memory": Path("memory.png")})
+    return sorted(path.name for path in Path().glob("wandb/offline-run-*-summary-*"))
+
+
+def test_a_measurement_has_one_summary_with_a_table_a_chart_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    levels = gains()["levels"]
+    (name,) = summarize(levels)
+    folder = Path("wandb", name)
+    result = records(folder)
+    assert result["run"][0]["display_name"] == "summary"
+    summary = {key: value for record in result["summary"] for key, value in record["update"].items()}
     assert summary["rounds"] == 8
-    assert summary["levels"] == gains["levels"]
+    assert not {"levels", "control"} & set(summary)
+    (table,) = (json.loads(path.read_text()) for path in folder.glob("files/media/table/gains*.json"))
+    interval = ("ratio", "low", "high", "verdict")
+    assert table["columns"] == [
+        "level",
+        *(f"{side}_{key}" for side in ("over_previous", "over_baseline") for key in interval),
+        *("tokens_per_second", "step_ms", "mfu"),
+    ]
+    assert [row[0] for row in table["data"]] == list(levels)
+    assert table["data"][0][1:9] == [None] * 8
+    assert table["data"][2][1:5] == [levels["bf16"]["over_previous"][key] for key in interval]
+    (chart,) = folder.glob("files/media/html/ladder*.html")
+    assert "<svg>bars</svg>" in chart.read_text()
     (picture,) = folder.glob("files/media/images/memory*.png")
-    assert picture.read_bytes() == (tmp_path / "memory.png").read_bytes()
+    assert picture.read_bytes() == Path("memory.png").read_bytes()
+    capsys.readouterr()
+    assert summarize(levels) == [name]  # the report ran again
+    assert re.fullmatch(r"W&B: wandb/ has the run summary-\w{8} already: logging nothing\n", capsys.readouterr().out)
+    levels["bf16"]["step_ms"] += 1  # the benchmark was measured again
+    assert len(summarize(levels)) == 2
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    summarize(levels)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("W&B failed (UserError: WANDB_MODE=ofline")
 
 
 def test_wandb_project_and_wandb_dir_override_the_defaults(tmp_path, monkeypatch):
@@ -139,19 +179,52 @@ def test_a_key_is_read_from_where_wandb_login_writes_it(tmp_path, monkeypatch):
     assert tracking.has_key()
 
 
-def test_the_group_is_the_users_the_experiments_or_the_commit(tmp_path, monkeypatch):
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    assert tracking.run_group("44136fa") == f"{commit.stdout.strip()}-44136fa"
-    monkeypatch.setenv("PATH", str(tmp_path))  # without Git
-    assert tracking.run_group("44136fa") == "uncommitted-44136fa"
+def test_a_resumed_climb_keeps_its_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def commit(path: str) -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("new")
+        identity = ("-c", "user.name=me", "-c", "user.email=me@example.com")
+        for words in (("init", "-q"), ("add", path), (*identity, "commit", "-qm", path)):
+            subprocess.run(["git", *words], check=True)
+
+    commit("src/model.py")
+    group = tracking.run_group(PARAMS, environment())
+    commit("results/gains.json")
     monkeypatch.setenv("DVC_EXP_NAME", "hazy-loam")
-    assert tracking.run_group("44136fa") == "hazy-loam"
+    assert tracking.run_group(PARAMS.model_copy(update={"checkpoint_every": 5}), environment()) == group
+    assert tracking.run_group(PARAMS.model_copy(update={"seed": 5}), environment()) != group
+    assert tracking.run_group(PARAMS, environment(torch="9.9")) != group
+    commit("pipeline/train.py")
+    assert tracking.run_group(PARAMS, environment()) != group
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Git
+    assert re.fullmatch(r"uncommitted-\w{8}", tracking.run_group(PARAMS, environment()))
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    assert tracking.run_group("44136fa") == "mine"
+    assert tracking.run_group(PARAMS, environment()) == "mine"
+
+
+def test_runs_are_named_by_what_changed_and_the_experiment_or_by_the_level(params, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", ".")
+    monkeypatch.setenv("DVC_EXP_NAME", "crass-airt")
+    settings = params.model_copy(update={"recipe": Recipe(), "vocab_size": 50304})
+    for job in (trial.make_job(settings), train.make_job(settings, "fp32")):
+        with run.open_tracker(job, settings, run.describe(job, settings, environment())):
+            pass
+    started = [records(folder)["run"][0] for folder in Path().glob("wandb/offline-run-*")]
+    assert {start["display_name"] for start in started} == {"vocab_size=50304 · crass-airt", "fp32"}
+    assert {start["config"]["update"]["experiment"] for start in started} == {"crass-airt"}
+    assert len({start["run_group"] for start in started}) == 1
+    long = tracking.trial_name({"x" * 200: "y"})
+    assert len(long) <= 128
+    assert long.endswith(" · crass-airt")
+    monkeypatch.delenv("DVC_EXP_NAME")
+    assert tracking.trial_name({}) == "trial"
 
 
 def test_a_wandb_process_that_dies_costs_no_row(tmp_path, capsys):
-    with Tracker(tmp_path / "steps.csv", start()) as tracker:
+    with Tracker(tmp_path / "steps.csv", start(), 512) as tracker:
         tracker.log(STEPS[0])
         services = [child for child in psutil.Process().children(recursive=True) if "wandb" in child.name()]
         assert services
@@ -203,7 +276,7 @@ def test_whatever_any_use_of_wandb_raises_is_one_line(tmp_path, monkeypatch, cap
         monkeypatch.setattr(tracking, "wandb", failing)
         monkeypatch.setattr(tracking, "read_netrc_auth", failing)
         assert len(track(tmp_path / "steps.csv", start())) == 2
-        tracking.log_summary(start(), {"rounds": 8}, {"memory": tmp_path / "memory.png"})
+        tracking.log_summary(PARAMS, environment(), gains(), "<svg/>", {"memory": tmp_path / "memory.png"})
         output = capsys.readouterr().out
         if not failing.failed:
             break

@@ -10,6 +10,7 @@ import pytest
 from gpt2_ladder.files import write_json
 from helpers.common import REPOSITORY, environment, measurement
 from helpers.results import OVERFIT, PARAMS, RUN, SKIPPED, TRAINED, TRIAL, VERIFY, gains, ladder
+from helpers.wandb_server import forget_user
 from pipeline import TRIAL_FACTS, report
 
 HEADER = "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
@@ -88,3 +89,14 @@ def test_skipped_trainings_leave_no_empty_picture(results, capsys):
         assert "quality.png" not in text
         assert ">trial</text>" not in text
     assert "precision=bf16: not trained (no compiler)\n" in capsys.readouterr().out
+
+
+def test_only_a_new_measurement_is_a_new_summary_in_wandb(results, monkeypatch):
+    forget_user(monkeypatch, results)
+    measured = json.loads((results / "gains.json").read_text())
+    for rounds, count in ((4, 1), (4, 1), (5, 2)):
+        write_json(results / "gains.json", {**measured, "rounds": rounds})
+        report.main()
+        folders = list(Path().glob("wandb/offline-run-*-summary-*"))
+        assert len(folders) == count
+    assert "<svg" in next(folders[0].glob("files/media/html/ladder*")).read_text()

@@ -98,7 +98,7 @@ def run(
         interrupted = f"resumed after step {earlier[-1].step}: times and memory are those of several processes"
         result["note"] = "; ".join(filter(None, [note, interrupted]))
     new_steps = _train(job, params, built, batches, len(earlier), micro_batch)
-    with open_tracker(job, settings) as tracker:
+    with open_tracker(job, params, settings) as tracker:
         steps = follow(chain(earlier, new_steps), tracker, job, len(earlier), saved)
         epochs_seen = shape.steps * job.tokens_per_step / batches.tokens
         result |= _summarize(job, built, steps, validation, epochs_seen)
@@ -160,14 +160,16 @@ def describe(job: Job, params: Params, environment: Environment) -> dict[str, An
     }
 
 
-def open_tracker(job: Job, settings: Mapping[str, Any]) -> Tracker:
+def open_tracker(job: Job, params: Params, settings: Mapping[str, Any]) -> Tracker:
     """Return a Tracker that writes steps.csv and a new W&B run with `settings`; on other ranks than 0, nothing."""
     if ranks.rank():
-        return Tracker(None, None)
+        return Tracker(None, None, job.tokens_per_step)
     environment = Environment.model_validate(settings["environment"])
     tags = [settings["model"], environment.device, settings["precision"], settings["attention"]]
-    group = tracking.run_group(environment.fingerprint)
-    return Tracker(job.folder / "steps.csv", tracking.start_run(job.name, job.job_type, tags, settings, group))
+    name = tracking.trial_name(params.changes) if job.name == "trial" else job.name
+    group = tracking.run_group(params, environment)
+    run = tracking.start_run(settings, name=name, job_type=job.job_type, tags=tags, group=group)
+    return Tracker(job.folder / "steps.csv", run, job.tokens_per_step)
 
 
 def follow(

@@ -1,9 +1,11 @@
 """Record the steps of a training in a CSV file, and copy them to a Weights & Biases (W&B) run."""
 
 import csv
+import hashlib
+import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,11 @@ import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from gpt2_ladder import files
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Environment, Params, UserError
 from gpt2_ladder.training.metrics import HEADER, Step
 
 PROJECT = "gpt2-ladder"
+INTERVAL, SPEED = ("ratio", "low", "high", "verdict"), ("tokens_per_second", "step_ms", "mfu")  # in gains.json
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 20  # by default, W&B delays a training by 90 s if there is a key but no network
 FINISH_TIMEOUT_S = 60  # by default, W&B waits forever for a server that stopped
@@ -30,20 +33,23 @@ class Tracker:
     Each of the two may be None. If W&B fails, print one line and continue without it.
     """
 
-    def __init__(self, steps_csv: Path | None, run: wandb.Run | None):
+    def __init__(self, steps_csv: Path | None, run: wandb.Run | None, tokens_per_step: int):
         if steps_csv:  # a new file, because the old one may be a link into DVC's cache
             files.write(steps_csv, HEADER)
         self._file = (steps_csv or Path(os.devnull)).open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._run = run
+        self._run, self._tokens_per_step = run, tokens_per_step
 
     def log(self, step: Step) -> None:
         """Append one step and flush it, so that a killed run keeps it."""
         self._writer.writerow(astuple(step))
         self._file.flush()
         values = asdict(step)
-        index = values.pop("step")
-        self._mirror(lambda run: run.log(values, step=index))
+        self._log(values.pop("step"), values)
+
+    def log_validation(self, step: int, loss: float) -> None:
+        """Put the validation `loss` after `step` into the run; call it before the next step is logged."""
+        self._log(step, {"val_loss": loss})
 
     def summarize(self, metrics: Mapping[str, Any]) -> None:
         """Put `metrics` into the summary of the run, which W&B shows in its table of runs."""
@@ -56,6 +62,10 @@ class Tracker:
         self._file.close()
         self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        tokens = (step + 1) * self._tokens_per_step
+        self._mirror(lambda run: run.log({**values, "tokens": tokens}, step=step))
+
     def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
         if self._run is None:
             return
@@ -66,24 +76,28 @@ class Tracker:
             print(f"W&B failed ({_one_line(error)}): continuing without it; results/ has every step", flush=True)
 
 
-def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str, Any], group: str) -> wandb.Run | None:
-    """Start a W&B run: online if there is an API key and W&B can be reached, otherwise offline.
+def start_run(config: Mapping[str, Any], **about: Any) -> wandb.Run | None:
+    """Start a W&B run with `config` and `about`, arguments of wandb.init.
 
-    The environment variables WANDB_MODE, WANDB_PROJECT and WANDB_DIR override the defaults. Return None if W&B is
-    disabled or cannot start. Raise UserError if WANDB_MODE is not one of MODES.
+    It is online if there is an API key and W&B can be reached, otherwise offline. The environment variables WANDB_MODE,
+    WANDB_PROJECT and WANDB_DIR override the defaults. Return None if W&B is disabled or cannot start, or if its folder
+    has a run with this id. Raise UserError if WANDB_MODE is not one of MODES.
     """
     mode: Any = os.environ.get("WANDB_MODE")
     if mode and mode not in MODES:
         raise UserError(f"WANDB_MODE={mode}: set it to one of {', '.join(MODES)}")
     if mode == "disabled":
         return None
+    # DVC_ROOT is the real repository; `dvc exp run --temp` deletes its working directory
+    folder = os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or "."  # W&B creates wandb/ in it
+    if "id" in about and any(Path(folder).glob(f"wandb/*run-*-{about['id']}")):
+        print(f"W&B: wandb/ has the run {about['id']} already: logging nothing", flush=True)
+        return None
     try:
         times = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
-        about: dict[str, Any] = {"name": name, "group": group, "job_type": job_type, "tags": tags}
-        # DVC_ROOT is the real repository; `dvc exp run --temp` deletes its working directory
-        about |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "config": dict(config), "settings": times}
-        folder = os.environ.get("WANDB_DIR") or os.environ.get("DVC_ROOT") or "."  # W&B creates wandb/ in it
-        init = partial(wandb.init, **about, dir=folder)
+        about |= {"config": {**config, "experiment": os.environ.get("DVC_EXP_NAME")}, "settings": times}
+        about |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": folder}
+        init = partial(wandb.init, **about)
         mode = mode or ("online" if has_key() else "offline")
         try:
             run = init(mode=mode)
@@ -92,6 +106,8 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
             run = init(mode="offline")
             reason = _one_line(error)
             print(f"W&B cannot be reached or refused the run ({reason}): upload it later with `wandb sync`", flush=True)
+        for metric in ("loss", "val_loss"):  # trainings with other batches share this axis
+            run.define_metric(metric, step_metric="tokens")
         print(f"W&B: {Path(run.dir).parent if run.offline else run.url}", flush=True)
     except FAILURES as error:
         print(f"W&B cannot start ({_one_line(error)}): recording this run in results/ only", flush=True)
@@ -99,26 +115,44 @@ def start_run(name: str, job_type: str, tags: Sequence[str], config: Mapping[str
     return run
 
 
-def log_summary(run: wandb.Run | None, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
-    """Put the results of the ladder and `pictures`, PNG files by name, into `run`, and finish it; None: do nothing."""
-    with Tracker(None, run) as tracker:
-        tracker.summarize(results)
-        tracker._mirror(lambda run: run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}))
-
-
-def run_group(fingerprint: str) -> str:
-    """Return the name of the W&B group for all runs of one `dvc repro`.
-
-    It is WANDB_RUN_GROUP if set, or the DVC experiment's name, or else the commit and the environment's `fingerprint`.
-    """
-    if name := os.environ.get("WANDB_RUN_GROUP") or os.environ.get("DVC_EXP_NAME"):
-        return name
+def log_summary(params: Params, environment: Environment, gains: Any, chart: str, images: Mapping[str, Path]) -> None:
+    """Log gains.json as a table, the SVG `chart` and the PNG files `images` in a run, once for each measurement."""
+    settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}
+    about = {"name": "summary", "job_type": "report", "tags": [params.model, environment.device]}
+    keys, levels = [(side, key) for side in ("over_previous", "over_baseline") for key in INTERVAL], gains["levels"]
+    columns: list[str | int] = ["level", *map("_".join, keys), *SPEED]
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        commit = git.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no Git, or no commit yet
-        commit = "uncommitted"
-    return f"{commit}-{fingerprint}"
+        rows = [[*((row[side] or {}).get(key) for side, key in keys), *map(row.get, SPEED)] for row in levels.values()]
+        about |= {"group": run_group(params, environment), "id": f"summary-{_hash(json.dumps(gains))}"}
+        if run := start_run(settings, **about):
+            with run:
+                run.summary.update({key: value for key, value in gains.items() if isinstance(value, str | int)})
+                table = wandb.Table(columns, [[name, *row] for name, row in zip(levels, rows, strict=True)])
+                pictures = {name: wandb.Image(str(path)) for name, path in images.items()}
+                run.log({"gains": table, "ladder": wandb.Html(chart), **pictures})
+    except FAILURES as error:
+        print(f"W&B failed ({_one_line(error)}): results/report/ has the summary", flush=True)
+
+
+def trial_name(changes: Mapping[str, str]) -> str:
+    """Return the name of the trial's run: what changed, and the DVC experiment; W&B allows 128 characters."""
+    what = " ".join(f"{key}={value}" for key, value in changes.items()) or "trial"
+    return " · ".join(filter(None, [f"{what:.90}", os.environ.get("DVC_EXP_NAME")]))[:128]
+
+
+def run_group(params: Params, environment: Environment) -> str:
+    """Return the name of the W&B group for all runs with the same code, environment and settings.
+
+    It stays the same if a climb is interrupted and resumed. WANDB_RUN_GROUP replaces it.
+    """
+    try:
+        command = ["git", "log", "-1", "--format=%H", "--", "src", "pipeline", "dvc.yaml", "requirements.txt"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout[:7]
+    except OSError:  # no Git
+        commit = ""
+    settings = params.model_dump_json(exclude={"checkpoint_every"})  # a user may set it before resuming
+    name = f"{commit or 'uncommitted'}-{_hash(environment.fingerprint + settings)}"
+    return os.environ.get("WANDB_RUN_GROUP") or name
 
 
 def has_key() -> bool:
@@ -130,6 +164,10 @@ def has_key() -> bool:
         return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
     except wandb.errors.AuthenticationError:
         return True  # a malformed key: wandb.init reports it
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _one_line(error: BaseException) -> str:
