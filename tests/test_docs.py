@@ -39,6 +39,7 @@ NOT_RUN = {
     "adds a folder of your own": "dvc add corpus",
     "needs a terminal; test_tracking.py reads runs with its `inspect`": "wandb leet wandb",
     "needs an account": "wandb login",
+    "needs a key; test_wandb_server.py runs it with a server of its own": "python experiments/wandb_chart.py",
     "described as not working": "wandb offline",
     "run by the last test of this file": "grep -cwE '(avx512_|amx_)?bf16' /proc/cpuinfo",
     "changes your shell": "export USER=$(id -u)",

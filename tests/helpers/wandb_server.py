@@ -68,6 +68,8 @@ def serve(fault: str = "", starts: bool = True) -> Iterator[tuple[str, list[byte
             elif b"mutation CreateRunFiles" in request:
                 files = [{"name": name, "uploadUrl": url} for name in json.loads(request)["variables"]["files"]]
                 answer = {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+            elif b"mutation CreateCustomChart" in request:
+                answer = {"data": {"createCustomChart": {"chart": {"id": "me/gpt2-ladder-gains"}}}}
             elif b"viewer" in request:
                 answer = {"data": {"viewer": {"id": "e", "entity": "me", "username": "me", "flags": "{}"}}}
             body = b"{}" if fault == "{}" and not first else json.dumps(answer).encode()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import vl_convert
 import wandb
 
+from experiments import wandb_chart
 from gpt2_ladder.running import tracking
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training.metrics import Step
@@ -42,7 +45,7 @@ def recorded_steps(path: Path) -> list[int]:
 def test_a_server_that_fails_after_the_start_costs_no_row(user, tmp_path, capsys, fault):
     with serve(fault, starts=True) as (url, sent):
         user(url)
-        with Tracker(tmp_path / "steps.csv", tracking.start_run("bf16", "train", [], {}, "group")) as tracker:
+        with Tracker(tmp_path / "steps.csv", tracking.start_run({}, name="bf16"), 512) as tracker:
             for index in range(STEPS):
                 tracker.log(Step(index, 10.9, 500.0, 256.0, 1.5, 4))
                 time.sleep(0.01)
@@ -72,7 +75,7 @@ def test_a_server_that_fails_from_the_start_leaves_an_offline_run(user, tmp_path
     monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 1)
     with serve(fault, starts=False) as (url, sent):
         user(url)
-        run = tracking.start_run("bf16", "train", ["cpu"], {}, "group")
+        run = tracking.start_run({}, name="bf16")
         run.finish()
         wandb.teardown()
     assert run.offline
@@ -86,7 +89,7 @@ def test_a_server_that_fails_from_the_start_leaves_an_offline_run(user, tmp_path
 def test_wandb_sync_sends_the_other_runs_beside_a_killed_one_only_one_by_one(user, tmp_path, monkeypatch):
     """This is why the command in docs/wandb.md loops over the runs."""
     monkeypatch.chdir(tmp_path)
-    tracking.start_run("fp32", "train", [], {}, "group").finish()
+    tracking.start_run({}, name="fp32").finish()
     killed = tmp_path / "wandb/offline-run-20000101_000000-killed00"
     killed.mkdir()
     (killed / "run-killed00.wandb").write_bytes(b"")
@@ -98,3 +101,17 @@ def test_wandb_sync_sends_the_other_runs_beside_a_killed_one_only_one_by_one(use
             subprocess.run(["sh", "-c", command_line], env={**os.environ, **own}, capture_output=True, check=True)
         upserts = [json.loads(request) for request in sent if b"mutation UpsertBucket" in request]
         assert len([upsert for upsert in upserts if upsert["variables"]["displayName"]]) == count
+
+
+def test_the_custom_chart_is_created_and_draws_the_table(user, capsys):
+    with serve() as (url, sent):
+        user(url)
+        wandb_chart.main()
+    (request,) = (json.loads(request) for request in sent if b"mutation CreateCustomChart" in request)
+    assert request["variables"]["entity"] == "me"
+    assert "created the chart me/gpt2-ladder-gains" in capsys.readouterr().out
+    spec = json.loads(re.sub(r"\$\{field:(\w+)\}", r"\1", request["variables"]["spec"]))
+    row = {"level": "bf16", "over_previous_ratio": 1.7, "over_previous_low": 1.6, "over_previous_high": 1.8}
+    drawing = vl_convert.vegalite_to_svg({**spec, "data": {"values": [{**row, "over_previous_verdict": "faster"}]}})
+    for text in ("bf16", "faster"):
+        assert f">{text}</text>" in drawing
