@@ -111,7 +111,9 @@ def test_a_measurement_has_one_summary_with_a_table_a_chart_and_pictures(tmp_pat
     ]
     assert [row[0] for row in table["data"]] == list(levels)
     assert table["data"][0][1:9] == [None] * 8
-    assert table["data"][2][1:5] == [levels["bf16"]["over_previous"][key] for key in interval]
+    bf16 = levels["bf16"]
+    gain = [bf16[side][key] for side in ("over_previous", "over_baseline") for key in interval]
+    assert table["data"][2] == ["bf16", *gain, *(bf16[key] for key in ("tokens_per_second", "step_ms", "mfu"))]
     (chart,) = folder.glob("files/media/html/ladder*.html")
     assert "<svg>bars</svg>" in chart.read_text()
     (picture,) = folder.glob("files/media/images/memory*.png")
