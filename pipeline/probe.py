@@ -4,7 +4,7 @@ All speed levels and the benchmark, which keeps all levels in memory, use the sa
 Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,14 +64,15 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     total = sum(count_bytes(kind.network, 4) for kind in first.values())
     for kind in (*reversed(first.values()), *names):
         available = free - (total - count_bytes(kind.network, 4))
-        need = partial(_predict, kind, batch_size=shape.batch_size, cuda=cuda)
+        fits = partial(planning.fitting_rows, kind.network, kind.precision, cuda=cuda, free=available)
         try:
-            fitting = (rows for rows in _halves(micro_batch) if need(rows, shape.block_size) <= available)
-            if not (micro_batch := next(fitting, 0)):
+            if not (micro_batch := fits(shape.batch_size, shape.block_size, most=micro_batch)):
                 raise UserError("one row is predicted not to fit")
             _, micro_batch = loop.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
         except UserError as error:
-            block_size = next((size for size in _halves(shape.block_size // 2) if need(1, size) <= available), None)
+            block_size = shape.block_size // 2
+            while block_size and not fits(shape.batch_size, block_size, most=1):
+                block_size //= 2
             fix = "not even one token fits: free memory, or set model: tiny"
             if block_size:
                 fix = f"set machines.{params.machine}.block_size: {block_size}, which fits"
@@ -79,21 +80,9 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     return micro_batch
 
 
-def _predict(kind: Kind, rows: int, block_size: int, *, batch_size: int, cuda: bool) -> int:
-    """Return the bytes that a step needs if `rows` of its `batch_size` rows go through the network at a time."""
-    micro_batches = 1 if rows == batch_size else 2
-    return planning.trace_step(kind.network, kind.precision, rows, block_size, cuda, micro_batches).peak_bytes
-
-
 def _step(weights: turns.SharedWeights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
     model, optimizer = weights.build(kind.network, kind.fused)
     loop.train_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
-
-
-def _halves(number: int) -> Iterator[int]:
-    while number:
-        yield number
-        number //= 2
 
 
 if __name__ == "__main__":

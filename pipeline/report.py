@@ -12,6 +12,7 @@ from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, TRIAL_FACTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
+TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"}
 
 
 def main() -> None:
@@ -38,10 +39,12 @@ def main() -> None:
         reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
-    losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": []}
+    trial = read_json(TRIAL_FACTS)
+    own = any(key.startswith("recipe.") for key in trial["changes"])  # another length or size: a picture of its own
+    losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": [], "trial": []}
     for name, folder in {**{name: RESULTS / "levels" / name for name in trained}, "trial": RESULTS / "trial"}.items():
         rows = csv.DictReader((folder / "steps.csv").read_text().splitlines())
-        losses[params.levels[name].group if name in trained else "speed"] += [
+        losses[params.levels[name].group if name in trained else "trial" if own else "speed"] += [
             {"level": name, "step": int(row["step"]), "loss": float(row["loss"])} for row in rows
         ]
     differences = [
@@ -51,7 +54,7 @@ def main() -> None:
     ]
     pictures: dict[str, alt.TopLevelMixin] = {
         "ladder": charts.waterfall(facts.ladder_steps(gains)),
-        **{group: charts.losses(rows, f"{group} levels") for group, rows in losses.items() if rows},
+        **{group: charts.losses(rows, TITLES[group]) for group, rows in losses.items() if rows},
         "parity": charts.losses(differences, f"speed levels, difference to {parity['baseline']}", "nats"),
         "memory": charts.memory({name: result["peak_memory_mib"] for name, result in trained.items()}),
     }

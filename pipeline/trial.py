@@ -1,4 +1,4 @@
-"""Train the trial: the switches and recipe of params.yaml, with the speed levels' shape. Save the network.
+"""Train the trial: the switches and recipe of params.yaml. Save the network.
 
 Then compare it with the level fp32: take steps of both in turn, and compare their losses. results/trial/metrics.json
 has the six numbers that tell experiments apart, and facts.json everything else.
@@ -11,23 +11,36 @@ from itertools import islice
 from pathlib import Path
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, Environment, Params
+from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Params, Size, Switches, UserError
+from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
-from gpt2_ladder.running.run import Inputs, Job
+from gpt2_ladder.running.run import Inputs, Job, Start
 from gpt2_ladder.running.run import run as run_job
-from gpt2_ladder.sources import hub_format
-from gpt2_ladder.training import data, devices
-from pipeline import PROBE, RESULTS, TRAIN_SHARD, TRAINING_INPUTS, TRIAL, TRIAL_FACTS, read_environment, read_json, run
+from gpt2_ladder.sources import downloads, hub_format
+from gpt2_ladder.training import data, devices, runtime
+from pipeline import (
+    PROBE,
+    RESULTS,
+    TRAIN_SHARD,
+    TRAINING_INPUTS,
+    TRIAL,
+    TRIAL_FACTS,
+    WEIGHTS,
+    check_weights,
+    read_environment,
+    read_json,
+    run,
+)
 
 FOLDER = RESULTS / "trial"
 METRICS = FOLDER / "metrics.json"
 
 
 def main() -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = params_yaml.load().for_trial(), read_environment()
     devices.check_machine(params.machine, params.rehearsal, environment)
-    inputs, micro_batch = Inputs(*TRAINING_INPUTS), read_json(PROBE)["micro_batch"]
-    if not run_job(make_job(params), params, environment, inputs, micro_batch, keep):
+    start, micro_batch = load_start(params), find_micro_batch(params, params.switches, environment)
+    if not run_job(make_job(params), params, environment, Inputs(*TRAINING_INPUTS), micro_batch, keep, start):
         shutil.rmtree(TRIAL, ignore_errors=True)
         TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
     # if torchrun started the ranks, the first one measures; if this command started them, this process does
@@ -40,6 +53,45 @@ def make_job(params: Params) -> Job:
     return Job("trial", "trial", params.switches, params.shape("speed"), params.recipe, params.devices, FOLDER)
 
 
+def find_micro_batch(params: Params, switches: Switches, environment: Environment) -> int:
+    """Return the levels' micro-batch; for a trial with its own size or shape, the largest that is predicted to fit."""
+    own, shape = params.recipe, params.shape("speed")
+    if not (own.model or own.batch_size or own.block_size):
+        return int(read_json(PROBE)["micro_batch"])
+    network, operand = params.gpt(switches), runtime.PRECISIONS[switches.precision].operand
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
+    rows = planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
+    if not rows:
+        need = f"one row of {shape.block_size} tokens needs more than the {free / 2**30:.1f} GiB of free memory"
+        raise UserError(f"trial: {params.model}: {need}; set a smaller recipe.block_size or recipe.model")
+    return rows
+
+
+def load_start(params: Params) -> Start | None:
+    """Return the weights that `recipe.start` names. Raise UserError if they are random or of another size."""
+    if (start := params.recipe.start) is None:
+        return None
+    folder = WEIGHTS if start == "openai" else Path(start)
+    if not folder.is_dir():
+        raise UserError(
+            f"recipe.start = {start}: there is no such folder; name one with {hub_format.CONFIG}, or openai"
+        )
+    if downloads.is_stand_in(folder / hub_format.WEIGHTS):
+        fix = "run `dvc repro -f download` with access to the hub, or name another folder"
+        raise UserError(f"recipe.start = {start}: {folder} has random stand-in weights, not OpenAI's; {fix}")
+    check_weights(folder)
+    model = hub_format.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)
+    for name in Size.model_fields:
+        if (theirs := getattr(model.config, name)) != (ours := getattr(params.size, name)):
+            fix = "set recipe.model to the size of these weights"
+            raise UserError(f"recipe.start = {start}: {name} is {theirs}, but {params.model} has {ours}; {fix}")
+    if params.tie_weights and not model.config.tie_weights:
+        raise UserError(f"recipe.start = {start}: its head is a matrix of its own; set tie_weights: false")
+    sha256 = downloads.read_provenance(*hub_format.weight_files(folder))["sha256"]
+    return Start(model.state_dict(), str(sha256))
+
+
 def keep(model: GPT) -> None:
     hub_format.save_gpt(model, TRIAL)
 
@@ -49,8 +101,8 @@ def conclude(params: Params, environment: Environment) -> None:
     from gpt2_ladder.measuring import trials  # not at the top: scipy takes a second to import
 
     facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
-    facts |= {"changes": params.changes, "seconds": seconds}
     losses = read_losses(FOLDER), read_losses(RESULTS / "levels" / BASELINE)
+    facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
     if facts["status"] == "skipped" or not seconds:
         reason = facts["reason"] or f"trial.{params.machine}.seconds is 0"
@@ -58,7 +110,8 @@ def conclude(params: Params, environment: Environment) -> None:
     else:
         batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
         some = list(islice(batches, min(shape.steps, trials.MOST_ROUNDS)))
-        facts |= trials.judge(trials.measure(params, environment, facts["micro_batch"], some, seconds))
+        micro_batch = min(facts["micro_batch"], find_micro_batch(params, params.levels[BASELINE], environment))
+        facts |= trials.judge(trials.measure(params, environment, micro_batch, some, seconds))
     files.write_json(TRIAL_FACTS, facts)
     gain = facts["gain"] or dict.fromkeys(("ratio", "low", "high"))
     numbers = {"gain": gain["ratio"], "low": gain["low"], "high": gain["high"], "loss_apart": facts["loss_apart"]}

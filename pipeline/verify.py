@@ -30,7 +30,7 @@ def main() -> None:
 
     files.check_sha256(CORPUS, CORPUS_SHA256)
     downloads.check_recorded(WEIGHTS / hub_format.CONFIG, WEIGHTS / hub_format.WEIGHTS)
-    stand_in = pretrained.is_stand_in(WEIGHTS)
+    stand_in = downloads.is_stand_in(WEIGHTS / "model.safetensors")
     weights = verification.compare(WEIGHTS, idx, prompt, NEW_TOKENS)
     # in WEIGHTS, because /tmp may be smaller or in memory; the next download removes files of a killed stage
     with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=downloads.UNFINISHED) as folder:

@@ -113,9 +113,9 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
         (
             "tokens_per_step: ",
             "tokens_per_step: 500 ",
-            "recipe.tokens_per_step = 500: must be a multiple of machines.c",
+            "recipe.tokens_per_step = 500: must be a multiple of the trial's ",
         ),
-        ("lr_warmup_steps: 0", "lr_warmup_steps: 10", "recipe.lr_warmup_steps = 10: must be below machines.cpu.steps"),
+        ("lr_warmup_steps: 0", "lr_warmup_steps: 10", "recipe.lr_warmup_steps = 10: must be below the trial's steps"),
         ("learning_rate: 3e-4", "learning_rate: .inf", "models.gpt2.learning_rate = inf: Input should be a finite"),
         ("  - 0.9\n", "  - .nan\n", "optimizer.betas.0 = nan: Input should be a finite number"),
         ("steps: 10\n", "steps: 10000000000000000000\n", "Input should be less than 9223372036854775808"),

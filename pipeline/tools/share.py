@@ -80,18 +80,19 @@ def read_run() -> dict[str, Any]:
             f"{TRIAL}: the card would not describe the run that trained this network, because these have changed: "
             f"{', '.join(changed)}; run `dvc repro trial`, or restore the committed files"
         )
-    params, environment, manifest = params_yaml.load(), read_environment(), data.read_manifest(SHARDS)
+    params, environment, manifest = params_yaml.load().for_trial(), read_environment(), data.read_manifest(SHARDS)
     shape, recipe = params.shape("speed"), params.recipe
     root, hashes = Path(params.data.path).parent, manifest["made_of"]["inputs"]
     inputs = {name.removeprefix(f"{root}/"): sha256 for name, sha256 in hashes.items()}
     if len(inputs) > MOST_NAMED:
         digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
         inputs = {f"{len(inputs):,} files, hash of their hashes": digest}
+    result = files.read_json(TRIAL_FACTS)
     settings = describe(make_job(params), params, environment)
     return {
-        "result": files.read_json(TRIAL_FACTS),
+        "result": result,
         "shape": shape,
-        "tokens": shape.steps * (recipe.tokens_per_step or shape.batch_size * shape.block_size),
+        "tokens": result["steps"] * (recipe.tokens_per_step or shape.batch_size * shape.block_size),
         "settings": {key: value for key, value in settings.items() if key not in ("environment", "level")},
         "environment": environment,
         "corpus": downloads.read_provenance(CORPUS) if params.data.source == "tiny-shakespeare" else None,

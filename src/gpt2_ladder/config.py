@@ -13,9 +13,10 @@ GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
 BASELINE = "fp32"  # the level that the trial is compared with
+MOST_STEPS = 2**31
 MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 
-Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tiny"]
+Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "small", "tiny"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Tokens = Annotated[int, Field(gt=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -129,6 +130,18 @@ class Recipe(Strict):
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # raise the learning rate during the first N steps
     decay: Literal["all", "matrices"] = "all"  # which parameters have weight decay; matrices: not biases and LayerNorms
     tokens_per_step: Annotated[int, Field(gt=0, le=2**27)] | None = None  # None: one batch
+    shuffle: bool = False  # random order of the text, even if data.shuffle is off
+    # None: as the speed levels
+    model: Model | None = None
+    learning_rate: PositiveFloat | None = None
+    beta2: Fraction | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    batch_size: Count | None = None
+    block_size: Tokens | None = None
+    steps: Count | None = None
+    minutes: PositiveFloat | None = None  # as many steps as fit into this time, at most `steps`
+    eval_every: Count | None = None  # validate after every N steps and keep the best network; None: the last one
+    start: Annotated[str, Field(min_length=1)] | None = None  # first weights: "openai" or a folder; None: random
 
 
 class Pretrained(Strict):
@@ -227,29 +240,37 @@ class Params(Switches):
         for table, name in tables.items():
             rows, key = getattr(self, table), getattr(self, name)
             _require(key in rows, name, key, f"{table} only has {', '.join(rows) or 'no rows'}")
-        machine, shape = f"machines.{self.machine}", self.shape("speed")
-        rule = f"must be at most models.{self.model}.n_positions ({self.size.n_positions})"
-        for name, size in (("quality", self.quality.block_size), (machine, shape.block_size)):
-            _require(size <= self.size.n_positions, f"{name}.block_size", size, rule)
-        rule = f"must divide {machine}.batch_size ({shape.batch_size})"
-        _require(not shape.batch_size % self.devices, "devices", self.devices, rule)
-        tokens, batch_tokens = self.recipe.tokens_per_step, shape.batch_size * shape.block_size
-        rule = f"must be a multiple of {machine}'s batch_size * block_size ({batch_tokens})"
+        recipe, rule = self.recipe, f"models only has {', '.join(self.models)}"
+        _require(recipe.model is None or recipe.model in self.models, "recipe.model", recipe.model, rule)
+        machine, own = f"machines.{self.machine}", self.for_trial()
+        shape, speed = own.shape("speed"), self.shape("speed")
+        for name, settings, checked in (
+            ("quality", self, self.quality),
+            (machine, self, speed),
+            ("recipe", own, shape),
+        ):
+            rule = f"must be at most models.{settings.model}.n_positions ({settings.size.n_positions})"
+            _require(checked.block_size <= settings.size.n_positions, f"{name}.block_size", checked.block_size, rule)
+            rule = f"must divide {name}.batch_size ({checked.batch_size})"
+            _require(name == "quality" or not checked.batch_size % self.devices, "devices", self.devices, rule)
+        tokens, batch_tokens = recipe.tokens_per_step, shape.batch_size * shape.block_size
+        rule = f"must be a multiple of the trial's batch_size * block_size ({batch_tokens})"
         _require(not (tokens or 0) % batch_tokens, "recipe.tokens_per_step", tokens, rule)
-        warmup = self.recipe.lr_warmup_steps
-        rule = f"must be below {machine}.steps ({shape.steps})"
-        _require(warmup < shape.steps, "recipe.lr_warmup_steps", warmup, rule)
+        rule = f"must be below the trial's steps ({shape.steps})"
+        _require(recipe.lr_warmup_steps < shape.steps, "recipe.lr_warmup_steps", recipe.lr_warmup_steps, rule)
+        rule = f"only the weights of model {self.model} are downloaded; leave recipe.model empty"
+        _require(recipe.start != "openai" or own.model == self.model, "recipe.start", recipe.start, rule)
         rule = "the benchmark uses this name for the baseline's second arm; rename the level"
         _require(CONTROL not in self.levels, f"levels.{CONTROL}", CONTROL, rule)
         rule = "the trial is compared with this level; keep its row"
         _require(BASELINE in self.levels, f"levels.{BASELINE}", None, rule)
         path, rule = self.data.path, f"source {self.data.source} does not read a path; set data.path: {CORPUS}"
         _require(self.data.source in ("text", "parquet") or path == CORPUS, "data.path", path, rule)
-        source, folder, tiny = self.pretrained.source, self.pretrained.folder, self.model == "tiny"
+        source, folder, ours = self.pretrained.source, self.pretrained.folder, not self.model.startswith("gpt2")
         rule = f"there are no weights for model {self.model}; use auto or stand-in"
-        _require(source != "openai" or not tiny, "pretrained.source", source, rule)
+        _require(source != "openai" or not ours, "pretrained.source", source, rule)
         rule = "this source and model read no folder; leave it empty"
-        _require(folder is None or not (source == "stand-in" or tiny), "pretrained.folder", folder, rule)
+        _require(folder is None or not (source == "stand-in" or ours), "pretrained.folder", folder, rule)
         return self
 
     @property
@@ -270,8 +291,39 @@ class Params(Switches):
         return {key: str(value).lower() for key, value in after.items() if value != before[key]}
 
     def shape(self, group: Literal["quality", "speed"]) -> Shape:
-        """Return the shape of the levels in `group`. The trial uses the shape of the speed levels."""
+        """Return the shape of the levels in `group`."""
         return self.quality if group == "quality" else self.machines[self.machine]
+
+    def for_trial(self) -> "Params":
+        """Return these settings with the trial's own size, optimizer, shape and order of the text.
+
+        With `recipe.minutes`, the shape has MOST_STEPS steps, because their number is not known yet.
+        """
+        recipe, shape = self.recipe, self.shape("speed")
+        own = {key: value for key in ("batch_size", "block_size", "steps") if (value := getattr(recipe, key))}
+        shape = shape.model_copy(update=({"steps": MOST_STEPS} if recipe.minutes else {}) | own)
+        tokens = shape.batch_size * shape.block_size
+        eval_tokens = max(shape.eval_tokens // tokens, 1) * tokens
+        shape = shape.model_copy(
+            update={"eval_tokens": eval_tokens, "warmup_steps": min(shape.warmup_steps, shape.steps - 1)}
+        )
+        name = recipe.model or self.model
+        size = self.models[name]
+        update = {"learning_rate": recipe.learning_rate or size.learning_rate}
+        if recipe.block_size and not recipe.start:  # positions that are not trained would spoil samples
+            update["n_positions"] = min(recipe.block_size, size.n_positions)
+        size = size.model_copy(update=update)
+        betas, decay = self.optimizer.betas, recipe.weight_decay
+        optimizer: dict[str, Any] = {} if recipe.beta2 is None else {"betas": (betas[0], recipe.beta2)}
+        optimizer |= {} if decay is None else {"weight_decay": decay}
+        changes = {
+            "model": name,
+            "optimizer": self.optimizer.model_copy(update=optimizer),
+            "models": {**self.models, name: size},
+            "machines": {**self.machines, self.machine: shape},
+            "data": self.data.model_copy(update={"shuffle": self.data.shuffle or recipe.shuffle}),
+        }
+        return self.model_copy(update=changes)
 
     def gpt(self, switches: Switches) -> GPTConfig:
         """Return the configuration of the network with the chosen size and `switches`."""

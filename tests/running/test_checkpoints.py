@@ -109,7 +109,9 @@ def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = GPT(tiny())
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
-    saved = checkpoints.Checkpoints("any", {}, model, torch.optim.AdamW(model.parameters()), batches, 1)
+    saved = checkpoints.Checkpoints(
+        "any", {}, model, torch.optim.AdamW(model.parameters()), batches, 1, checkpoints.Course(9)
+    )
     saved.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
     drawn = torch.rand(4)
     torch.manual_seed(0)

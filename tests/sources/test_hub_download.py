@@ -56,7 +56,7 @@ def test_a_checkpoint_is_downloaded_and_verified(tmp_path, published):
     with fake_hub.serve(published, pretrained.REVISIONS["gpt2"]) as (endpoint, requests):
         result = fetch(folder, published, endpoint, "openai")
     assert result.returncode == 0, result.stderr
-    assert not pretrained.is_stand_in(folder)
+    assert not downloads.is_stand_in(folder / "model.safetensors")
     provenance = json.loads(downloads.provenance_path(folder / hub_format.WEIGHTS).read_text())
     assert provenance["source"].startswith(f"{endpoint}/openai-community/gpt2/resolve/{pretrained.REVISIONS['gpt2']}/")
     assert any(request.startswith("GET /lfs/") for request in requests)  # followed the redirect

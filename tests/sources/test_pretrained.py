@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from gpt2_ladder import files
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
-from gpt2_ladder.sources import hub_format, pretrained
+from gpt2_ladder.sources import downloads, hub_format, pretrained
 from gpt2_ladder.training import devices
 from helpers.common import random_ids
 
@@ -33,7 +33,7 @@ def fetch(folder, source: str = "auto", local: str | None = None, model: str = "
 def test_an_unreachable_hub_gives_a_stand_in_and_a_notice(tmp_path, monkeypatch, capsys):
     point_hub_at(monkeypatch, "http://127.0.0.1:9/")
     fetch(tmp_path)
-    assert pretrained.is_stand_in(tmp_path)
+    assert downloads.is_stand_in(tmp_path / "model.safetensors")
     assert "NOT verified" in capsys.readouterr().out
 
 
@@ -104,13 +104,13 @@ def test_a_local_folder_is_checked_like_a_download(tmp_path, monkeypatch):
     pinned = {name: files.sha256(local / name) for name in (hub_format.CONFIG, hub_format.WEIGHTS)}
     monkeypatch.setattr(pretrained, "SHA256", {"gpt2": pinned})
     fetch(tmp_path / "out", local=str(local))
-    assert not pretrained.is_stand_in(tmp_path / "out")
+    assert not downloads.is_stand_in(tmp_path / "out" / "model.safetensors")
     point_hub_at(monkeypatch, "http://127.0.0.1:9/")
     fetch(tmp_path / "out")  # keeps correct files though the hub is unreachable
-    assert not pretrained.is_stand_in(tmp_path / "out")
+    assert not downloads.is_stand_in(tmp_path / "out" / "model.safetensors")
 
 
 def test_an_unpublished_size_always_gets_a_stand_in(tmp_path, monkeypatch, serve):
     point_hub_at(monkeypatch, serve())
     fetch(tmp_path, model="tiny")
-    assert pretrained.is_stand_in(tmp_path)
+    assert downloads.is_stand_in(tmp_path / "model.safetensors")

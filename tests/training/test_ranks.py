@@ -161,7 +161,9 @@ def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch
     monkeypatch.setattr(ranks, "gather", lambda value: [value, "00000004.json"])
     model = GPT(tiny())
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
-    saved = checkpoints.Checkpoints("trial", {}, model, torch.optim.SGD(model.parameters()), batches, 2)
+    saved = checkpoints.Checkpoints(
+        "trial", {}, model, torch.optim.SGD(model.parameters()), batches, 2, checkpoints.Course(4)
+    )
     with pytest.raises(UserError, match="ranks see different checkpoints; share this folder between all machines"):
         saved.load()
 

@@ -14,7 +14,7 @@ from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
-from gpt2_ladder.sources import hub_format, pretrained
+from gpt2_ladder.sources import downloads, hub_format, pretrained
 from gpt2_ladder.using import grading
 from helpers.common import REPOSITORY, environment, link_encoding, tiny
 from pipeline import ENVIRONMENT
@@ -130,7 +130,7 @@ def test_the_command_grades_as_transformers_does(checkout, serve, encoding, caps
     assert [result["acc"], result["acc_norm"]] == torch.tensor(correct).float().mean(0).tolist()
     assert (result["n"], result["of"]) == (4, 4)
     assert result["acc_interval"][0] <= result["acc"] <= result["acc_interval"][1]
-    assert (result["model"], result["source"]) == ("data/gpt2", pretrained.STAND_IN_SOURCE)
+    assert (result["model"], result["source"]) == ("data/gpt2", downloads.STAND_IN)
     assert result["note"] == pretrained.STAND_IN_NOTICE
     assert "NOT verified: random stand-in" in capsys.readouterr().out
     command.main("--limit", "3")

@@ -119,6 +119,16 @@ def trace_step(
         return Step(storage.peak, tuple(storage.operations[:split]), tuple(storage.operations[split:]))
 
 
+def fitting_rows(
+    config: GPTConfig, precision: str, batch_size: int, block_size: int, cuda: bool, free: int, most: int | None = None
+) -> int:
+    """Return how many rows of a batch fit into `free` bytes at a time: `most`, half of it, a quarter ...; or 0."""
+    rows = batch_size if most is None else most
+    while rows and free < trace_step(config, precision, rows, block_size, cuda, 1 + (rows < batch_size)).peak_bytes:
+        rows //= 2
+    return rows
+
+
 def largest_batch(config: GPTConfig, precision: str, block_size: int, cuda: bool, free: int) -> int:
     """Return the largest batch size whose step fits into `free` bytes minus the reserve; 0 if one row does not fit."""
     usable = 0.9 * free - RESERVE

@@ -20,6 +20,7 @@ from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.training import devices, loop
 
 TRIAL = "trial"
+ONLY_LONGER = ("recipe.steps", "recipe.minutes", "recipe.eval_every")  # these leave the first losses as they are
 MOST_ROUNDS = 100  # the time of the bootstrap grows with the square of the rounds
 
 
@@ -27,7 +28,8 @@ def compare_losses(
     params: Params, changes: Mapping[str, str], losses: Sequence[float], baseline: Sequence[float]
 ) -> dict[str, Any]:
     """Return the largest difference to BASELINE's losses in the steps that parity checks, or why there is none."""
-    if others := [key for key in changes if key in ("tie_weights", "init") or key.startswith("recipe.")]:
+    switches = set(Switches.model_fields) - {"tie_weights", "init"}
+    if others := [key for key in changes if key not in {*switches, *ONLY_LONGER}]:
         return {"loss_apart": None, "not_compared": f"other losses are expected with {', '.join(others)}"}
     if not (losses and baseline):
         return {"loss_apart": None, "not_compared": f"{BASELINE if losses else 'the trial'} has no losses"}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,21 @@ from gpt2_ladder.training.metrics import STEP_FIELDS, Step
 FOLDER = Path("checkpoints")
 
 
+@dataclass
+class Course:
+    """What a training finds out while it runs."""
+
+    steps: int | None  # its number of steps; None: not known yet
+    validations: dict[int, float] = field(default_factory=dict)  # the loss in nats after a number of steps
+    best: dict[str, Tensor] = field(default_factory=dict)  # the weights with the smallest of these losses, on the CPU
+
+    def validated(self, step: int, loss: float, model: GPT) -> None:
+        """Note the `loss` of `model` after `step` steps; copy its weights if the loss is the smallest."""
+        self.validations[step] = loss
+        if loss == min(self.validations.values()):
+            self.best = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()}
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one training with fixed settings."""
@@ -40,6 +55,7 @@ class Checkpoints:
     optimizer: torch.optim.Optimizer
     batches: Batches
     every: int  # a checkpoint is saved every `every` steps
+    course: Course
 
     @property
     def folder(self) -> Path:
@@ -56,6 +72,7 @@ class Checkpoints:
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= {f"best.{name}": weight for name, weight in self.course.best.items()}
         tensors["generator"] = torch.get_rng_state()  # the CPU's; a GPU draws no random numbers, without dropout
         # float64 holds every field of a Step exactly
         tensors["steps"] = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)  # (steps, fields)
@@ -64,13 +81,14 @@ class Checkpoints:
         with files.replacing(weights, state_file) as (new_weights, new_state):
             save_file(tensors, new_weights)
             position = self.batches.position
-            state = {"sha256": files.sha256(new_weights), "position": position, "settings": self.settings}
+            course = {"steps": self.course.steps, "validations": self.course.validations}
+            state = {"sha256": files.sha256(new_weights), "position": position, **course, "settings": self.settings}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
         for path in older - {weights, state_file}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # left by a killed process
 
     def load(self) -> list[Step]:
-        """Load the newest checkpoint into model, optimizer, batches and torch's generator, and return its steps.
+        """Load the newest checkpoint into model, optimizer, batches, course and torch's generator; return its steps.
 
         If there is no checkpoint, change nothing and return an empty list. Raise UserError if the checkpoint is
         damaged, or if the ranks see different ones.
@@ -91,9 +109,10 @@ class Checkpoints:
                 raise ValueError("the file's sha256 differs from the one in its .json")
             self.batches.position = saved["position"]
             tensors = load_file(path)
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(tensors[f"model.{name}"])
+            copy_weights(self.model, {name: tensors[f"model.{name}"] for name, _ in self.model.named_parameters()})
+            self.course.steps = saved["steps"]
+            self.course.validations = {int(step): loss for step, loss in saved["validations"].items()}
+            self.course.best = {name[5:]: tensor.clone() for name, tensor in tensors.items() if name[:5] == "best."}
             groups = self.optimizer.state_dict()["param_groups"]  # their settings come from params.yaml
             self.optimizer.load_state_dict({"state": _optimizer_state(tensors), "param_groups": groups})
             torch.set_rng_state(tensors["generator"])
@@ -110,6 +129,14 @@ class Checkpoints:
         for state in sorted(self.folder.glob("*.json")):
             state.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def copy_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the parameters of `model`; of vocabularies with different padding, copy the shared rows."""
+    for name, parameter in model.named_parameters():
+        rows = min(len(parameter), len(weights[name]))
+        parameter[:rows] = weights[name][:rows]
 
 
 def _step(row: Sequence[float]) -> Step:

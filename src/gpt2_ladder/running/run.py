@@ -1,12 +1,14 @@
 """Run one training: build it, resume it from a checkpoint, record its steps, and summarize it."""
 
+import itertools
 import math
 import signal
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +18,12 @@ from gpt2_ladder import files
 from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.running import launch, progress, tracking
-from gpt2_ladder.running.checkpoints import Checkpoints
+from gpt2_ladder.running.checkpoints import Checkpoints, Course, copy_weights
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import data, devices, loop, metrics, ranks, runtime, tokenizer
 from gpt2_ladder.training.metrics import Step
+
+FIRST_STEPS = 20  # after these, a training with a time limit knows how many steps fit into it
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,13 @@ class Inputs(NamedTuple):
     encoder_json: Path
 
 
+class Start(NamedTuple):
+    """Weights to begin with instead of random ones."""
+
+    weights: Mapping[str, torch.Tensor]
+    sha256: str
+
+
 class Built(NamedTuple):
     """The parts of a training that are on its device, and the attention kernel that it uses."""
 
@@ -66,8 +77,9 @@ def run(
     inputs: Inputs,
     micro_batch: int,
     keep: Callable[[GPT], None] = lambda model: None,
+    start: Start | None = None,
 ) -> bool:
-    """Train `job`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
+    """Train `job` from `start`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
     On each device, `micro_batch` rows of a batch go through the network at a time. If this machine cannot train `job`,
     write both files without numbers, with the reason in metrics.json, and return False.
@@ -76,6 +88,7 @@ def run(
     note = devices.note_for(job.switches, environment)
     result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
     result |= {"environment": environment.fingerprint, "devices": job.devices}
+    result |= {"start_sha256": start.sha256} if start else {}
     if reason:
         skip(job, result)
         return False
@@ -88,20 +101,28 @@ def run(
     validation = _open_validation(inputs, shape)
     built = build(job, params, environment, micro_batch)
     settings = describe(job, params, environment)
-    saved = None
+    if start:
+        copy_weights(built.model, start.weights)
+        settings["start_sha256"] = start.sha256
+    course, saved = Course(None if job.recipe.minutes else shape.steps), None
     if params.checkpoint_every:
         decisive = {**settings, "micro_batch": micro_batch, "corpus": corpus.sha256}
-        saved = Checkpoints(job.name, decisive, built.model, built.optimizer, batches, params.checkpoint_every)
+        saved = Checkpoints(job.name, decisive, built.model, built.optimizer, batches, params.checkpoint_every, course)
     earlier = saved.load() if saved else []
     if earlier:
         micro_batch = earlier[-1].micro_batch
         interrupted = f"resumed after step {earlier[-1].step}: times and memory are those of several processes"
         result["note"] = "; ".join(filter(None, [note, interrupted]))
-    new_steps = _train(job, params, built, batches, len(earlier), micro_batch)
+
+    def validate(step: int, rows: int) -> None:
+        course.validated(step, _validate(job, built, validation[0], rows or micro_batch), built.model)
+
+    new_steps = _train(job, params, built, batches, len(earlier), micro_batch, course)
     with open_tracker(job, params, settings) as tracker:
-        steps = follow(chain(earlier, new_steps), tracker, job, len(earlier), saved)
-        epochs_seen = shape.steps * job.tokens_per_step / batches.tokens
-        result |= _summarize(job, built, steps, validation, epochs_seen)
+        steps = follow(chain(earlier, new_steps), tracker, job, course, validate, len(earlier), saved)
+        epochs_seen = len(steps) * job.tokens_per_step / batches.tokens
+        result |= {"validations": course.validations} if course.validations else {}
+        result |= _summarize(job, built, steps, course, validation, epochs_seen)
         tracker.summarize(result)
     if ranks.rank() == 0:
         files.write_json(job.folder / "metrics.json", result)
@@ -149,10 +170,10 @@ def describe(job: Job, params: Params, environment: Environment) -> dict[str, An
     """Return all settings of `job`, for W&B, and to find the checkpoints that have the same settings."""
     return {
         **job.switches.model_dump(),
+        **job.recipe.model_dump(),
         **job.shape.model_dump(),
         **params.size.model_dump(),
         **params.optimizer.model_dump(),
-        **job.recipe.model_dump(),
         **{"level": job.name, "model": params.model, "machine": params.machine, "seed": params.seed},
         **{"deterministic": params.deterministic, "devices": job.devices},
         **{"data": params.data.source, "shuffle": params.data.shuffle},
@@ -173,16 +194,27 @@ def open_tracker(job: Job, params: Params, settings: Mapping[str, Any]) -> Track
 
 
 def follow(
-    steps: Iterable[Step], tracker: Tracker, job: Job, resumed: int = 0, saved: Checkpoints | None = None
+    steps: Iterable[Step],
+    tracker: Tracker,
+    job: Job,
+    course: Course | None = None,
+    validate: Callable[[int, int], None] = lambda step, micro_batch: None,
+    resumed: int = 0,
+    saved: Checkpoints | None = None,
 ) -> list[Step]:
-    """Show and record all `steps`, save checkpoints to `saved`, and return the steps.
+    """Show and record all `steps`, validate, save checkpoints to `saved`, and return the steps.
 
-    The first `resumed` steps come from a checkpoint. Raise UserError if loss or gradient is not finite, or if a signal
-    stopped the training; checkpoints are kept.
+    `validate` adds the loss after a number of steps to `course`; it gets this number and the micro-batch (0: the
+    first). The first `resumed` steps come from a checkpoint. Raise UserError if loss or gradient is not finite, or if a
+    signal stopped the training; checkpoints are kept.
     """
-    done: list[Step] = []
+    course, every = course or Course(job.shape.steps), job.recipe.eval_every
+    done, ends = list[Step](), [time.perf_counter()]
+    if every and 0 not in course.validations:
+        validate(0, 0)
+    seconds_a_step = (time.perf_counter() - ends[0]) / every if every else 0.0  # for validation
     with catch_signals(saved is not None) as caught:
-        for step in progress.show(steps, job.name, job.shape.steps):
+        for step in progress.show(steps, job.name, lambda: course.steps):
             tracker.log(step)
             done.append(step)
             if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
@@ -190,16 +222,42 @@ def follow(
                     f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
                     f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
                 )
-            if saved and len(done) > resumed:
+            if every and len(done) > resumed and (len(done) % every == 0 or len(done) == course.steps):
+                validate(len(done), step.micro_batch)
+            if len(done) in course.validations:
+                tracker.log_validation(len(done), course.validations[len(done)])
+            if len(done) <= resumed:
+                continue
+            ends.append(time.perf_counter())
+            if course.steps is None and len(ends) > FIRST_STEPS:
+                course.steps = _count_steps(job, done[:resumed], ends, seconds_a_step)
+            if saved:
                 signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at the same step
                 if signals or len(done) % saved.every == 0:
                     if ranks.rank() == 0:
                         saved.save(done)
                     ranks.gather(None)  # wait until the checkpoint is saved
-                if signals and len(done) < job.shape.steps:
+                if signals and len(done) != course.steps:
                     stopped = f"stopped by {signals[0]} after step {step.step}"
                     raise UserError(f"{job.name}: {stopped}{_last_checkpoint(saved)}")
     return done
+
+
+def _count_steps(job: Job, earlier: Sequence[Step], ends: Sequence[float], seconds_more: float) -> int:
+    """Return how many steps fit into the minutes of `job`; rank 0 decides. Raise UserError if the warm-up needs more.
+
+    `earlier` steps come from a checkpoint. `ends` has the times of the start and of the end of each later step. A step
+    needs `seconds_more`, because of validation.
+    """
+    minutes, pace = job.recipe.minutes or 0.0, statistics.median(b - a for a, b in pairwise(ends)) + seconds_more
+    left = 60 * minutes - sum(step.step_ms for step in earlier) / 1000 - (ends[-1] - ends[0])
+    count = len(earlier) + len(ends) - 1 + max(0, int(left / pace))
+    count = ranks.gather(min(count, job.shape.steps))[0]
+    if count <= (warmup := job.recipe.lr_warmup_steps):
+        fix = "set more minutes or fewer warm-up steps"
+        raise UserError(f"recipe.lr_warmup_steps = {warmup}, but {count} steps fit into {minutes:g} minutes; {fix}")
+    print(f"{job.name}: {count:,} steps fit into {minutes:g} minutes", flush=True)
+    return count
 
 
 @contextmanager
@@ -222,13 +280,17 @@ def catch_signals(enabled: bool) -> Iterator[list[str]]:
 
 
 def _train(
-    job: Job, params: Params, built: Built, batches: data.Batches, first_step: int, micro_batch: int
+    job: Job, params: Params, built: Built, batches: data.Batches, first_step: int, micro_batch: int, course: Course
 ) -> Iterator[Step]:
     """Yield the steps of `job` from `first_step` on. This rank trains on its rows of each batch."""
     count = job.tokens_per_step // (job.shape.batch_size * job.shape.block_size)
-    steps = islice(data.concatenate(batches, count), job.shape.steps - first_step)
-    peak = params.size.learning_rate
-    rate = partial(loop.learning_rate_at, steps=job.shape.steps, learning_rate=peak, recipe=job.recipe)
+    numbers = takewhile(lambda number: number < (course.steps or job.shape.steps), itertools.count(first_step))
+    rest = data.concatenate(batches, count)
+    steps = (next(rest) for _ in numbers)
+
+    def rate(step: int) -> float:
+        return loop.learning_rate_at(step, course.steps or job.shape.steps, params.size.learning_rate, job.recipe)
+
     return loop.train(
         ranks.average_gradients(built.model),
         built.optimizer,
@@ -249,17 +311,31 @@ def _open_validation(inputs: Inputs, shape: Shape) -> tuple[list[loop.Batch], in
     return batches, tokenizer.count_bytes((y.numpy() for _, y in batches), inputs.encoder_json)
 
 
+def _validate(job: Job, built: Built, batches: Sequence[loop.Batch], micro_batch: int) -> float:
+    """Return the loss in nats over all `batches`. All ranks must call this together."""
+    local = data.local_rows(iter(batches), ranks.rank(), job.devices)
+    loss = ranks.mean(loop.evaluate(built.model, local, built.autocast, built.device, micro_batch))
+    built.model.train()
+    return loss
+
+
 def _summarize(
-    job: Job, built: Built, steps: Sequence[Step], validation: tuple[list[loop.Batch], int], epochs_seen: float
+    job: Job,
+    built: Built,
+    steps: Sequence[Step],
+    course: Course,
+    validation: tuple[list[loop.Batch], int],
+    epochs_seen: float,
 ) -> dict[str, Any]:
-    """Validate, and return metrics.MEASURED of a finished training. All ranks must call this together."""
+    """Load the best weights, validate, and return metrics.MEASURED. All ranks must call this together."""
     shape, compiled = job.shape, job.switches.compile
     step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
     # of the device that needed most, and read before validation, which would add to it
     peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
     batches, text_bytes = validation
-    local = data.local_rows(iter(batches), ranks.rank(), job.devices)
-    val_loss = ranks.mean(loop.evaluate(built.model, local, built.autocast, built.device, steps[-1].micro_batch))
+    if course.best:
+        copy_weights(built.model, course.best)
+    val_loss = _validate(job, built, batches, steps[-1].micro_batch)
     return {
         "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
         "loss_first": steps[0].loss,

