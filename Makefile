@@ -5,7 +5,7 @@
 # make plots      write DVC's plots to a page            make schema     write params.schema.json
 # make plan       predict memory and least time          make pins       write requirements.txt
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
-# make hellaswag  grade a network on HellaSwag
+# make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
 # make docs       write the numbers of machines/ into README.md and docs/
 
 SHELL := /bin/bash
@@ -19,7 +19,7 @@ export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
 $(foreach name,$(filter CHANGE ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro try announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
+.PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
@@ -33,6 +33,16 @@ try: .venv/installed
 	@echo
 	@git for-each-ref --sort=-committerdate --count=1 --format='Experiment: %(refname:lstrip=4)' 'refs/exps/??/*/*'
 	@cat results/report/summary.txt
+
+# Trains on tiny Shakespeare, then writes. make write CHANGE="recipe.minutes=60" changes or adds settings.
+WRITE := recipe.model=small recipe.minutes=10 recipe.batch_size=8 recipe.block_size=64 recipe.shuffle=true \
+	recipe.learning_rate=4e-3 recipe.schedule=cosine recipe.lr_warmup_steps=50 recipe.clip_norm=1.0 \
+	recipe.decay=matrices recipe.beta2=0.95 recipe.weight_decay=0.1 recipe.eval_every=200 fused_adamw=true \
+	allocator=caching checkpoint_every=200 trial.cpu.seconds=0 trial.gpu.seconds=0
+write: .venv/installed
+	@read -ra changes <<< "$(WRITE) $$CHANGE" && dvc exp run "$${changes[@]/#/--set-param=}" trial \
+		|| { echo "If you stopped it, the same command continues after the last checkpoint."; exit 1; }
+	@PYTHONPATH=src python -m pipeline.tools.sample --length 300 --temperature 0.8 --top-k 40 --prompt="$$PROMPT"
 
 announce:
 	@echo "Takes about 20 minutes on two cores, 10 GB of memory and 3 GB of disk (several GB more with CUDA's packages)."

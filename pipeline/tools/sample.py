@@ -9,8 +9,9 @@ import codecs
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -33,17 +34,21 @@ class Printer:
     """
 
     def __init__(self, encoding: tiktoken.Encoding, prompt: str):
-        self.encoding, self.prompt = encoding, prompt
+        self.encoding, self.prompt, self.started = encoding, prompt, False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, ids: torch.Tensor) -> None:
-        """Print the text of one new token, int64 (1,), or print `prompt` for the prompt's tokens, int64 (1, T)."""
-        if ids.dim() == 2:
-            self._print(self.prompt)
-        else:
+        """Print the text of one new token, int64 (1,); at first `prompt`, for the prompt's tokens, int64 (1, T)."""
+        if ids.dim() == 1:
             self._print(self.decoder.decode(self.encoding.decode_bytes(ids.tolist())))
+        elif not self.started:
+            self.started = True
+            self._print(self.prompt)
 
     def end(self) -> None:
+        """Do nothing: another call of `generate` may continue the text."""
+
+    def finish(self) -> None:
         """Print the remaining bytes and end the line."""
         self._print(self.decoder.decode(b"", final=True) + "\n")
 
@@ -60,26 +65,36 @@ def main(*arguments: str) -> None:
     model = hub_format.to_transformers(load_network(args, params)).to(device)
     prompt = encoding.encode_ordinary(args.prompt)
     idx = torch.tensor([prompt or [encoding.eot_token]], device=device)  # (1, T); GPT-2's texts follow <|endoftext|>
-    total, n_positions = idx.size(1) + args.length, model.config.n_positions
-    if total > n_positions:
-        raise UserError(
-            f"--length {args.length}: the prompt's {idx.size(1)} tokens and {args.length} new ones exceed "
-            f"this network's n_positions, {n_positions}; reduce --length or shorten --prompt"
-        )
+    if idx.size(1) >= (most := model.config.n_positions):
+        raise UserError(f"--prompt: its {idx.size(1)} tokens leave none of this network's {most} positions; shorten it")
     how: dict[str, object] = {"do_sample": False}
     if args.temperature:
         how = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p or 1.0}
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
         how["suppress_tokens"] = padding  # these ids have no text
-    how |= {"attention_mask": torch.ones_like(idx), "max_new_tokens": args.length}
     torch.manual_seed(args.seed)
     try:
         for number in range(1, args.samples + 1):
             if args.samples > 1:
                 print(f"--- {number} of {args.samples}")
-            model.generate(idx, **how, streamer=Printer(encoding, encoding.decode(prompt)))
+            write(model, idx, args.length, Printer(encoding, encoding.decode(prompt)), how)
     except KeyboardInterrupt:
         raise UserError("stopped by Ctrl-C") from None
+
+
+def write(model: Any, idx: torch.Tensor, length: int, printer: Printer, how: Mapping[str, object]) -> None:
+    """Print `length` tokens after `idx`, int64 (1, T); `how` goes to transformers' `generate`.
+
+    When all positions are in use, the text continues from the last half of them.
+    """
+    n_positions = model.config.n_positions
+    while length:
+        idx = idx if idx.size(1) < n_positions else idx[:, -(n_positions // 2) :]
+        count = min(length, n_positions - idx.size(1))
+        mask = torch.ones_like(idx)
+        idx = model.generate(idx, attention_mask=mask, max_new_tokens=count, streamer=printer, **how)
+        length -= count
+    printer.finish()
 
 
 def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,10 +48,29 @@ def test_text_is_printed_character_by_character(encoding, capsys):
     for token in ids:
         printer.put(torch.tensor([token]))
         pieces.append(capsys.readouterr().out)
+    printer.put(torch.tensor([[1, 2, 3]]))  # the context of a further call of generate
     printer.end()
+    assert capsys.readouterr().out == ""
+    printer.finish()
     printed = "".join(pieces) + capsys.readouterr().out
     assert pieces[5:8] == ["日", "", "本"]  # the three bytes of the second one are in two tokens
     assert printed == command.CONTROLS.sub(lambda match: repr(match[0])[1:-1], encoding.decode(ids)) + "\n"
+
+
+def test_a_text_longer_than_the_positions_continues_from_their_last_half():
+    model = GPT(tiny())  # 32 positions
+    printed, ids = [], random_ids(1, 3)
+    printer = SimpleNamespace(
+        put=lambda ids: printed.append(ids), end=lambda: None, finish=lambda: printed.append("end")
+    )
+    command.write(hub_format.to_transformers(model), ids, 50, printer, {"do_sample": False})
+    contexts = [piece for piece in printed[:-1] if piece.dim() == 2]
+    new = [int(piece) for piece in printed[:-1] if piece.dim() == 1]
+    assert (len(new), printed[-1]) == (50, "end")
+    assert [context.size(1) for context in contexts] == [3, 16, 16]
+    text = [*ids[0].tolist(), *new]
+    assert contexts[1][0].tolist() == text[16:32]
+    assert contexts[2][0].tolist() == text[32:48]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -147,8 +167,8 @@ def test_the_source_of_the_weights_is_printed_if_it_was_recorded(checkout, capsy
         (["--random", "--length", "3"], "model tiny needs 2,000,000,256.0 GB of memory,"),
         (["--hub", "a/b"], "a/b: the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (
-            ["--prompt", "so " * 30, "--length", "3"],
-            "--length 3: the prompt's 31 tokens and 3 new ones exceed this network's n_positions, 32; reduce --length",
+            ["--prompt", "so " * 40, "--length", "3"],
+            "--prompt: its 41 tokens leave none of this network's 32 positions; shorten it",
         ),
         (["nowhere"], "nowhere: not a readable checkpoint"),
         (["models/small"], "models/small: vocab_size 97 is below GPT-2's 50257"),
