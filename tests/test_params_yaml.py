@@ -29,6 +29,25 @@ def load_with(tmp_path: Path, *changes: tuple[str, str]) -> config.Params:
     return params_yaml.load(tmp_path / "params.yaml")
 
 
+def test_the_trials_own_settings_replace_those_of_the_levels(tmp_path):
+    plain = params_yaml.load(PARAMS)
+    assert plain.for_trial() == plain
+    own = {"model": "small", "batch_size": 6, "block_size": 64, "steps": 1, "learning_rate": 0.5, "beta2": 0.5}
+    own |= {"weight_decay": 0.0, "shuffle": True}
+    document = plain.model_dump()
+    trial = config.Params.model_validate(document | {"recipe": document["recipe"] | own}).for_trial()
+    shape = {"batch_size": 6, "block_size": 64, "steps": 1, "warmup_steps": 0, "eval_tokens": 3840}
+    assert trial.shape("speed").model_dump() == shape
+    assert (trial.model, trial.size.n_layer, trial.size.n_positions, trial.size.learning_rate) == ("small", 4, 64, 0.5)
+    assert trial.optimizer == config.AdamW(betas=(0.9, 0.5), eps=1e-8, weight_decay=0.0)
+    assert (trial.data.shuffle, plain.data.shuffle) == (True, False)
+
+
+def test_openais_weights_are_refused_for_a_size_that_is_not_downloaded(tmp_path):
+    with pytest.raises(UserError, match=r"recipe.start = openai: only the weights of model gpt2 are downloaded; leave"):
+        load_with(tmp_path, ("  model:    ", "  model: tiny #"), ("  start:    ", "  start: openai #"))
+
+
 def test_the_ladder_has_its_twelve_levels_in_order():
     levels = params_yaml.load(PARAMS).levels
     seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
@@ -115,6 +134,9 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
             "tokens_per_step: 500 ",
             "recipe.tokens_per_step = 500: must be a multiple of the trial's ",
         ),
+        ("  block_size:\n", "  block_size: 2048\n", "{}: recipe.block_size = 2048: must be at most models.gpt2.n_pos"),
+        ("  minutes:  ", "  minutes: 0 ", "{}: recipe.minutes = 0: Input should be greater than 0"),
+        ("  model:   ", "  model: huge ", "{}: recipe.model = 'huge': Input should be 'gpt2', 'gpt2-medium'"),
         ("lr_warmup_steps: 0", "lr_warmup_steps: 10", "recipe.lr_warmup_steps = 10: must be below the trial's steps"),
         ("learning_rate: 3e-4", "learning_rate: .inf", "models.gpt2.learning_rate = inf: Input should be a finite"),
         ("  - 0.9\n", "  - .nan\n", "optimizer.betas.0 = nan: Input should be a finite number"),

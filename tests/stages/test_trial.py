@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt2_ladder import files
-from gpt2_ladder.config import Params, Recipe
+from gpt2_ladder.config import Params, Recipe, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.measuring import trials
+from gpt2_ladder.model import GPT
+from gpt2_ladder.sources import downloads, hub_format
+from gpt2_ladder.training import data
 from helpers import trainings
 from pipeline import ENVIRONMENT, TRIAL, TRIAL_FACTS, read_json, trial
 
@@ -80,3 +84,68 @@ def test_one_process_measures_after_a_training_on_several_ranks(params, monkeypa
     monkeypatch.setattr(trial, "conclude", lambda *_: calls.append(1))
     trial.main()
     assert bool(calls) == concludes
+
+
+def test_a_trial_with_its_own_size_and_shape_uses_them_everywhere(run, params, monkeypatch):
+    monkeypatch.setattr(trials, "MOST_ROUNDS", 6)
+    own = {"model": "small", "batch_size": 4, "block_size": 8, "steps": 14, "learning_rate": 1e-4, "shuffle": True}
+    document = params.model_dump()
+    document["models"]["small"] |= {"n_layer": 1, "n_head": 1, "n_embd": 16}
+    _, facts = run(600, recipe=Recipe(**own).model_dump(), models=document["models"])
+    assert facts["parameters"] == 16 * (50257 + 8) + 12 * 16 * 16 + 13 * 16 + 2 * 16  # 8 positions
+    assert (facts["steps"], facts["micro_batch"], facts["epochs_seen"]) == (14, 4, pytest.approx(14 * 32 / 1984))
+    measured = facts["measurement"]
+    assert (measured["model"], measured["batch_size"], measured["block_size"]) == ("small", 4, 8)
+    assert facts["changes"]["recipe.model"] == "small"
+    assert facts["not_compared"].startswith("other losses are expected with recipe.shuffle, recipe.model")
+
+
+def test_a_longer_trial_is_still_compared_with_fp32(run):
+    numbers, facts = run(0, recipe=Recipe(steps=15, eval_every=5).model_dump())
+    assert (facts["steps"], numbers["loss_apart"]) == (15, 0.0)
+
+
+def pretrained(folder: Path, params: Params, **changes: object) -> GPT:
+    """Write a network of the tiny size with large weights to `folder` in the hub's format, and return it."""
+    network = GPT(params.size.gpt().model_copy(update=changes), seed=5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 3
+    hub_format.save_gpt(network, folder)
+    return network
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+@pytest.mark.parametrize("checkpoint_every", [None, 5])
+def test_a_trial_starts_from_a_folder_and_records_its_hash(run, params, vocab_size, checkpoint_every):
+    network = pretrained(Path("mine"), params)
+    changes = {"vocab_size": vocab_size, "checkpoint_every": checkpoint_every}
+    _, facts = run(0, recipe=Recipe(start="mine").model_dump(), **changes)
+    x, y = next(data.Batches(data.open_shard(Path("data/train.bin")), 2, 16))
+    with torch.no_grad():
+        expected = network(x, y)[1].item()
+    assert facts["loss_first"] == pytest.approx(expected, abs=0.01 if vocab_size > 50257 else 1e-5)
+    assert facts["start_sha256"] == files.sha256(Path("mine/model.safetensors"))
+    assert facts["not_compared"] == "other losses are expected with recipe.start"
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("openai", r"recipe.start = openai: data/gpt2 has random stand-in weights, not OpenAI's; run `dvc repro -f"),
+        ("nowhere", "recipe.start = nowhere: there is no such folder; name one with config.json, or openai"),
+        ("deep", "recipe.start = deep: n_layer is 2, but tiny has 1; set recipe.model to the size of these weights"),
+        ("untied", "recipe.start = untied: its head is a matrix of its own; set tie_weights: false"),
+        ("empty", "empty: not a readable checkpoint"),
+    ],
+)
+def test_weights_that_a_trial_cannot_start_from_are_refused(run, params, start, message):
+    for folder, changes in (("data/gpt2", {}), ("deep", {"n_layer": 2}), ("untied", {"tie_weights": False})):
+        pretrained(Path(folder), params, **changes)
+    Path("empty").mkdir()
+    weights = Path("data/gpt2/model.safetensors")
+    downloads.write_provenance(weights, downloads.STAND_IN, files.sha256(weights), "")
+    with pytest.raises(UserError, match=message):
+        run(0, recipe=Recipe(start=start).model_dump())
+    assert not TRIAL_FACTS.exists()
+    assert not TRIAL.exists()
