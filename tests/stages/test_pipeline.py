@@ -311,6 +311,26 @@ def test_an_experiment_runs_only_the_trial_and_can_be_removed(clone):
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
 
 
+def test_a_network_that_writes_is_trained_without_any_level_and_continues_after_a_stop(clone):
+    # small, as users get it, but for three seconds
+    changes = "recipe.minutes=0.05 recipe.lr_warmup_steps=5 recipe.eval_every=20"
+    write = ("make", "write", "--no-print-directory", "PROMPT=ROMEO:")
+    fails = call(clone, *write, f"CHANGE={changes} recipe.learning_rate=1e30", exit_code=2)
+    assert "If you stopped it, the same command continues after the last checkpoint." in fails
+    output = call(clone, *write, f"CHANGE={changes}")
+    assert stages_that_ran(output) == {"environment", "trial"}
+    assert "steps fit into 0.05 minutes" in output
+    assert "ROMEO:" in output
+    facts = json.loads((clone / "results/trial/facts.json").read_text())
+    assert facts["steps"] >= 20
+    assert facts["not_measured"] == "trial.cpu.seconds is 0"
+    assert facts["val_loss"] == min(facts["validations"].values())
+    config = json.loads((clone / "models/trial/config.json").read_text())
+    assert (config["n_layer"], config["n_embd"], config["n_positions"]) == (4, 128, 64)
+    get_back(clone)
+    call(clone, "dvc", "exp", "remove", "--all-commits")
+
+
 def test_a_level_that_computes_something_else_stops_before_the_benchmark(clone):
     set_param(clone, "levels.bf16.init", "pytorch")
     output = call(clone, "dvc", "repro", exit_code=255)
