@@ -37,7 +37,7 @@ def recording_ms() -> list[float]:
         times = []
         with tracking.Tracker(Path(folder) / "steps.csv", run, 1) as tracker:
             start = time.perf_counter()
-            for step in progress.show(steps, "overheads", STEPS):
+            for step in progress.show(steps, "overheads", lambda: STEPS):
                 tracker.log(step)
                 now = time.perf_counter()
                 times.append((now - start) * 1000)

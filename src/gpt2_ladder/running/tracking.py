@@ -150,7 +150,8 @@ def run_group(params: Params, environment: Environment) -> str:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout[:7]
     except OSError:  # no Git
         commit = ""
-    settings = params.model_dump_json(exclude={"checkpoint_every"})  # a user may set it before resuming
+    # the trial's settings, which the trial has instead of params.yaml's; a user may set the excluded one to resume
+    settings = params.for_trial().model_dump_json(exclude={"checkpoint_every"})
     name = f"{commit or 'uncommitted'}-{_hash(environment.fingerprint + settings)}"
     return os.environ.get("WANDB_RUN_GROUP") or name
 
