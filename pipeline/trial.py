@@ -40,6 +40,9 @@ def main() -> None:
     params, environment = params_yaml.load().for_trial(), read_environment()
     devices.check_machine(params.machine, params.rehearsal, environment)
     start, micro_batch = load_start(params), find_micro_batch(params, params.switches, environment)
+    if not micro_batch:
+        row = f"one row of recipe.block_size tokens ({params.shape('speed').block_size})"
+        raise UserError(f"trial: memory does not suffice for {row} of {params.model}; set a smaller size or block_size")
     if not run_job(make_job(params), params, environment, Inputs(*TRAINING_INPUTS), micro_batch, keep, start):
         shutil.rmtree(TRIAL, ignore_errors=True)
         TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
@@ -54,18 +57,17 @@ def make_job(params: Params) -> Job:
 
 
 def find_micro_batch(params: Params, switches: Switches, environment: Environment) -> int:
-    """Return the levels' micro-batch; for a trial with its own size or shape, the largest that is predicted to fit."""
+    """Return the levels' micro-batch; for a trial with its own size or shape, the largest that is predicted to fit.
+
+    It is 0 if not even one row is predicted to fit.
+    """
     own, shape = params.recipe, params.shape("speed")
     if not (own.model or own.batch_size or own.block_size):
         return int(read_json(PROBE)["micro_batch"])
     network, operand = params.gpt(switches), runtime.PRECISIONS[switches.precision].operand
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
-    rows = planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
-    if not rows:
-        need = f"one row of {shape.block_size} tokens needs more than the {free / 2**30:.1f} GiB of free memory"
-        raise UserError(f"trial: {params.model}: {need}; set a smaller recipe.block_size or recipe.model")
-    return rows
+    return planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
 
 
 def load_start(params: Params) -> Start | None:
@@ -104,14 +106,17 @@ def conclude(params: Params, environment: Environment) -> None:
     losses = read_losses(FOLDER), read_losses(RESULTS / "levels" / BASELINE)
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
-    if facts["status"] == "skipped" or not seconds:
-        reason = facts["reason"] or f"trial.{params.machine}.seconds is 0"
+    trained = facts["status"] == "trained"
+    rows = find_micro_batch(params, params.levels[BASELINE], environment) if trained and seconds else 0
+    if not rows:
+        fits = f"{BASELINE} does not fit into memory at the trial's size and shape"
+        reason = facts["reason"] or (fits if seconds else f"trial.{params.machine}.seconds is 0")
         facts |= {"measurement": None, "gain": None, "not_measured": reason}
     else:
         batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
         some = list(islice(batches, min(shape.steps, trials.MOST_ROUNDS)))
-        micro_batch = min(facts["micro_batch"], find_micro_batch(params, params.levels[BASELINE], environment))
-        facts |= trials.judge(trials.measure(params, environment, micro_batch, some, seconds))
+        rows = min(rows, facts["micro_batch"])
+        facts |= trials.judge(trials.measure(params, environment, rows, some, seconds))
     files.write_json(TRIAL_FACTS, facts)
     gain = facts["gain"] or dict.fromkeys(("ratio", "low", "high"))
     numbers = {"gain": gain["ratio"], "low": gain["low"], "high": gain["high"], "loss_apart": facts["loss_apart"]}

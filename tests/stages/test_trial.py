@@ -105,6 +105,19 @@ def test_a_longer_trial_is_still_compared_with_fp32(run):
     assert (facts["steps"], numbers["loss_apart"]) == (15, 0.0)
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_trial_that_does_not_fit_is_refused_and_a_baseline_that_does_not_fit_is_not_measured(run, monkeypatch, fits):
+    rows = {"flash": 2 if fits else 0, "eager": 0}
+    monkeypatch.setattr(trial.planning, "fitting_rows", lambda config, *_: rows[config.attention])
+    recipe = Recipe(block_size=8).model_dump()
+    if fits:
+        _, facts = run(1, attention="flash", recipe=recipe)
+        assert facts["not_measured"] == "fp32 does not fit into memory at the trial's size and shape"
+    else:
+        with pytest.raises(UserError, match=r"trial: memory does not suffice for one row of .* \(8\) of tiny; set a"):
+            run(1, attention="flash", recipe=recipe)
+
+
 def pretrained(folder: Path, params: Params, **changes: object) -> GPT:
     """Write a network of the tiny size with large weights to `folder` in the hub's format, and return it."""
     network = GPT(params.size.gpt().model_copy(update=changes), seed=5)
