@@ -8,6 +8,7 @@ import altair as alt
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.reporting import charts, facts, gallery
+from gpt2_ladder.reporting.facts import templates
 from gpt2_ladder.running import tracking
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, TRIAL_FACTS, read_environment, read_json, read_metrics, run
 
@@ -60,12 +61,13 @@ def main() -> None:
     }
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
-    files.write(FOLDER / "ladder.md", facts.markdown(content, pictures))
+    files.write(FOLDER / "ladder.md", templates.get_template("ladder.md").render(content, pictures=pictures))
     drawings = {name: charts.svg(chart) for name, chart in pictures.items()}
-    files.write(FOLDER / "ladder.html", facts.html(content, drawings))
+    page = templates.get_template("ladder.html").render(content, pictures=drawings)  # SVG elements: loads no other file
+    files.write(FOLDER / "ladder.html", page)
     lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
     files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))  # for `dvc plots`
-    files.write(FOLDER / "summary.txt", summary := facts.summary(content))
+    files.write(FOLDER / "summary.txt", summary := templates.get_template("summary.txt").render(content))
     images = {name: FOLDER / f"{name}.png" for name in pictures if name != "ladder"}
     tracking.log_summary(params, environment, gains, drawings["ladder"], images)
     print(summary, end="")

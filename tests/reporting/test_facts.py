@@ -15,11 +15,15 @@ EVEN = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[330.0] * 4)  # no l
 
 
 def html(report: dict) -> str:
-    return facts.html(report, {"ladder": SVG, "speed": SVG})
+    return facts.templates.get_template("ladder.html").render(report, pictures={"ladder": SVG, "speed": SVG})
 
 
 def markdown(report: dict) -> str:
-    return facts.markdown(report, ("ladder", "speed"))
+    return facts.templates.get_template("ladder.md").render(report, pictures=("ladder", "speed"))
+
+
+def summary(report: dict) -> str:
+    return facts.templates.get_template("summary.txt").render(report)
 
 
 def test_every_row_names_the_switch_that_changes():
@@ -215,7 +219,7 @@ NOT_MEASURED = {"gain": None, "measurement": None}
     ],
 )
 def test_a_run_ends_with_its_result_the_file_to_open_and_what_to_try_next(changes, result, next_try):
-    text = facts.summary(content(trial={**TRIAL, **changes}))
+    text = summary(content(trial={**TRIAL, **changes}))
     _, second, third = text.splitlines()
     assert text.startswith(result)
     assert second == "Open results/report/ladder.html for all tables and pictures"
@@ -227,7 +231,7 @@ def test_the_next_switch_is_one_of_the_fastest_level_or_of_all_levels_if_none_is
 
     def next_try(fastest: str, **changes: str) -> str:
         report = {**content(trial={**TRIAL, "changes": changes}), "speed": table, "fastest": fastest}
-        return facts.summary(report).splitlines()[-1]
+        return summary(report).splitlines()[-1]
 
     assert 'CHANGE="init=gpt2"' in next_try("a", attention="flash")
     assert 'CHANGE="compile=true" adds this switch' in next_try("a", init="gpt2")

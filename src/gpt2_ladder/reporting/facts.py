@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
 )
 templates.filters["gain_cell"] = gain_cell
+templates.globals["table"] = markdown_table
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,3 @@ def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine 
         "kernels": {name: kernel for name in parity["levels"] if (kernel := results[name]["attention_kernel"])},
         "notes": notes,
     }
-
-
-def markdown(facts: Mapping[str, Any], pictures: Collection[str]) -> str:
-    """Return the page ladder.md; it shows the PNG files next to it, which have the names `pictures`."""
-    return templates.get_template("ladder.md").render(**facts, table=markdown_table, pictures=pictures)
-
-
-def summary(facts: Mapping[str, Any]) -> str:
-    """Return the three lines that end a run: the result, the file to open, and what to try next."""
-    return templates.get_template("summary.txt").render(**facts).replace("`", "")
-
-
-def html(facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    """Return the page ladder.html; it contains `pictures`, SVG elements by name, and loads no other file."""
-    return templates.get_template("ladder.html").render(**facts, pictures=pictures)
