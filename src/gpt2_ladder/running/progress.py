@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from gpt2_ladder.training.metrics import Step
 
@@ -18,14 +18,8 @@ def show(steps: Iterable[Step], title: str, count: Callable[[], int | None]) -> 
     `count` returns the number of all steps, or None if it is not known yet.
     """
     console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    bar_columns = BarColumn(bar_width=20), MofNCompleteColumn()
+    columns = "{task.description}", *bar_columns, "{task.fields[values]} left", TimeRemainingColumn()
     last_ms = deque[float](maxlen=20)
     # drawn only between steps: a thread that redraws the bar would slow down the step that is being timed
     with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
