@@ -90,9 +90,11 @@ def _end(error: str) -> NoReturn:
 
 
 def git(*arguments: str) -> str | None:
-    """Return the output of a git command; None if it fails."""
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return None if result.returncode else result.stdout.strip()
+    """Return the output of a git command; None if it fails or there is no Git."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def read_environment() -> Environment:

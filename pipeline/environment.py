@@ -17,7 +17,7 @@ from typing import Literal
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Environment, UserError
-from pipeline import ENVIRONMENT, run
+from pipeline import ENVIRONMENT, git, run
 
 PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
@@ -39,12 +39,12 @@ def main() -> None:
 
 def warn_about_git() -> None:
     """Print a warning and the fix if the Git repository is in a state in which experiments or commits get lost."""
-    git = ["git", "-C", os.environ.get("DVC_ROOT", ".")]  # `dvc exp run --temp` runs this stage in a copy
-    try:
-        shallow, head = _output([*git, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD"]).split()
-        names = {*_output([*git, "config", "--list", "--name-only"]).split(), *os.environ}
-    except (OSError, subprocess.CalledProcessError, ValueError):  # no Git, repository or commit: DVC reports these
+    folder = os.environ.get("DVC_ROOT", ".")  # `dvc exp run --temp` runs this stage in a copy
+    state = git("-C", folder, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD")
+    if state is None:  # no Git, repository or commit: DVC reports these
         return
+    shallow, head = state.split()
+    names = {*(git("-C", folder, "config", "--list", "--name-only") or "").split(), *os.environ}
     if shallow == "true":
         print("warning: `dvc exp run --temp` or --queue saves nothing in a shallow clone; run `git fetch --unshallow`")
     if head == "HEAD" and "DVC_EXP_NAME" not in os.environ:  # `dvc exp run` detaches HEAD
@@ -119,14 +119,11 @@ def _nvidia_gpu(index: str) -> tuple[str, float] | None:
     """Return the name and compute capability of GPU `index`, or None if nvidia-smi does not list it."""
     command = ["nvidia-smi", f"--id={index}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        name, capability = _output(command).rsplit(", ", 1)
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        name, capability = output.strip().rsplit(", ", 1)
         return name, float(capability)
     except (OSError, subprocess.CalledProcessError, ValueError):  # no GPU, or a driver too old to know the field
         return None
-
-
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu() -> tuple[str, set[str], int]:
