@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -97,9 +98,8 @@ class Checkpoints:
             print(f"{self.name}: ignoring {other}, which has other settings", flush=True)
         state = self.newest()
         if len({*ranks.gather(state and state.name)}) > 1:
-            raise UserError(
-                f"{self.folder}: the ranks see different checkpoints; share this folder between all machines"
-            )
+            fix = "share this folder between all machines"
+            raise UserError(f"{self.folder}: the ranks see different checkpoints; {fix}")
         if state is None:
             return []
         path = state.with_suffix(".safetensors")
@@ -116,7 +116,8 @@ class Checkpoints:
             groups = self.optimizer.state_dict()["param_groups"]  # their settings come from params.yaml
             self.optimizer.load_state_dict({"state": _optimizer_state(tensors), "param_groups": groups})
             torch.set_rng_state(tensors["generator"])
-            steps = [_step(row) for row in tensors["steps"].tolist()]
+            rows = [dict(zip(STEP_FIELDS, row, strict=True)) for row in tensors["steps"].tolist()]
+            steps = TypeAdapter(list[Step]).validate_python(rows)  # turns 3.0 into an int where Step has one
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
             reason = printable(" ".join(str(error).split()))[:500]
             fix = f"remove {self.folder} to train from the start"
@@ -137,11 +138,6 @@ def copy_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         rows = min(len(parameter), len(weights[name]))
         parameter[:rows] = weights[name][:rows]
-
-
-def _step(row: Sequence[float]) -> Step:
-    values: dict[str, Any] = dict(zip(STEP_FIELDS, row, strict=True))
-    return Step(**(values | {name: int(values[name]) for name in ("step", "micro_batch")}))
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
