@@ -230,9 +230,8 @@ class Params(Switches):
         defaults, levels = document.get("defaults"), document.get("levels")
         if not (isinstance(defaults, Mapping) and isinstance(levels, Mapping)):
             return {**document}
-        rows = {name: {} if row is None else row for name, row in levels.items()}
-        rows = {name: {**defaults, **row} if isinstance(row, Mapping) else row for name, row in rows.items()}
-        return {**document, "levels": rows}
+        full = {name: {**defaults, **(row or {})} for name, row in levels.items() if isinstance(row, Mapping | None)}
+        return {**document, "levels": {**levels, **full}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -244,11 +243,8 @@ class Params(Switches):
         _require(recipe.model is None or recipe.model in self.models, "recipe.model", recipe.model, rule)
         machine, own = f"machines.{self.machine}", self.for_trial()
         shape, speed = own.shape("speed"), self.shape("speed")
-        for name, settings, checked in (
-            ("quality", self, self.quality),
-            (machine, self, speed),
-            ("recipe", own, shape),
-        ):
+        shapes = ("quality", self, self.quality), (machine, self, speed), ("recipe", own, shape)
+        for name, settings, checked in shapes:
             rule = f"must be at most models.{settings.model}.n_positions ({settings.size.n_positions})"
             _require(checked.block_size <= settings.size.n_positions, f"{name}.block_size", checked.block_size, rule)
             rule = f"must divide {name}.batch_size ({checked.batch_size})"
