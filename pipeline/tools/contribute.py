@@ -36,9 +36,8 @@ def main(*arguments: str) -> None:
     try:
         text = describe(options)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{options.results}: not the results of a climb ({' '.join(repr(error).split()):.200})"
-        ) from None
+        reason = " ".join(repr(error).split())
+        raise UserError(f"{options.results}: not the results of a climb ({reason:.200})") from None
     for private in {getpass.getuser(), socket.gethostname().partition(".")[0]} - {"root"}:
         if re.search(rf"\b{re.escape(private)}\b", text):
             raise UserError(f"'{private}' is the name of this user or machine; remove it from --title or --note")

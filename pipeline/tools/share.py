@@ -88,6 +88,7 @@ def read_run() -> dict[str, Any]:
         digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
         inputs = {f"{len(inputs):,} files, hash of their hashes": digest}
     result = files.read_json(TRIAL_FACTS)
+    committed = git("status", "--porcelain", "--", *DESCRIBED) == ""
     settings = describe(make_job(params), params, environment)
     return {
         "result": result,
@@ -100,7 +101,7 @@ def read_run() -> dict[str, Any]:
         "read": inputs,
         "train": [shard for shard in manifest["shards"] if shard["path"] != str(VAL_SHARD)],
         "val": files.read_json(data.sidecar_path(VAL_SHARD)),
-        "commit": _commit(),
+        "commit": git("rev-parse", "HEAD") if committed else None,
     }
 
 
@@ -118,11 +119,6 @@ def _changed(*stages: str) -> list[str]:
             for name, change in changes.items():
                 names += [f"{name}: {key}" for key in change] if isinstance(change, dict) else [name]
     return names
-
-
-def _commit() -> str | None:
-    """Return the current commit, or None if code or settings have uncommitted changes."""
-    return git("rev-parse", "HEAD") if git("status", "--porcelain", "--", *DESCRIBED) == "" else None
 
 
 if __name__ == "__main__":
