@@ -78,17 +78,11 @@ def side_by_side(here: Measurement, there: Measurement) -> Table:
 
 def markdown_table(table: Sequence[Sequence[str]], text_columns: int = 2) -> str:
     """Return a Markdown table with padded cells. The first `text_columns` columns are aligned left, the rest right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(width) if column < text_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(table[0]), line(rule), *(line(row) for row in table[1:])])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left, right = widths[:text_columns], widths[text_columns:]
+    line = " | ".join([*(f"{{:<{width}}}" for width in left), *(f"{{:>{width}}}" for width in right)])
+    rule = [*("-" * width for width in left), *("-" * (width - 1) + ":" for width in right)]
+    return "\n".join(f"| {line.format(*row)} |" for row in (table[0], rule, *table[1:]))
 
 
 def gain_cell(gain: Metrics | None) -> str:
