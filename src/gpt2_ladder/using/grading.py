@@ -15,22 +15,20 @@ from typing import Annotated
 import tiktoken
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Strict, UserError
 from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 
 IGNORED = -100  # F.cross_entropy skips this target
 
 
-class Example(BaseModel):
+class Example(Strict, extra="ignore"):
     """One line of hellaswag_val.jsonl, without its unused keys."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
 
     ctx: Annotated[str, Field(min_length=1)]
     endings: Annotated[list[str], Field(min_length=4, max_length=4)]
