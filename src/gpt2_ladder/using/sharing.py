@@ -1,6 +1,5 @@
 """Write a network to a folder in the Hugging Face hub's format: weights, tokenizer and a model card."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def write_folder(folder: Path, model: GPT, card: str, encoder_json: Path, vocab_
         complete = Path(temporary) / "complete"
         hub_format.save_gpt(model, complete)
         for name, content in contents.items():
-            files.write(complete / name, json.dumps(content, indent=2) + "\n")
+            files.write_json(complete / name, content)
         files.write(complete / "vocab.json", encoder_json.read_bytes())
         files.write(complete / "merges.txt", vocab_bpe.read_bytes())
         files.write(complete / CARD, card)
