@@ -19,7 +19,7 @@ TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
     results = {name: read_metrics(name) for name in params.levels}
-    gains, parity = read_json(GAINS), read_json(PARITY)
+    gains, parity, trial = read_json(GAINS), read_json(PARITY), read_json(TRIAL_FACTS)
     ladder = facts.Ladder(
         levels=params.levels,
         shapes={"quality": params.quality, "speed": params.shape("speed")},
@@ -33,14 +33,13 @@ def main() -> None:
         ladder,
         model=params.model,
         machine=params.machine,
-        trial=read_json(TRIAL_FACTS),
+        trial=trial,
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
         reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
-    trial = read_json(TRIAL_FACTS)
     own = any(key.startswith("recipe.") for key in trial["changes"])  # another length or size: a picture of its own
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": [], "trial": []}
     for name, folder in {**{name: RESULTS / "levels" / name for name in trained}, "trial": RESULTS / "trial"}.items():
