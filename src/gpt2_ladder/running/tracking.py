@@ -158,11 +158,9 @@ def run_group(params: Params, environment: Environment) -> str:
 
 def has_key() -> bool:
     """Return whether W&B has an API key, from WANDB_API_KEY or from `wandb login`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     try:
         # W&B's own function: the name of its host has changed, and older files have the old name
-        return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
+        return bool(os.environ.get("WANDB_API_KEY") or read_netrc_auth(host=wandb.setup().settings.base_url))
     except wandb.errors.AuthenticationError:
         return True  # a malformed key: wandb.init reports it
 
