@@ -47,10 +47,9 @@ class Machine(Strict):
     def _check(self) -> Self:
         run, arms = self.benchmark, {*self.benchmark.levels, self.benchmark.control}
         complete = all({*round_.step_ms} == arms and min(round_.step_ms.values()) > 0 for round_ in run.rounds)
+        rule = f"needs {MINIMUM_ROUNDS} rounds with positive times of every level and the control; first {BASELINE}"
         if not complete or len(run.rounds) < MINIMUM_ROUNDS or run.levels[:1] != [BASELINE]:
-            raise ValueError(
-                f"needs {MINIMUM_ROUNDS} rounds with positive times of every level and the control; first {BASELINE}"
-            )
+            raise ValueError(rule)
         return self
 
 
