@@ -314,10 +314,9 @@ def test_an_experiment_runs_only_the_trial_and_can_be_removed(clone):
 def test_a_network_that_writes_is_trained_without_any_level_and_continues_after_a_stop(clone):
     # small, as users get it, but for three seconds
     changes = "recipe.minutes=0.05 recipe.lr_warmup_steps=5 recipe.eval_every=20"
-    write = ("make", "write", "--no-print-directory", "PROMPT=ROMEO:")
-    fails = call(clone, *write, f"CHANGE={changes} recipe.learning_rate=1e30", exit_code=2)
+    fails = call(clone, "make", "write", f"CHANGE={changes} recipe.learning_rate=1e30", exit_code=2)
     assert "If you stopped it, the same command continues after the last checkpoint." in fails
-    output = call(clone, *write, f"CHANGE={changes}")
+    output = call(clone, "make", "write", f"CHANGE={changes}", "PROMPT=ROMEO:")
     assert stages_that_ran(output) == {"environment", "trial"}
     assert "steps fit into 0.05 minutes" in output
     assert "ROMEO:" in output
@@ -328,6 +327,13 @@ def test_a_network_that_writes_is_trained_without_any_level_and_continues_after_
     config = json.loads((clone / "models/trial/config.json").read_text())
     assert (config["n_layer"], config["n_embd"], config["n_positions"]) == (4, 128, 64)
     get_back(clone)
+    (clone / "corpus").mkdir()
+    (clone / "corpus/mine.txt").write_text(4 * (clone / "data/input.txt").read_text())
+    own = "data.source=text data.path=corpus data.val_tokens=20000"
+    output = call(clone, "make", "write", f"CHANGE={own} {changes}")
+    assert stages_that_ran(output) == {"environment", "tokenize", "overfit", "train@fp32", "trial"}
+    get_back(clone)
+    shutil.rmtree(clone / "corpus")
     call(clone, "dvc", "exp", "remove", "--all-commits")
 
 
