@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.running.checkpoints import Checkpoints
+from gpt2_ladder.running.checkpoints import Checkpoints, Course
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training import data
 from gpt2_ladder.training.metrics import Step
@@ -144,7 +144,7 @@ def training(folder: Path) -> Checkpoints:
     model = GPT(tiny())
     checkpoints = type("InFolder", (Checkpoints,), {"folder": folder})
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
-    return checkpoints("training", {}, model, torch.optim.AdamW(model.parameters()), batches, 1)
+    return checkpoints("training", {}, model, torch.optim.AdamW(model.parameters()), batches, 1, Course(1))
 
 
 def train_and_save(folder: Path) -> None:

@@ -68,6 +68,8 @@ def serve(fault: str = "", starts: bool = True) -> Iterator[tuple[str, list[byte
             elif b"mutation CreateRunFiles" in request:
                 files = [{"name": name, "uploadUrl": url} for name in json.loads(request)["variables"]["files"]]
                 answer = {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+            elif b"mutation CreateArtifact" in request:  # of a table; W&B's client crashes if the answer is empty
+                answer = {"errors": [{"message": "this server keeps no artifacts"}]}
             elif b"mutation CreateCustomChart" in request:
                 answer = {"data": {"createCustomChart": {"chart": {"id": "me/gpt2-ladder-gains"}}}}
             elif b"viewer" in request:
