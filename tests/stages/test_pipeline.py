@@ -134,7 +134,7 @@ def test_every_training_has_its_own_wandb_run_in_one_group(clone, wandb_folders)
 def test_wandb_sync_sends_every_run_once_and_never_as_a_second_run(clone, wandb_folders):
     fields = ("display_name", "run_group", "job_type")
     heads = {folder: record["run"][0] for folder, record in wandb_folders.items()}
-    expected = {(folder.name.split("-")[-1], *map(head.get, fields)) for folder, head in heads.items()}
+    expected = {(folder.name.split("-", 3)[3], *map(head.get, fields)) for folder, head in heads.items()}
     assert len({run_id for run_id, *_ in expected}) == len(wandb_folders) == wandb_runs(clone)
     with serve() as (url, sent):
         sync = "env", f"WANDB_API_KEY={KEY}", f"WANDB_BASE_URL={url}", "wandb", "sync", *map(str, wandb_folders)
