@@ -37,7 +37,7 @@ try: .venv/installed
 # Trains on tiny Shakespeare, then writes. make write CHANGE="recipe.minutes=60" changes or adds settings.
 WRITE := recipe.model=small recipe.minutes=10 recipe.batch_size=8 recipe.block_size=64 recipe.shuffle=true \
 	recipe.learning_rate=4e-3 recipe.schedule=cosine recipe.lr_warmup_steps=50 recipe.clip_norm=1.0 \
-	recipe.decay=matrices recipe.beta2=0.95 recipe.weight_decay=0.1 recipe.eval_every=200 fused_adamw=true \
+	recipe.decay=matrices recipe.betas=[0.9,0.95] recipe.weight_decay=0.1 recipe.eval_every=200 fused_adamw=true \
 	allocator=caching checkpoint_every=200 trial.cpu.seconds=0 trial.gpu.seconds=0
 write: .venv/installed
 	@read -ra changes <<< "$(WRITE) $$CHANGE" && dvc exp run "$${changes[@]/#/--set-param=}" trial \
@@ -108,7 +108,7 @@ docs: .venv/installed
 
 # Editors check params.yaml with this schema.
 schema: .venv/installed
-	PYTHONPATH=src python -c 'import json; from gpt2_ladder.config import Params; \
+	PYTHONPATH=src python -c 'import json; from gpt2_ladder.params import Params; \
 		print(json.dumps(Params.model_json_schema(), indent=2))' > params.schema.json
 
 # Removes the suffix +cpu from torch's version, because the pins are also for its CUDA wheel.

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Params, Switches, UserError
+from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
 from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
+from gpt2_ladder.params import Params
 from gpt2_ladder.training import data, devices, loop, runtime
 from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, Parser, read_environment, read_json, run
 

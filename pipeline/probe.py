@@ -11,9 +11,10 @@ from functools import partial
 import torch
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import GPTConfig, Params, Switches, UserError
+from gpt2_ladder.config import GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
+from gpt2_ladder.params import Params
 from gpt2_ladder.training import devices, loop, runtime
 from pipeline import PROBE, read_environment, run
 

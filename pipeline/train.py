@@ -1,7 +1,8 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import Params, Recipe, UserError
+from gpt2_ladder.config import Recipe, UserError
+from gpt2_ladder.params import Params
 from gpt2_ladder.running.run import Inputs, Job
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.training import devices

@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Params, Size, Switches, UserError
+from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Size, Switches, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.running.run import Inputs, Job, Start
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import downloads, hub_format

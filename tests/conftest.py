@@ -14,7 +14,7 @@ import tiktoken
 import torch
 from filelock import FileLock
 
-from gpt2_ladder.config import Params
+from gpt2_ladder.params import Params
 from gpt2_ladder.sources import downloads
 from gpt2_ladder.training import tokenizer
 from helpers import climbing, faulty_server, trainings

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import CONTROL, Params, Switches
+from gpt2_ladder.config import CONTROL, Switches
 from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.training import devices, loop, runtime
 from helpers.climbing import call
 from helpers.common import REPOSITORY, random_ids

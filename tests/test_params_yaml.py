@@ -8,6 +8,7 @@ import pytest
 
 from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import Switches, UserError
+from gpt2_ladder.params import Params
 from helpers import processes
 from helpers.common import REPOSITORY
 
@@ -19,7 +20,7 @@ def line_of(text: str) -> int:
     return PARAMS.read_text().split(text)[0].count("\n") + 1
 
 
-def load_with(tmp_path: Path, *changes: tuple[str, str]) -> config.Params:
+def load_with(tmp_path: Path, *changes: tuple[str, str]) -> Params:
     """Load params.yaml with the first occurrence of each old text replaced by the new one."""
     text = PARAMS.read_text()
     for old, new in changes:
@@ -32,10 +33,10 @@ def load_with(tmp_path: Path, *changes: tuple[str, str]) -> config.Params:
 def test_the_trials_own_settings_replace_those_of_the_levels(tmp_path):
     plain = params_yaml.load(PARAMS)
     assert plain.for_trial() == plain
-    own = {"model": "small", "batch_size": 6, "block_size": 64, "steps": 1, "learning_rate": 0.5, "beta2": 0.5}
+    own = {"model": "small", "batch_size": 6, "block_size": 64, "steps": 1, "learning_rate": 0.5, "betas": (0.9, 0.5)}
     own |= {"weight_decay": 0.0, "shuffle": True}
     document = plain.model_dump()
-    trial = config.Params.model_validate(document | {"recipe": document["recipe"] | own}).for_trial()
+    trial = Params.model_validate(document | {"recipe": document["recipe"] | own}).for_trial()
     shape = {"batch_size": 6, "block_size": 64, "steps": 1, "warmup_steps": 0, "eval_tokens": 3840}
     assert trial.shape("speed").model_dump() == shape
     assert (trial.model, trial.size.n_layer, trial.size.n_positions, trial.size.learning_rate) == ("small", 4, 64, 0.5)
@@ -197,7 +198,7 @@ def test_a_folder_of_weights_that_would_not_be_read_is_refused(tmp_path, other, 
 
 
 def test_the_schema_for_editors_is_current():
-    assert json.loads((REPOSITORY / "params.schema.json").read_text()) == config.Params.model_json_schema()
+    assert json.loads((REPOSITORY / "params.schema.json").read_text()) == Params.model_json_schema()
     first_line = PARAMS.read_text().splitlines()[0]
     assert first_line == "# yaml-language-server: $schema=params.schema.json"
 

@@ -17,8 +17,9 @@ import tiktoken
 import torch
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import GPT2_VOCAB_SIZE, Params, UserError
+from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.model import GPT, count_bytes
+from gpt2_ladder.params import Params
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import devices, tokenizer
 from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, check_weights, read_environment, run

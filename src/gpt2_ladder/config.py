@@ -1,11 +1,10 @@
-"""Define and validate all settings of params.yaml with pydantic; params_yaml.py reads the file.
+"""Define and validate the tables of params.yaml with pydantic; params.py has the whole file.
 
 Every stage imports this module first, so it does not import torch, which takes seconds.
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
@@ -20,6 +19,7 @@ Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "small", "tiny"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Tokens = Annotated[int, Field(gt=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # strict mode refuses a YAML list for a tuple
 LevelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -27,7 +27,7 @@ class UserError(ValueError):
     """An error the user can fix. Stages print it as one line, without a traceback, and exit with 1."""
 
 
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
+def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raise ValueError unless `condition` is true. params_yaml.py adds the line of `key` to the message."""
     if not condition:
         raise ValueError(f"{key} = {value}: {rule}")
@@ -71,9 +71,9 @@ class Shape(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         warmup = self.warmup_steps
-        _require(warmup < self.steps, "warmup_steps", warmup, f"must be below steps ({self.steps})")
+        require(warmup < self.steps, "warmup_steps", warmup, f"must be below steps ({self.steps})")
         multiple = not self.eval_tokens % (self.batch_size * self.block_size)
-        _require(multiple, "eval_tokens", self.eval_tokens, "must be a multiple of batch_size * block_size")
+        require(multiple, "eval_tokens", self.eval_tokens, "must be a multiple of batch_size * block_size")
         return self
 
 
@@ -87,7 +87,7 @@ class Size(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(not self.n_embd % self.n_head, "n_embd", self.n_embd, f"must be a multiple of n_head ({self.n_head})")
+        require(not self.n_embd % self.n_head, "n_embd", self.n_embd, f"must be a multiple of n_head ({self.n_head})")
         return self
 
 
@@ -117,7 +117,7 @@ class ModelSize(Size):
 class AdamW(Strict):
     """Settings of torch.optim.AdamW, the same at every level. The learning rate belongs to the model's size."""
 
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # strict mode refuses a YAML list for a tuple
+    betas: Betas
     eps: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
 
@@ -134,7 +134,7 @@ class Recipe(Strict):
     # None: as the speed levels
     model: Model | None = None
     learning_rate: PositiveFloat | None = None
-    beta2: Fraction | None = None
+    betas: Betas | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     batch_size: Count | None = None
     block_size: Tokens | None = None
@@ -190,140 +190,6 @@ class Peaks(Strict):
     fp32: PositiveFloat | None
     tf32: PositiveFloat | None
     bf16: PositiveFloat | None
-
-
-def _allow_sparse_rows(schema: dict[str, Any]) -> None:
-    """Make all keys optional in the JSON schema of `levels`, because `defaults` has them too."""
-    schema["additionalProperties"] = Level.model_json_schema() | {"required": []}
-
-
-class Params(Switches):
-    """All settings of params.yaml. The inherited switches are those of the trial."""
-
-    model: Model
-    machine: Literal["cpu", "gpu"]
-    rehearsal: bool
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
-    deterministic: bool
-    checkpoint_every: Count | None
-    devices: Count
-    run_slow_levels: bool
-    data: Data
-    pretrained: Pretrained
-    optimizer: AdamW
-    recipe: Recipe
-    quality: Shape
-    machines: dict[Literal["cpu", "gpu"], Shape]
-    benchmark: dict[Literal["cpu", "gpu"], Rounds]
-    trial: dict[Literal["cpu", "gpu"], TrialTime]
-    profile: bool
-    parity: Tolerances
-    peak_tflops: Peaks
-    models: dict[Model, ModelSize]
-    defaults: Level
-    levels: Annotated[dict[LevelName, Level], Field(json_schema_extra=_allow_sparse_rows)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete_rows(cls, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy the keys that a row of `levels` lacks from `defaults`."""
-        defaults, levels = document.get("defaults"), document.get("levels")
-        if not (isinstance(defaults, Mapping) and isinstance(levels, Mapping)):
-            return {**document}
-        full = {name: {**defaults, **(row or {})} for name, row in levels.items() if isinstance(row, Mapping | None)}
-        return {**document, "levels": {**levels, **full}}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        tables = {"models": "model", **dict.fromkeys(("machines", "benchmark", "trial"), "machine")}
-        for table, name in tables.items():
-            rows, key = getattr(self, table), getattr(self, name)
-            _require(key in rows, name, key, f"{table} only has {', '.join(rows) or 'no rows'}")
-        recipe, rule = self.recipe, f"models only has {', '.join(self.models)}"
-        _require(recipe.model is None or recipe.model in self.models, "recipe.model", recipe.model, rule)
-        machine, own = f"machines.{self.machine}", self.for_trial()
-        shape, speed = own.shape("speed"), self.shape("speed")
-        shapes = ("quality", self, self.quality), (machine, self, speed), ("recipe", own, shape)
-        for name, settings, checked in shapes:
-            rule = f"must be at most models.{settings.model}.n_positions ({settings.size.n_positions})"
-            _require(checked.block_size <= settings.size.n_positions, f"{name}.block_size", checked.block_size, rule)
-            rule = f"must divide {name}.batch_size ({checked.batch_size})"
-            _require(name == "quality" or not checked.batch_size % self.devices, "devices", self.devices, rule)
-        tokens, batch_tokens = recipe.tokens_per_step, shape.batch_size * shape.block_size
-        rule = f"must be a multiple of the trial's batch_size * block_size ({batch_tokens})"
-        _require(not (tokens or 0) % batch_tokens, "recipe.tokens_per_step", tokens, rule)
-        rule = f"must be below the trial's steps ({shape.steps})"
-        _require(recipe.lr_warmup_steps < shape.steps, "recipe.lr_warmup_steps", recipe.lr_warmup_steps, rule)
-        rule = f"only the weights of model {self.model} are downloaded; leave recipe.model empty"
-        _require(recipe.start != "openai" or own.model == self.model, "recipe.start", recipe.start, rule)
-        rule = "the benchmark uses this name for the baseline's second arm; rename the level"
-        _require(CONTROL not in self.levels, f"levels.{CONTROL}", CONTROL, rule)
-        rule = "the trial is compared with this level; keep its row"
-        _require(BASELINE in self.levels, f"levels.{BASELINE}", None, rule)
-        path, rule = self.data.path, f"source {self.data.source} does not read a path; set data.path: {CORPUS}"
-        _require(self.data.source in ("text", "parquet") or path == CORPUS, "data.path", path, rule)
-        source, folder, ours = self.pretrained.source, self.pretrained.folder, not self.model.startswith("gpt2")
-        rule = f"there are no weights for model {self.model}; use auto or stand-in"
-        _require(source != "openai" or not ours, "pretrained.source", source, rule)
-        rule = "this source and model read no folder; leave it empty"
-        _require(folder is None or not (source == "stand-in" or ours), "pretrained.folder", folder, rule)
-        return self
-
-    @property
-    def size(self) -> ModelSize:
-        """The size of the chosen model."""
-        return self.models[self.model]
-
-    @property
-    def switches(self) -> Switches:
-        """The switches of the trial."""
-        return Switches(**{name: getattr(self, name) for name in Switches.model_fields})
-
-    @property
-    def changes(self) -> dict[str, str]:
-        """The trial's switches and recipe where they differ from BASELINE's, by their key in params.yaml."""
-        before = self.levels[BASELINE].model_dump() | {f"recipe.{key}": value for key, value in Recipe()}
-        after = self.switches.model_dump() | {f"recipe.{key}": value for key, value in self.recipe}
-        return {key: str(value).lower() for key, value in after.items() if value != before[key]}
-
-    def shape(self, group: Literal["quality", "speed"]) -> Shape:
-        """Return the shape of the levels in `group`."""
-        return self.quality if group == "quality" else self.machines[self.machine]
-
-    def for_trial(self) -> "Params":
-        """Return these settings with the trial's own size, optimizer, shape and order of the text.
-
-        With `recipe.minutes`, the shape has MOST_STEPS steps, because their number is not known yet.
-        """
-        recipe, shape = self.recipe, self.shape("speed")
-        own = {key: value for key in ("batch_size", "block_size", "steps") if (value := getattr(recipe, key))}
-        shape = shape.model_copy(update=({"steps": MOST_STEPS} if recipe.minutes else {}) | own)
-        tokens = shape.batch_size * shape.block_size
-        eval_tokens = max(shape.eval_tokens // tokens, 1) * tokens
-        shape = shape.model_copy(
-            update={"eval_tokens": eval_tokens, "warmup_steps": min(shape.warmup_steps, shape.steps - 1)}
-        )
-        name = recipe.model or self.model
-        size = self.models[name]
-        update = {"learning_rate": recipe.learning_rate or size.learning_rate}
-        if recipe.block_size and not recipe.start:  # positions that are not trained would spoil samples
-            update["n_positions"] = min(recipe.block_size, size.n_positions)
-        size = size.model_copy(update=update)
-        betas, decay = self.optimizer.betas, recipe.weight_decay
-        optimizer: dict[str, Any] = {} if recipe.beta2 is None else {"betas": (betas[0], recipe.beta2)}
-        optimizer |= {} if decay is None else {"weight_decay": decay}
-        changes = {
-            "model": name,
-            "optimizer": self.optimizer.model_copy(update=optimizer),
-            "models": {**self.models, name: size},
-            "machines": {**self.machines, self.machine: shape},
-            "data": self.data.model_copy(update={"shuffle": self.data.shuffle or recipe.shuffle}),
-        }
-        return self.model_copy(update=changes)
-
-    def gpt(self, switches: Switches) -> GPTConfig:
-        """Return the configuration of the network with the chosen size and `switches`."""
-        return self.size.gpt().model_copy(update=switches.model_dump(include=set(GPTConfig.model_fields)))
 
 
 class Environment(Strict):

@@ -10,8 +10,9 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.config import UserError
 from gpt2_ladder.files import printable
+from gpt2_ladder.params import Params
 
 MAX_LENGTH = 1000  # characters of a value; Python does not print integers with over 4300 digits
 MAX_DEPTH = 8  # ruamel.yaml takes seconds for thousands of nested lists, and overflows Python's stack
@@ -77,7 +78,7 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
     if keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden":  # pydantic's mark for a wrong key
         keys.pop()
     message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":  # raised by config.py as "key = value: what is wrong"
+    if mistake["type"] == "value_error":  # raised by config.require as "key = value: what is wrong"
         keys += message.split(" = ")[0].split(".")
         message = message.partition(" = ")[2]
     node, line = document, 1

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import Environment, GPTConfig, Params
+from gpt2_ladder.config import Environment, GPTConfig
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
+from gpt2_ladder.params import Params
 from helpers.climbing import REPOSITORY
 from pipeline import CORPUS, ENCODER_JSON, VOCAB_BPE, tokenize_corpus, verify
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import Params
 from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.running import run
 from gpt2_ladder.training import data
 from helpers.common import REPOSITORY, link_encoding

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from gpt2_ladder.config import Params, Recipe
+from gpt2_ladder.config import Recipe
 from gpt2_ladder.measuring import trials
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
+from gpt2_ladder.params import Params
 from helpers.common import environment, measurement, params_with, random_ids
 
 LOSSES = [10.9, 10.5, 9.0]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.running import checkpoints
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training import data, loop

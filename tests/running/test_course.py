@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.running import run
 from gpt2_ladder.training import loop
 from helpers.trainings import train

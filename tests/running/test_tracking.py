@@ -198,7 +198,7 @@ def test_a_resumed_climb_keeps_its_group(tmp_path, monkeypatch):
     assert tracking.run_group(PARAMS.model_copy(update={"checkpoint_every": 5}), environment()) == group
     assert tracking.run_group(PARAMS.model_copy(update={"seed": 5}), environment()) != group
     assert tracking.run_group(PARAMS, environment(torch="9.9")) != group
-    longer = PARAMS.model_copy(update={"recipe": Recipe(model="tiny", batch_size=4, minutes=5.0, beta2=0.9)})
+    longer = PARAMS.model_copy(update={"recipe": Recipe(model="tiny", batch_size=4, minutes=5.0, betas=(0.9, 0.9))})
     assert tracking.run_group(longer, environment()) == tracking.run_group(longer.for_trial(), environment()) != group
     commit("pipeline/train.py")
     assert tracking.run_group(PARAMS, environment()) != group

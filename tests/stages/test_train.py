@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt2_ladder import config, params_yaml
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
+from gpt2_ladder.params import Params
 from gpt2_ladder.running.run import follow
 from gpt2_ladder.training import data, metrics
 from gpt2_ladder.training.metrics import Step
@@ -37,7 +38,7 @@ def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens
     document = params.model_dump() | {"checkpoint_every": None}
     document["machines"]["cpu"] |= {"batch_size": 4, "block_size": 16, "steps": 10, "eval_tokens": 64}
     document["recipe"]["tokens_per_step"] = tokens_per_step
-    changed = config.Params.model_validate(document)
+    changed = Params.model_validate(document)
     loaders, make = [], data.Batches
     monkeypatch.setattr(data, "Batches", lambda *arguments: loaders.append(make(*arguments)) or loaders[-1])
     assert train(changed)

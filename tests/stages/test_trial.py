@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from gpt2_ladder import files
-from gpt2_ladder.config import Params, Recipe, UserError
+from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.measuring import trials
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data
 from helpers import trainings

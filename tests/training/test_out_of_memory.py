@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2_ladder import config, params_yaml
+from gpt2_ladder import params_yaml
 from gpt2_ladder.config import AdamW, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT, count_bytes
+from gpt2_ladder.params import Params
 from gpt2_ladder.running.run import build
 from gpt2_ladder.training import devices, loop, runtime
 from helpers.common import REPOSITORY, environment, random_ids, tiny
@@ -112,7 +113,7 @@ def test_other_errors_do_not_halve_the_micro_batch(monkeypatch):
         train()
 
 
-def tiny_params(block_size: int = 64) -> config.Params:
+def tiny_params(block_size: int = 64) -> Params:
     params = params_yaml.load(REPOSITORY / "params.yaml")
     shape = params.machines["cpu"].model_copy(update={"batch_size": 8, "block_size": block_size})
     return params.model_copy(update={"model": "tiny", "machines": {"cpu": shape}})

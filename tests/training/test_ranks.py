@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pipeline
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import Params, UserError
+from gpt2_ladder.config import UserError
 from gpt2_ladder.files import ERROR_FILE, write_json
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.running import checkpoints, launch, run
 from gpt2_ladder.training import data, devices, loop, ranks, runtime
 from gpt2_ladder.training.metrics import Step

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from gpt2_ladder.config import Params, Switches
+from gpt2_ladder.config import Switches
 from gpt2_ladder.measuring import cost
 from gpt2_ladder.measuring.gains import Measurement
+from gpt2_ladder.params import Params
 from gpt2_ladder.training import devices, metrics
 from gpt2_ladder.training.runtime import PRECISIONS
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Params, Recipe, Switches
+from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Recipe, Switches
 from gpt2_ladder.measuring import loss_parity, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
+from gpt2_ladder.params import Params
 from gpt2_ladder.training import devices, loop
 
 TRIAL = "trial"

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Params, Switches
+from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Switches
 from gpt2_ladder.measuring.gains import Round
 from gpt2_ladder.model import GPT
+from gpt2_ladder.params import Params
 from gpt2_ladder.training import loop, runtime
 from gpt2_ladder.training.devices import matmul_tflops
 

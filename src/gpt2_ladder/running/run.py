@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt2_ladder import files
-from gpt2_ladder.config import Environment, Params, Recipe, Shape, Switches, UserError
+from gpt2_ladder.config import Environment, Recipe, Shape, Switches, UserError
 from gpt2_ladder.model import GPT, count_bytes
+from gpt2_ladder.params import Params
 from gpt2_ladder.running import launch, progress, tracking
 from gpt2_ladder.running.checkpoints import Checkpoints, Course, copy_weights
 from gpt2_ladder.running.tracking import Tracker

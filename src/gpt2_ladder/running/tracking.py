@@ -16,7 +16,8 @@ import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from gpt2_ladder import files
-from gpt2_ladder.config import Environment, Params, UserError
+from gpt2_ladder.config import Environment, UserError
+from gpt2_ladder.params import Params
 from gpt2_ladder.training.metrics import HEADER, Step
 
 PROJECT = "gpt2-ladder"
