@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -87,14 +86,6 @@ def _end(error: str) -> NoReturn:
         Path(path).write_text(error)
         sys.exit(1)
     sys.exit(f"error: {error}")
-
-
-def git(*arguments: str) -> str | None:
-    """Return the output of a git command; None if it fails or there is no Git."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def read_environment() -> Environment:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Environment, UserError
-from pipeline import ENVIRONMENT, git, run
+from pipeline import ENVIRONMENT, run
 
 PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
@@ -40,11 +40,11 @@ def main() -> None:
 def warn_about_git() -> None:
     """Print a warning and the fix if the Git repository is in a state in which experiments or commits get lost."""
     folder = os.environ.get("DVC_ROOT", ".")  # `dvc exp run --temp` runs this stage in a copy
-    state = git("-C", folder, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD")
+    state = files.git("-C", folder, "rev-parse", "--is-shallow-repository", "--abbrev-ref", "HEAD")
     if state is None:  # no Git, repository or commit: DVC reports these
         return
     shallow, head = state.split()
-    names = {*(git("-C", folder, "config", "--list", "--name-only") or "").split(), *os.environ}
+    names = {*(files.git("-C", folder, "config", "--list", "--name-only") or "").split(), *os.environ}
     if shallow == "true":
         print("warning: `dvc exp run --temp` or --queue saves nothing in a shallow clone; run `git fetch --unshallow`")
     if head == "HEAD" and "DVC_EXP_NAME" not in os.environ:  # `dvc exp run` detaches HEAD

@@ -8,7 +8,9 @@ from itertools import repeat
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Recipe, UserError
-from gpt2_ladder.running.run import Job, build, describe, follow, open_tracker
+from gpt2_ladder.running.following import follow
+from gpt2_ladder.running.job import Job
+from gpt2_ladder.running.run import build, describe, open_tracker
 from gpt2_ladder.training import data, devices, loop
 from pipeline import RESULTS, TRAIN_SHARD, read_environment, run
 

@@ -1,6 +1,5 @@
 """Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B, print a summary."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from gpt2_ladder import files, params_yaml
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.reporting.facts import templates
 from gpt2_ladder.running import tracking
+from gpt2_ladder.training.metrics import read_losses
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, TRIAL_FACTS, read_environment, read_json, read_metrics, run
 
 FOLDER = RESULTS / "report"
@@ -43,9 +43,8 @@ def main() -> None:
     own = any(key.startswith("recipe.") for key in trial["changes"])  # another length or size: a picture of its own
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": [], "trial": []}
     for name, folder in {**{name: RESULTS / "levels" / name for name in trained}, "trial": RESULTS / "trial"}.items():
-        rows = csv.DictReader((folder / "steps.csv").read_text().splitlines())
         losses[params.levels[name].group if name in trained else "trial" if own else "speed"] += [
-            {"level": name, "step": int(row["step"]), "loss": float(row["loss"])} for row in rows
+            {"level": name, "step": step, "loss": loss} for step, loss in enumerate(read_losses(folder / "steps.csv"))
         ]
     differences = [
         {"level": name, "step": step, "loss": difference}

@@ -3,7 +3,8 @@
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.params import Params
-from gpt2_ladder.running.run import Inputs, Job
+from gpt2_ladder.running.job import Job
+from gpt2_ladder.running.run import Inputs
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.training import devices
 from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_environment, read_json, run

@@ -4,7 +4,6 @@ Then compare it with the level fp32: take steps of both in turn, and compare the
 has the six numbers that tell experiments apart, and facts.json everything else.
 """
 
-import csv
 import os
 import shutil
 from itertools import islice
@@ -15,10 +14,11 @@ from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Size, Swi
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
-from gpt2_ladder.running.run import Inputs, Job, Start
+from gpt2_ladder.running.job import Job
+from gpt2_ladder.running.run import Inputs, Start
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import downloads, hub_format
-from gpt2_ladder.training import data, devices, runtime
+from gpt2_ladder.training import data, devices, metrics, runtime
 from pipeline import (
     PROBE,
     RESULTS,
@@ -104,7 +104,7 @@ def conclude(params: Params, environment: Environment) -> None:
     from gpt2_ladder.measuring import trials  # not at the top: scipy takes a second to import
 
     facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
-    losses = read_losses(FOLDER), read_losses(RESULTS / "levels" / BASELINE)
+    losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
     trained = facts["status"] == "trained"
@@ -122,12 +122,6 @@ def conclude(params: Params, environment: Environment) -> None:
     gain = facts["gain"] or dict.fromkeys(("ratio", "low", "high"))
     numbers = {"gain": gain["ratio"], "low": gain["low"], "high": gain["high"], "loss_apart": facts["loss_apart"]}
     files.write_json(METRICS, {**numbers, "loss": facts["loss_last"], "val": facts["val_loss"]})
-
-
-def read_losses(folder: Path) -> list[float]:
-    """Return the losses in the steps.csv of a training; none if it was not trained."""
-    path = folder / "steps.csv"
-    return [float(row["loss"]) for row in csv.DictReader(path.read_text().splitlines())] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.measuring.profiling import Operator
 from gpt2_ladder.reporting import gallery
 from gpt2_ladder.reporting.gallery import Training
-from pipeline import RESULTS, Parser, git, read_json, run
+from gpt2_ladder.training.metrics import read_losses
+from pipeline import RESULTS, Parser, read_json, run
 
 
 def main(*arguments: str) -> None:
@@ -63,16 +64,17 @@ def describe(options: argparse.Namespace) -> str:
 
 def committed(results: Path) -> tuple[str, str]:
     """Return the last commit of the code that made `results`, and their day; raise UserError if not committed."""
-    changed = git("status", "--porcelain", "--", str(results))
-    commit, _, date = (git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")) or "").partition(" ")
+    changed = files.git("status", "--porcelain", "--", str(results))
+    last = files.git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")) or ""
+    commit, _, date = last.partition(" ")
     if changed != "" or not date:
         raise UserError(f"{results}: not committed; commit the results first, or give --commit and --date")
-    return git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py") or commit, date
+    return files.git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py") or commit, date
 
 
 def trainings(results: Path) -> dict[str, Training]:
     """Return what every level's training and profile showed; what a climb of older code lacks stays empty."""
-    parity, losses = read_json(results / "parity.json")["levels"], read_losses(results)
+    parity, losses = read_json(results / "parity.json")["levels"], all_losses(results)
     profile = read_json(results / "profile.json") if (results / "profile.json").exists() else {}
     trained = {}
     for path in sorted(results.glob("levels/*/metrics.json")):
@@ -87,14 +89,14 @@ def trainings(results: Path) -> dict[str, Training]:
     return trained
 
 
-def read_losses(results: Path) -> dict[str, list[float]]:
+def all_losses(results: Path) -> dict[str, list[float]]:
     """Return the training losses of every level, from steps.csv or, where they are missing, from the report."""
     losses: dict[str, list[float]] = defaultdict(list)
     report = results / "report/losses.csv"
     for row in csv.DictReader(report.read_text().splitlines()) if report.exists() else ():
         losses[row["level"]].append(float(row["loss"]))
     for path in results.glob("levels/*/steps.csv"):
-        losses[path.parent.name] = [float(row["loss"]) for row in csv.DictReader(path.read_text().splitlines())]
+        losses[path.parent.name] = read_losses(path)
     return losses
 
 

@@ -28,7 +28,6 @@ from pipeline import (
     VOCAB_BPE,
     Parser,
     check_weights,
-    git,
     read_environment,
     run,
 )
@@ -88,7 +87,7 @@ def read_run() -> dict[str, Any]:
         digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
         inputs = {f"{len(inputs):,} files, hash of their hashes": digest}
     result = files.read_json(TRIAL_FACTS)
-    committed = git("status", "--porcelain", "--", *DESCRIBED) == ""
+    committed = files.git("status", "--porcelain", "--", *DESCRIBED) == ""
     settings = describe(make_job(params), params, environment)
     return {
         "result": result,
@@ -101,7 +100,7 @@ def read_run() -> dict[str, Any]:
         "read": inputs,
         "train": [shard for shard in manifest["shards"] if shard["path"] != str(VAL_SHARD)],
         "val": files.read_json(data.sidecar_path(VAL_SHARD)),
-        "commit": git("rev-parse", "HEAD") if committed else None,
+        "commit": files.git("rev-parse", "HEAD") if committed else None,
     }
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,6 +93,14 @@ def forget_damaged(paths: Iterable[Path]) -> None:
         if cached.exists() and file_md5(str(cached)) != md5:
             cached.unlink()
             print(f"{path}: removed its damaged copy from DVC's cache ({cached})", flush=True)
+
+
+def git(*arguments: str) -> str | None:
+    """Return the output of a git command; None if it fails or there is no Git."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def printable(text: str) -> str:

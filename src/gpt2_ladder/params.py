@@ -100,7 +100,7 @@ class Params(config.Switches):
 
     @property
     def changes(self) -> dict[str, str]:
-        """The trial's switches and recipe where they differ from config.BASELINE's, by their key in params.yaml."""
+        """The trial's switches and recipe where they differ from BASELINE's, by their key in params.yaml."""
         before = self.levels[config.BASELINE].model_dump() | {f"recipe.{key}": value for key, value in config.Recipe()}
         after = self.switches.model_dump() | {f"recipe.{key}": value for key, value in self.recipe}
         return {key: str(value).lower() for key, value in after.items() if value != before[key]}
@@ -112,7 +112,7 @@ class Params(config.Switches):
     def for_trial(self) -> "Params":
         """Return these settings with the trial's own size, optimizer, shape and order of the text.
 
-        With `recipe.minutes`, the shape has config.MOST_STEPS steps, because their number is not known yet.
+        With `recipe.minutes`, the shape has MOST_STEPS steps, because their number is not known yet.
         """
         own, name = self.recipe.model_dump(exclude_none=True), self.recipe.model or self.model
 

@@ -14,7 +14,7 @@ import torch
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
-from gpt2_ladder.running import run
+from gpt2_ladder.running import following, run
 from gpt2_ladder.training import loop
 from helpers.trainings import train
 
@@ -41,7 +41,7 @@ def weights(model: GPT, into: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(("steps", "expected"), [(None, 60), (45, 45)])
 def test_after_20_steps_it_is_known_how_many_fit_into_the_minutes(params, monkeypatch, steps, expected):
     clock, rates = count(), {}
-    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a step takes one second
+    monkeypatch.setattr(following, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a step takes one second
     monkeypatch.setattr(loop, "learning_rate_at", lambda step, steps, *_: rates.update({step: steps}) or 1e-3)
     train(with_recipe(params, minutes=1.0, steps=steps))
     assert len(rows()) == expected
@@ -58,7 +58,7 @@ def test_a_warm_up_longer_than_the_minutes_is_refused(params):
 def test_an_interrupted_training_keeps_its_number_of_steps_and_its_best_network(params, monkeypatch):
     params = with_recipe(params, minutes=1.0, eval_every=4)
     fixed, kept, resumed = [], list[torch.Tensor](), list[torch.Tensor]()
-    monkeypatch.setattr(run, "_count_steps", lambda *_: fixed.append(1) or 30)
+    monkeypatch.setattr(following, "_count_steps", lambda *_: fixed.append(1) or 30)
     train(params.model_copy(update={"checkpoint_every": None}), keep=partial(weights, into=kept))
     steps, validations = rows(), facts()["validations"]
     assert [int(step) for step in validations] == [0, *range(4, 30, 4), 30]

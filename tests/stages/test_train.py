@@ -11,7 +11,7 @@ from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.params import Params
-from gpt2_ladder.running.run import follow
+from gpt2_ladder.running.following import follow
 from gpt2_ladder.training import data, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY

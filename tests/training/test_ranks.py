@@ -25,7 +25,7 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.files import ERROR_FILE, write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
-from gpt2_ladder.running import checkpoints, launch, run
+from gpt2_ladder.running import checkpoints, following, launch
 from gpt2_ladder.training import data, devices, loop, ranks, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers import trainings
@@ -152,7 +152,7 @@ def test_a_signal_to_any_rank_stops_all_ranks(monkeypatch):
     steps = (Step(index, 3.0, 1.0, 1.0, 1.0, 4) for index in range(5))
     monkeypatch.setattr(ranks, "gather", lambda value: [value, ["SIGTERM"]])
     with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 0"):
-        run.follow(steps, tracker, trial.make_job(params_with()), saved=kept)
+        following.follow(steps, tracker, trial.make_job(params_with()), saved=kept)
     assert len(saved) == 1
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -1,48 +1,25 @@
 """Run one training: build it, resume it from a checkpoint, record its steps, and summarize it."""
 
 import itertools
-import math
-import signal
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from itertools import chain, pairwise, takewhile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from gpt2_ladder import files
-from gpt2_ladder.config import Environment, Recipe, Shape, Switches, UserError
+from gpt2_ladder.config import Environment, Shape
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.params import Params
-from gpt2_ladder.running import launch, progress, tracking
+from gpt2_ladder.running import launch, tracking
 from gpt2_ladder.running.checkpoints import Checkpoints, Course, copy_weights
+from gpt2_ladder.running.following import FIRST_STEPS, follow
+from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import data, devices, loop, metrics, ranks, runtime, tokenizer
 from gpt2_ladder.training.metrics import Step
-
-FIRST_STEPS = 20  # after these, a training with a time limit knows how many steps fit into it
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train, and where its results go."""
-
-    name: str  # the level's name, "trial" or "overfit"
-    job_type: str  # for W&B: "train", "trial" or "overfit"
-    switches: Switches
-    shape: Shape
-    recipe: Recipe
-    devices: int  # GPUs, or processes on a CPU, that share each batch
-    folder: Path  # for steps.csv and metrics.json
-
-    @property
-    def tokens_per_step(self) -> int:
-        """The number of tokens whose gradients are summed for one step."""
-        return self.recipe.tokens_per_step or self.shape.batch_size * self.shape.block_size
 
 
 class Inputs(NamedTuple):
@@ -105,7 +82,7 @@ def run(
     if start:
         copy_weights(built.model, start.weights)
         settings["start_sha256"] = start.sha256
-    course, saved = Course(None if job.recipe.minutes else shape.steps), None
+    course, saved = Course(None if job.recipe.minutes and shape.steps > FIRST_STEPS else shape.steps), None
     if params.checkpoint_every:
         decisive = {**settings, "micro_batch": micro_batch, "corpus": corpus.sha256}
         saved = Checkpoints(job.name, decisive, built.model, built.optimizer, batches, params.checkpoint_every, course)
@@ -194,92 +171,6 @@ def open_tracker(job: Job, params: Params, settings: Mapping[str, Any]) -> Track
     return Tracker(job.folder / "steps.csv", run, job.tokens_per_step)
 
 
-def follow(
-    steps: Iterable[Step],
-    tracker: Tracker,
-    job: Job,
-    course: Course | None = None,
-    validate: Callable[[int, int], None] = lambda step, micro_batch: None,
-    resumed: int = 0,
-    saved: Checkpoints | None = None,
-) -> list[Step]:
-    """Show and record all `steps`, validate, save checkpoints to `saved`, and return the steps.
-
-    `validate` adds the loss after a number of steps to `course`; it gets this number and the micro-batch (0: the
-    first). The first `resumed` steps come from a checkpoint. Raise UserError if loss or gradient is not finite, or if a
-    signal stopped the training; checkpoints are kept.
-    """
-    course, every = course or Course(job.shape.steps), job.recipe.eval_every
-    done, ends = list[Step](), [time.perf_counter()]
-    if every and 0 not in course.validations:
-        validate(0, 0)
-    seconds_a_step = (time.perf_counter() - ends[0]) / every if every else 0.0  # for validation
-    with catch_signals(saved is not None) as caught:
-        for step in progress.show(steps, job.name, lambda: course.steps):
-            tracker.log(step)
-            done.append(step)
-            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
-                raise UserError(
-                    f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
-                    f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
-                )
-            if every and len(done) > resumed and (len(done) % every == 0 or len(done) == course.steps):
-                validate(len(done), step.micro_batch)
-            if len(done) in course.validations:
-                tracker.log_validation(len(done), course.validations[len(done)])
-            if len(done) <= resumed:
-                continue
-            ends.append(time.perf_counter())
-            if course.steps is None and len(ends) > FIRST_STEPS:
-                course.steps = _count_steps(job, done[:resumed], ends, seconds_a_step)
-            if saved:
-                signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at the same step
-                if signals or len(done) % saved.every == 0:
-                    if ranks.rank() == 0:
-                        saved.save(done)
-                    ranks.gather(None)  # wait until the checkpoint is saved
-                if signals and len(done) != course.steps:
-                    stopped = f"stopped by {signals[0]} after step {step.step}"
-                    raise UserError(f"{job.name}: {stopped}{_last_checkpoint(saved)}")
-    return done
-
-
-def _count_steps(job: Job, earlier: Sequence[Step], ends: Sequence[float], seconds_more: float) -> int:
-    """Return how many steps fit into the minutes of `job`; rank 0 decides. Raise UserError if the warm-up needs more.
-
-    `earlier` steps come from a checkpoint. `ends` has the times of the start and of the end of each later step. A step
-    needs `seconds_more`, because of validation.
-    """
-    minutes, pace = job.recipe.minutes or 0.0, statistics.median(b - a for a, b in pairwise(ends)) + seconds_more
-    left = 60 * minutes - sum(step.step_ms for step in earlier) / 1000 - (ends[-1] - ends[0])
-    count = len(earlier) + len(ends) - 1 + max(0, int(left / pace))
-    count = ranks.gather(min(count, job.shape.steps))[0]
-    if count <= (warmup := job.recipe.lr_warmup_steps):
-        fix = "set more minutes or fewer warm-up steps"
-        raise UserError(f"recipe.lr_warmup_steps = {warmup}, but {count} steps fit into {minutes:g} minutes; {fix}")
-    print(f"{job.name}: {count:,} steps fit into {minutes:g} minutes", flush=True)
-    return count
-
-
-@contextmanager
-def catch_signals(enabled: bool) -> Iterator[list[str]]:
-    """Collect the names of signals (SIGTERM, Ctrl-C), so that the step can finish. A second signal ends the process."""
-    caught: list[str] = []
-
-    def note(number: int, _: object) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, handlers[number])
-
-    handlers: dict[int, Any] = {}
-    for kind in (signal.SIGTERM, signal.SIGINT) if enabled else ():
-        handlers[kind] = signal.signal(kind, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def _train(
     job: Job, params: Params, built: Built, batches: data.Batches, first_step: int, micro_batch: int, course: Course
 ) -> Iterator[Step]:
@@ -353,8 +244,3 @@ def _summarize(
         "attention_kernel": built.attention_kernel,
         "float32_matmul_precision": runtime.float32_matmul_precision(),
     }
-
-
-def _last_checkpoint(saved: Checkpoints | None) -> str:
-    newest = saved.newest() if saved else None
-    return f"; the next run resumes from the last good checkpoint, {newest}" if newest else ""

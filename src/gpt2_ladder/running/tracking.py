@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from functools import partial
@@ -146,14 +145,10 @@ def run_group(params: Params, environment: Environment) -> str:
 
     It stays the same if a climb is interrupted and resumed. WANDB_RUN_GROUP replaces it.
     """
-    try:
-        command = ["git", "log", "-1", "--format=%H", "--", "src", "pipeline", "dvc.yaml", "requirements.txt"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout[:7]
-    except OSError:  # no Git
-        commit = ""
+    commit = files.git("log", "-1", "--format=%H", "--", "src", "pipeline", "dvc.yaml", "requirements.txt") or ""
     # the trial's settings, which the trial has instead of params.yaml's; a user may set the excluded one to resume
     settings = params.for_trial().model_dump_json(exclude={"checkpoint_every"})
-    name = f"{commit or 'uncommitted'}-{_hash(environment.fingerprint + settings)}"
+    name = f"{commit[:7] or 'uncommitted'}-{_hash(environment.fingerprint + settings)}"
     return os.environ.get("WANDB_RUN_GROUP") or name
 
 

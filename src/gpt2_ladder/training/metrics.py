@@ -1,9 +1,11 @@
 """The record of one training step, and pure functions from such records to the reported numbers."""
 
+import csv
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ MEASURED = (
     "attention_kernel",
     "float32_matmul_precision",
 )
+
+
+def read_losses(steps_csv: Path) -> list[float]:
+    """Return the losses in a training's steps.csv; none if the file does not exist."""
+    rows = csv.DictReader(steps_csv.read_text().splitlines()) if steps_csv.exists() else ()
+    return [float(row["loss"]) for row in rows]
 
 
 def tokens_per_second(tokens: int, step_ms: float) -> float:

@@ -1,0 +1,111 @@
+"""Follow the steps of a training: show and record them, validate, save checkpoints, and stop at a signal."""
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+from gpt2_ladder.config import UserError
+from gpt2_ladder.running import progress
+from gpt2_ladder.running.checkpoints import Checkpoints, Course
+from gpt2_ladder.running.job import Job
+from gpt2_ladder.running.tracking import Tracker
+from gpt2_ladder.training import ranks
+from gpt2_ladder.training.metrics import Step
+
+FIRST_STEPS = 20  # after these, a training with a time limit knows how many steps fit into it
+
+
+def follow(
+    steps: Iterable[Step],
+    tracker: Tracker,
+    job: Job,
+    course: Course | None = None,
+    validate: Callable[[int, int], None] = lambda step, micro_batch: None,
+    resumed: int = 0,
+    saved: Checkpoints | None = None,
+) -> list[Step]:
+    """Show and record all `steps`, validate, save checkpoints to `saved`, and return the steps.
+
+    `validate` adds the loss after a number of steps to `course`; it gets this number and the micro-batch (0: the
+    first). The first `resumed` steps come from a checkpoint. Raise UserError if loss or gradient is not finite, or if a
+    signal stopped the training; checkpoints are kept.
+    """
+    course, every = course or Course(job.shape.steps), job.recipe.eval_every
+    done, ends = list[Step](), [time.perf_counter()]
+    if every and 0 not in course.validations:
+        validate(0, 0)
+    seconds_a_step = (time.perf_counter() - ends[0]) / every if every else 0.0  # for validation
+    with catch_signals(saved is not None) as caught:
+        for step in progress.show(steps, job.name, lambda: course.steps):
+            tracker.log(step)
+            done.append(step)
+            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+                raise UserError(
+                    f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
+                    f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
+                )
+            if every and len(done) > resumed and (len(done) % every == 0 or len(done) == course.steps):
+                validate(len(done), step.micro_batch)
+            if len(done) in course.validations:
+                tracker.log_validation(len(done), course.validations[len(done)])
+            if len(done) <= resumed:
+                continue
+            ends.append(time.perf_counter())
+            if course.steps is None and len(ends) > FIRST_STEPS:
+                course.steps = _count_steps(job, done[:resumed], ends, seconds_a_step)
+            if saved:
+                signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at the same step
+                if signals or len(done) % saved.every == 0:
+                    if ranks.rank() == 0:
+                        saved.save(done)
+                    ranks.gather(None)  # wait until the checkpoint is saved
+                if signals and len(done) != course.steps:
+                    stopped = f"stopped by {signals[0]} after step {step.step}"
+                    raise UserError(f"{job.name}: {stopped}{_last_checkpoint(saved)}")
+    return done
+
+
+def _count_steps(job: Job, earlier: Sequence[Step], ends: Sequence[float], seconds_more: float) -> int:
+    """Return how many steps fit into the minutes of `job`; rank 0 decides. Raise UserError if the warm-up needs more.
+
+    `earlier` steps come from a checkpoint. `ends` has the times of the start and of the end of each later step. A step
+    needs `seconds_more`, because of validation.
+    """
+    minutes, pace = job.recipe.minutes or 0.0, statistics.median(b - a for a, b in pairwise(ends)) + seconds_more
+    left = 60 * minutes - sum(step.step_ms for step in earlier) / 1000 - (ends[-1] - ends[0])
+    count = len(earlier) + len(ends) - 1 + max(0, int(left / pace))
+    count = ranks.gather(min(count, job.shape.steps))[0]
+    if count <= (warmup := job.recipe.lr_warmup_steps):
+        fix = "set more minutes or fewer warm-up steps"
+        raise UserError(f"recipe.lr_warmup_steps = {warmup}, but {count} steps fit into {minutes:g} minutes; {fix}")
+    print(f"{job.name}: {count:,} steps fit into {minutes:g} minutes", flush=True)
+    return count
+
+
+@contextmanager
+def catch_signals(enabled: bool) -> Iterator[list[str]]:
+    """Collect the names of signals (SIGTERM, Ctrl-C), so that the step can finish. A second signal ends the process."""
+    caught: list[str] = []
+
+    def note(number: int, _: object) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, handlers[number])
+
+    handlers: dict[int, Any] = {}
+    for kind in (signal.SIGTERM, signal.SIGINT) if enabled else ():
+        handlers[kind] = signal.signal(kind, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _last_checkpoint(saved: Checkpoints | None) -> str:
+    newest = saved.newest() if saved else None
+    return f"; the next run resumes from the last good checkpoint, {newest}" if newest else ""

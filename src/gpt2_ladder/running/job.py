@@ -1,0 +1,24 @@
+"""Describe one training: what to train, and where its results go."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2_ladder.config import Recipe, Shape, Switches
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, and where its results go."""
+
+    name: str  # the level's name, "trial" or "overfit"
+    job_type: str  # for W&B: "train", "trial" or "overfit"
+    switches: Switches
+    shape: Shape
+    recipe: Recipe
+    devices: int  # GPUs, or processes on a CPU, that share each batch
+    folder: Path  # for steps.csv and metrics.json
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The number of tokens whose gradients are summed for one step."""
+        return self.recipe.tokens_per_step or self.shape.batch_size * self.shape.block_size
