@@ -100,3 +100,8 @@ def test_validation_does_not_change_the_training(params):
     validations = list(facts()["validations"].values())
     assert facts()["val_loss"] == min(validations)
     assert all(a != b for a, b in pairwise(validations))
+
+
+def test_a_training_too_short_for_its_minutes_validates_its_last_step(params):
+    train(with_recipe(params, minutes=60.0, steps=6, eval_every=4))
+    assert list(facts()["validations"]) == ["0", "4", "6"]
