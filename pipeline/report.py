@@ -40,12 +40,15 @@ def main() -> None:
         reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
-    own = any(key.startswith("recipe.") for key in trial["changes"])  # another length or size: a picture of its own
+    comparable = not any(key.startswith("recipe.") for key in trial["changes"])
     losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": [], "trial": []}
     for name, folder in {**{name: RESULTS / "levels" / name for name in trained}, "trial": RESULTS / "trial"}.items():
-        losses[params.levels[name].group if name in trained else "trial" if own else "speed"] += [
+        rows = [
             {"level": name, "step": step, "loss": loss} for step, loss in enumerate(read_losses(folder / "steps.csv"))
         ]
+        losses[params.levels[name].group if name in trained else "trial"] += rows
+        if name not in trained and comparable:  # the trial
+            losses["speed"] += rows
     differences = [
         {"level": name, "step": step, "loss": difference}
         for name, level in parity["levels"].items()

@@ -52,15 +52,18 @@ def write(name: str, trained: bool) -> None:
     (folder / "steps.csv").write_text(STEPS if trained else HEADER)
 
 
-def test_the_losses_include_the_trial_among_the_speed_levels(results):
+@pytest.mark.parametrize(("changes", "groups"), [({"precision": "bf16"}, 2), ({"recipe.steps": "100"}, 1)])
+def test_the_trial_is_among_the_speed_levels_only_if_it_can_be_compared(results, changes, groups):
+    write_json(TRIAL_FACTS, {**TRIAL, "changes": changes})
     report.main()
     rows = list(csv.DictReader((results / "report/losses.csv").read_text().splitlines()))
-    groups = {row["level"]: row["group"] for row in rows}
-    assert groups == {"untied": "quality", "tied": "quality", "init": "quality"} | dict.fromkeys(
-        (*RUN.levels, "trial"), "speed"
-    )
-    assert [row["loss"] for row in rows if row["level"] == "trial"] == ["10.95", "9.5"]
+    expected = {("quality", name) for name in ("untied", "tied", "init")} | {("speed", name) for name in RUN.levels}
+    expected |= {("trial", "trial")} | ({("speed", "trial")} if groups == 2 else set())
+    assert {(row["group"], row["level"]) for row in rows} == expected
+    assert [row["loss"] for row in rows if row["level"] == "trial"] == groups * ["10.95", "9.5"]
     assert ">trial</text>" in (results / "report/ladder.html").read_text()
+    # the same files for every change: Git would keep a file that only some trials write
+    assert (results / "report/trial.png").exists()
 
 
 def test_the_report_shows_the_gallerys_h100(results):
