@@ -79,7 +79,7 @@ def take_step(point: Point, index: int) -> float:
     model, optimizer = build(point)
     autocast = runtime.set_precision("bf16", CPU)
     ids = torch.randint(VOCAB_SIZE, (2, *point.shape), generator=torch.Generator().manual_seed(index))
-    return loop.train_step(model, optimizer, (ids[0], ids[1]), autocast, CPU, point.shape[0])[1]
+    return loop.timed_step(model, optimizer, (ids[0], ids[1]), autocast, CPU, point.shape[0])
 
 
 def peak_mib() -> float:

@@ -69,7 +69,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
         try:
             if not (micro_batch := fits(shape.batch_size, shape.block_size, most=micro_batch)):
                 raise UserError("one row is predicted not to fit")
-            _, micro_batch = loop.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
+            micro_batch = loop.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
         except UserError as error:
             block_size = shape.block_size // 2
             while block_size and not fits(shape.batch_size, block_size, most=1):
@@ -83,7 +83,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
 
 def _step(weights: turns.SharedWeights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
     model, optimizer = weights.build(kind.network, kind.fused)
-    loop.train_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
+    loop.timed_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
 
 
 if __name__ == "__main__":

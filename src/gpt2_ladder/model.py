@@ -165,7 +165,7 @@ class GPT(nn.Module):
             targets: the ids that follow, int64 (B, T), or None.
 
         Returns:
-            logits: (B, T, V); None if targets are given and `config.chunked_loss` is on.
+            logits: (B, T, V), detached if targets are given; None if `config.chunked_loss` is on as well.
             loss: the mean cross-entropy in nats, a float32 scalar; None without targets.
         """
         positions = torch.arange(idx.size(1), device=idx.device)  # (T,)
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B * T, V), (B * T,) -> scalar
-        return logits, loss
+        return logits.detach(), loss  # otherwise backward would add a gradient of the logits, (B, T, V) zeros
 
     def _loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross-entropy of N tokens: (N, C), (N,) -> scalar."""

@@ -31,7 +31,7 @@ Result = tuple[list[str], bytes]
 def result() -> Result:
     """Return what a training has written: every step's columns without the times, and the network's bytes."""
     rows = [line.split(",") for line in Path("results/steps.csv").read_text().splitlines()]
-    return [",".join(row[:2] + row[4:]) for row in rows], Path("model/model.safetensors").read_bytes()
+    return [",".join(row[:2] + row[4:6]) for row in rows], Path("model/model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):
     saved = checkpoints.Checkpoints(
         "any", {}, model, torch.optim.AdamW(model.parameters()), batches, 1, checkpoints.Course(9)
     )
-    saved.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
+    saved.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2, 1.0)])
     drawn = torch.rand(4)
     torch.manual_seed(0)
     saved.load()

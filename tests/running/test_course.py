@@ -31,7 +31,7 @@ def facts() -> dict:
 def rows() -> list[str]:
     """Return the lines of steps.csv without the times."""
     lines = [line.split(",") for line in Path("results/steps.csv").read_text().splitlines()[1:]]
-    return [",".join(line[:2] + line[4:]) for line in lines]
+    return [",".join(line[:2] + line[4:6]) for line in lines]
 
 
 def weights(model: GPT, into: list[torch.Tensor]) -> None:

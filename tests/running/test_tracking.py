@@ -24,7 +24,7 @@ from helpers.results import PARAMS, gains
 from helpers.wandb_server import forget_user, records
 from pipeline import train, trial
 
-STEPS = [Step(0, 10.9, 500.0, 256.0, 1.5, 4), Step(1, 0.1 + 0.2, 400.0, 320.0, 1.25, 4)]
+STEPS = [Step(0, 10.9, 500.0, 256.0, 1.5, 4, 1.0), Step(1, 0.1 + 0.2, 400.0, 320.0, 1.25, 4, 1.5)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_every_step_is_in_the_file_before_the_next_one_also_without_wandb(tmp_pa
             assert len(rows) == count
             assert float(rows[-1]["loss"]) == step.loss  # not rounded
     assert not list(tmp_path.glob("wandb/*run-*"))
-    assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch"
+    assert path.read_text().splitlines()[0] == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch,seconds"
 
 
 def test_wandb_has_the_rows_of_the_csv_the_config_and_the_summary(tmp_path):

@@ -47,7 +47,7 @@ def test_a_server_that_fails_after_the_start_costs_no_row(user, tmp_path, capsys
         user(url)
         with Tracker(tmp_path / "steps.csv", tracking.start_run({}, name="bf16"), 512) as tracker:
             for index in range(STEPS):
-                tracker.log(Step(index, 10.9, 500.0, 256.0, 1.5, 4))
+                tracker.log(Step(index, 10.9, 500.0, 256.0, 1.5, 4, 1.0))
                 time.sleep(0.01)
         with suppress(ConnectionError):  # if W&B's process has died
             wandb.teardown()  # W&B does this at the end of a process

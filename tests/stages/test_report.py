@@ -13,7 +13,7 @@ from helpers.results import OVERFIT, PARAMS, RUN, SKIPPED, TRAINED, TRIAL, VERIF
 from helpers.wandb_server import forget_user
 from pipeline import TRIAL_FACTS, report
 
-HEADER = "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+HEADER = "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch,seconds\n"
 STEPS = HEADER + "0,10.95,1,1,1,2\n1,9.5,1,1,1,2\n"
 
 

@@ -29,7 +29,7 @@ def test_a_level_that_cannot_run_here_writes_the_reason_and_does_not_train(param
     assert (result["status"], result["reason"]) == ("skipped", "torch.compile cannot work here: no C++ compiler")
     assert {result[name] for name in metrics.MEASURED} == {None}
     rows = Path("flash/steps.csv").read_text()
-    assert rows == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch\n"
+    assert rows == "step,loss,step_ms,tokens_per_second,grad_norm,micro_batch,seconds\n"
 
 
 @pytest.mark.parametrize(("tokens_per_step", "epochs"), [(None, 10), (128, 20)])
@@ -89,7 +89,7 @@ def test_an_unknown_level_is_refused(monkeypatch, names):
 def test_a_loss_that_is_no_number_stops_the_training():
     logged = []
     recorder = SimpleNamespace(log=logged.append)
-    steps = (Step(index, loss, 1.0, 1.0, 1.0, 4) for index, loss in enumerate([3.0, math.nan, 2.0]))
+    steps = (Step(index, loss, 1.0, 1.0, 1.0, 4, 1.0) for index, loss in enumerate([3.0, math.nan, 2.0]))
     job = train_stage.make_job(params_yaml.load(REPOSITORY / "params.yaml"), "bf16")
     with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan and the gradient's norm 1\.0; lower models"):
         follow(steps, recorder, job)

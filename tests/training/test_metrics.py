@@ -5,7 +5,9 @@ import pytest
 from gpt2_ladder.training import metrics
 from gpt2_ladder.training.metrics import Step
 
-STEPS = [Step(index, 0.0, step_ms, 0.0, 1.0, 4) for index, step_ms in enumerate([9000.0, 500.0, 100.0, 300.0, 200.0])]
+STEPS = [
+    Step(index, 0.0, step_ms, 0.0, 1.0, 4, 0.0) for index, step_ms in enumerate([9000.0, 500.0, 100.0, 300.0, 200.0])
+]
 
 
 def test_the_median_excludes_the_warm_up():

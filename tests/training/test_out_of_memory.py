@@ -33,11 +33,15 @@ def train(memory: Capped | None = None, micro_batch: int = B, before_step: dict 
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
     autocast = runtime.set_precision("fp32", CPU)
     steps = []
+
+    def batches():
+        for index, batch in enumerate(BATCHES):
+            if memory and before_step and index in before_step:
+                memory.cap = before_step[index]
+            yield batch
+
     with memory or nullcontext():
-        for step in loop.train(model, optimizer, BATCHES, autocast, CPU, micro_batch):
-            steps.append(step)
-            if memory and before_step and step.step + 1 in before_step:
-                memory.cap = before_step[step.step + 1]
+        steps += loop.train(model, optimizer, batches(), autocast, CPU, micro_batch)
     return steps, model.state_dict()
 
 
@@ -143,8 +147,8 @@ def test_the_probe_returns_the_whole_batch_or_a_smaller_one_that_fits():
 @pytest.mark.slow
 def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda _: need(4))
-    tried, step = [], loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: tried.append(args[-1]) or step(*args))
+    tried, step = [], loop.timed_step
+    monkeypatch.setattr(loop, "timed_step", lambda *args: tried.append(args[-1]) or step(*args))
     assert probe.find_micro_batch(tiny_params(), LEVELS, CPU) <= 4
     assert max(tried) <= 4
 

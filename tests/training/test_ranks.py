@@ -149,7 +149,7 @@ def test_a_signal_to_any_rank_stops_all_ranks(monkeypatch):
     saved: list[list[Step]] = []
     tracker = SimpleNamespace(log=lambda step: None)
     kept = SimpleNamespace(every=100, save=saved.append, newest=lambda: None)
-    steps = (Step(index, 3.0, 1.0, 1.0, 1.0, 4) for index in range(5))
+    steps = (Step(index, 3.0, 1.0, 1.0, 1.0, 4, 1.0) for index in range(5))
     monkeypatch.setattr(ranks, "gather", lambda value: [value, ["SIGTERM"]])
     with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 0"):
         following.follow(steps, tracker, trial.make_job(params_with()), saved=kept)

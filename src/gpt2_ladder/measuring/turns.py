@@ -39,7 +39,7 @@ class Arm:
         """Train on `batch` at this arm's precision, then restore float32. Return the step's milliseconds."""
         autocast = runtime.set_precision(self.precision, device)
         try:
-            return loop.train_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)[1]
+            return loop.timed_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)
         finally:
             runtime.set_precision(runtime.DEFAULT, device)
 

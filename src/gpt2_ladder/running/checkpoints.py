@@ -36,6 +36,8 @@ class Course:
     """What a training finds out while it runs."""
 
     steps: int | None  # its number of steps; None: not known yet
+    signals: list[str] = field(default_factory=list)  # that some rank has caught
+    settled: int = 0  # after this number of steps, the next one waits until the weights have been used
     validations: dict[int, float] = field(default_factory=dict)  # the loss in nats after a number of steps
     best: dict[str, Tensor] = field(default_factory=dict)  # the weights with the smallest of these losses, on the CPU
 

@@ -32,8 +32,8 @@ def follow(
     """Show and record all `steps`, validate, save checkpoints to `saved`, and return the steps.
 
     `validate` adds the loss after a number of steps to `course`; it gets this number and the micro-batch (0: the
-    first). The first `resumed` steps come from a checkpoint. Raise UserError if loss or gradient is not finite, or if a
-    signal stopped the training; checkpoints are kept.
+    first). The first `resumed` steps come from a checkpoint. The weights are read only where `settle` was true. Raise
+    UserError if loss or gradient is not finite, or if a signal stopped the training; checkpoints are kept.
     """
     course, every = course or Course(job.shape.steps), job.recipe.eval_every
     done, ends = list[Step](), [time.perf_counter()]
@@ -49,25 +49,35 @@ def follow(
                     f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
                     f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
                 )
-            if every and len(done) > resumed and (len(done) % every == 0 or len(done) == course.steps):
+            settled = len(done) == course.settled
+            if every and settled and (len(done) % every == 0 or len(done) == course.steps):
                 validate(len(done), step.micro_batch)
             if len(done) in course.validations:
                 tracker.log_validation(len(done), course.validations[len(done)])
             if len(done) <= resumed:
                 continue
             ends.append(time.perf_counter())
-            if course.steps is None and len(ends) > FIRST_STEPS:
+            if course.steps is None and settled and len(ends) > FIRST_STEPS:
                 course.steps = _count_steps(job, done[:resumed], ends, seconds_a_step)
             if saved:
-                signals = [name for names in ranks.gather(caught) for name in names]  # all ranks stop at the same step
-                if signals or len(done) % saved.every == 0:
+                course.signals = [name for names in ranks.gather(caught) for name in names]  # the same on all ranks
+                if settled and (course.signals or len(done) % saved.every == 0):
                     if ranks.rank() == 0:
                         saved.save(done)
                     ranks.gather(None)  # wait until the checkpoint is saved
-                if signals and len(done) != course.steps:
-                    stopped = f"stopped by {signals[0]} after step {step.step}"
+                if settled and course.signals and len(done) != course.steps:
+                    stopped = f"stopped by {course.signals[0]} after step {step.step}"
                     raise UserError(f"{job.name}: {stopped}{_last_checkpoint(saved)}")
     return done
+
+
+def settle(steps: int, job: Job, course: Course, saved: Checkpoints | None, resumed: int) -> bool:
+    """Return whether something uses the weights after `steps` steps, and note it in `course`."""
+    every = [job.recipe.eval_every, saved and saved.every]
+    used = steps == course.steps or any(number and steps % number == 0 for number in every)
+    if used or course.signals or (course.steps is None and steps == resumed + FIRST_STEPS):
+        course.settled = steps
+    return course.settled == steps
 
 
 def _count_steps(job: Job, earlier: Sequence[Step], ends: Sequence[float], seconds_more: float) -> int:

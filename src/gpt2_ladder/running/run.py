@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.params import Params
 from gpt2_ladder.running import launch, tracking
 from gpt2_ladder.running.checkpoints import Checkpoints, Course, copy_weights
-from gpt2_ladder.running.following import FIRST_STEPS, follow
+from gpt2_ladder.running.following import FIRST_STEPS, follow, settle
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import data, devices, loop, metrics, ranks, runtime, tokenizer
@@ -95,11 +96,13 @@ def run(
     def validate(step: int, rows: int) -> None:
         course.validated(step, _validate(job, built, validation[0], rows or micro_batch), built.model)
 
-    new_steps = _train(job, params, built, batches, len(earlier), micro_batch, course)
+    used = partial(settle, job=job, course=course, saved=saved, resumed=len(earlier))
+    new_steps = _train(job, params, built, batches, len(earlier), micro_batch, course, used)
     with open_tracker(job, params, settings) as tracker:
         steps = follow(chain(earlier, new_steps), tracker, job, course, validate, len(earlier), saved)
         epochs_seen = len(steps) * job.tokens_per_step / batches.tokens
         result |= {"validations": course.validations} if course.validations else {}
+        result |= {"goodput": metrics.goodput(steps[len(earlier) :], job.tokens_per_step)}
         result |= _summarize(job, built, steps, course, validation, epochs_seen)
         tracker.summarize(result)
     if ranks.rank() == 0:
@@ -172,7 +175,14 @@ def open_tracker(job: Job, params: Params, settings: Mapping[str, Any]) -> Track
 
 
 def _train(
-    job: Job, params: Params, built: Built, batches: data.Batches, first_step: int, micro_batch: int, course: Course
+    job: Job,
+    params: Params,
+    built: Built,
+    batches: data.Batches,
+    first_step: int,
+    micro_batch: int,
+    course: Course,
+    used: Callable[[int], bool],
 ) -> Iterator[Step]:
     """Yield the steps of `job` from `first_step` on. This rank trains on its rows of each batch."""
     count = job.tokens_per_step // (job.shape.batch_size * job.shape.block_size)
@@ -193,6 +203,7 @@ def _train(
         first_step=first_step,
         learning_rate=rate,
         clip_norm=job.recipe.clip_norm,
+        settle=used,
     )
 
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 from gpt2_ladder.config import Environment, Switches, UserError
 from gpt2_ladder.training.runtime import PRECISIONS
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # the ids of a batch and the ids that follow, int64 (B, T) each
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
@@ -97,6 +98,48 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all its work; a GPU's kernels run asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Moment:
+    """The end of all work that the device has been given so far; the host does not wait for it."""
+
+    def __init__(self, device: torch.device):
+        self._seconds = time.perf_counter()
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event:
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Wait until this moment; later work may still run."""
+        if self._event:
+            self._event.synchronize()
+
+    def milliseconds_since(self, earlier: "Moment") -> float:
+        """Return the milliseconds between two moments that are over."""
+        if self._event and earlier._event:
+            return earlier._event.elapsed_time(self._event)
+        return (self._seconds - earlier._seconds) * 1000
+
+
+class Reading:
+    """Numbers on their way from the device to the host. All that a training reads from the device comes this way."""
+
+    def __init__(self, *numbers: torch.Tensor):
+        # a copy, so that later work can overwrite the numbers; torch pins the memory of such a copy on the host
+        self._values = torch.stack(numbers).to("cpu", non_blocking=True)
+        self.end = Moment(numbers[0].device)
+
+    def read(self) -> list[float]:
+        """Wait until the numbers have arrived, but not for later work of the device, and return them."""
+        self.end.wait()
+        return list(self._values.tolist())
+
+
+def send(batch: Batch, device: torch.device) -> Batch:
+    """Return `batch` on the device. A GPU copies it later: torch keeps its pinned copy on the host until then."""
+    if device.type == "cpu":
+        return batch
+    return batch[0].pin_memory().to(device, non_blocking=True), batch[1].pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory_mib(device: torch.device) -> float:

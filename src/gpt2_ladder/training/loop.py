@@ -1,11 +1,12 @@
 """The training loop. It is the same at every level; the differences are its arguments."""
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,11 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from gpt2_ladder import config
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.training import metrics, ranks
-from gpt2_ladder.training.devices import is_out_of_memory, reset_peak_memory, synchronize
+from gpt2_ladder.training import devices, metrics, ranks
+from gpt2_ladder.training.devices import Moment, Reading
 from gpt2_ladder.training.metrics import Step
 
-Batch = tuple[Tensor, Tensor]
-Result = TypeVar("Result")
+Batch = devices.Batch
 
 
 def make_optimizer(
@@ -93,35 +93,68 @@ def train_step(
     device: torch.device,
     micro_batch: int,
     clip_norm: float | None = None,
-) -> tuple[Tensor, float, Tensor | None]:
-    """Train on one batch, a pair of int64 (B, T).
-
-    The clock starts when the batch is on the device.
+) -> tuple[Tensor, Tensor | None]:
+    """Train on one batch, a pair of int64 (B, T) on the device, without waiting for the device.
 
     Returns:
-        The loss before the update, the step's milliseconds, and the gradient's norm before clipping; this norm is None
-        if `clip_norm` is None.
+        The loss before the update, and the gradient's norm before clipping; this norm is None if `clip_norm` is None.
 
     Raises:
         UserError: memory ran out in the optimizer's step, after which only some parameters may be updated.
     """
-    batch = batch[0].to(device), batch[1].to(device)  # (B, T) each
-    synchronize(device)
-    start = time.perf_counter()
     optimizer.zero_grad()
     loss = accumulate(model, batch, autocast, device, micro_batch)
     norm = None if clip_norm is None else clip_grad_norm_(model.parameters(), clip_norm)
     try:
         optimizer.step()
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory in the optimizer's step, which needs the same memory for any micro-batch: {error}; set a "
             "smaller model in params.yaml (`make plan` shows what fits)"
         ) from None
-    synchronize(device)
-    return loss, (time.perf_counter() - start) * 1000, norm
+    return loss, norm
+
+
+def timed_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    autocast: AbstractContextManager[object],
+    device: torch.device,
+    micro_batch: int,
+) -> float:
+    """Train on one batch, a pair of int64 (B, T), and return the milliseconds from an idle device to an idle device.
+
+    The clock starts when the batch is on the device.
+    """
+    batch = devices.send(batch, device)
+    devices.synchronize(device)
+    start = time.perf_counter()
+    train_step(model, optimizer, batch, autocast, device, micro_batch)
+    devices.synchronize(device)
+    return (time.perf_counter() - start) * 1000
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may not have finished."""
+
+    index: int
+    micro_batch: int
+    batch: Batch  # on the host, kept until the step is read: the device may still copy it
+    begin: Moment  # of the loop
+    start: Moment  # the end of the step before, or the launch if the device was idle
+    numbers: Reading  # the loss and the gradient's norm
+
+    def read(self) -> Step:
+        """Wait for the end of this step, but not for later ones, and return its record."""
+        loss, norm = self.numbers.read()
+        end, tokens = self.numbers.end, self.batch[0].numel() * ranks.count()
+        step_ms, seconds = end.milliseconds_since(self.start), end.milliseconds_since(self.begin) / 1000
+        rate = metrics.tokens_per_second(tokens, step_ms)
+        return Step(self.index, ranks.mean(loss), step_ms, rate, norm, self.micro_batch, seconds)
 
 
 def train(
@@ -134,53 +167,93 @@ def train(
     first_step: int = 0,
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
+    settle: Callable[[int], bool] = lambda steps: False,
 ) -> Iterator[Step]:
     """Train one step on each batch, a pair of int64 (B, T), and yield its Step. Steps are numbered from `first_step`.
 
-    The caller's work between steps (logging, writing) is not timed. If memory runs out, the step is repeated with half
-    the micro-batch, and later steps keep it. On several ranks, `batches` has this rank's rows, but a Step describes the
-    whole batch. `learning_rate` maps a step's number to its learning rate; gradients are clipped to norm `clip_norm`.
-    Raise UserError if memory runs out with one row, or on one of several ranks.
+    A step is launched before the previous one is read and yielded, so that the device need not wait for the host. If
+    `settle(n)` is true, the first n steps are yielded before the next one is launched: the caller sees the weights
+    after n steps. An error comes after all steps before it.
+
+    If memory runs out, the step is repeated with half the micro-batch, and later steps keep it. On several ranks,
+    `batches` has this rank's rows, but a Step describes the whole batch. `learning_rate` maps a step's number to its
+    learning rate; gradients are clipped to norm `clip_norm`. Raise UserError if memory runs out with one row, or on one
+    of several ranks.
     """
     model.train()
-    for index, batch in enumerate(batches, first_step):
-        if learning_rate:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(index)
-        step = partial(train_step, model, optimizer, batch, autocast, device, clip_norm=clip_norm)
-        (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device)
-        if norm is None:  # every level records it, outside the clock
-            norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-        rate = metrics.tokens_per_second(batch[0].numel() * ranks.count(), step_ms)
-        yield Step(index, ranks.mean(loss.item()), step_ms, rate, norm.item(), micro_batch)
+    begin, outstanding = Moment(device), list[Launched]()
+    try:
+        for index, batch in enumerate(batches, first_step):
+            if learning_rate:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(index)
+            sent = devices.send(batch, device)
+            while True:
+                start = outstanding[-1].numbers.end if outstanding else Moment(device)
+                try:
+                    loss, norm = train_step(model, optimizer, sent, autocast, device, micro_batch, clip_norm)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    reason = why_out_of_memory(error)
+                yield from _read(outstanding)
+                micro_batch = halve(micro_batch, reason, device)
+            if norm is None:  # every level records it
+                norm = get_total_norm(
+                    [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+                )
+            outstanding.append(Launched(index, micro_batch, batch, begin, start, Reading(loss, norm)))
+            yield from _read(outstanding, but=1)
+            if settle(index + 1):
+                yield from _read(outstanding)
+    except Exception:
+        yield from _read(outstanding)
+        raise
+    yield from _read(outstanding)
 
 
-def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
-    """Call `step(micro_batch)`, halving micro_batch until memory suffices; return its result and the micro_batch.
+def _read(outstanding: list[Launched], but: int = 0) -> Iterator[Step]:
+    """Yield the records of the `outstanding` steps, but not of the last `but`, and remove them from the list."""
+    while len(outstanding) > but:
+        yield outstanding.pop(0).read()
+
+
+def within_memory(step: Callable[[int], object], micro_batch: int, device: torch.device) -> int:
+    """Call `step(micro_batch)`, halving micro_batch until memory suffices, and return the micro_batch.
 
     Raise UserError if memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
     """
     while True:
         try:
-            return step(micro_batch), micro_batch
+            step(micro_batch)
+            return micro_batch
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())  # not the error: its traceback keeps the activations alive
-        if ranks.count() > 1:
-            raise UserError(
-                f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); lower "
-                "machines.*.batch_size, because a rank cannot use fewer rows than the others"
-            )
-        if micro_batch == 1:
-            fix = "set a smaller model (`make plan` shows what fits)"
-            raise UserError(f"out of memory with one row at a time ({reason}); {fix}")
-        print(
-            f"out of memory with {micro_batch} rows at a time, continuing with {micro_batch // 2} ({reason})",
-            flush=True,
+            reason = why_out_of_memory(error)
+        micro_batch = halve(micro_batch, reason, device)
+
+
+def why_out_of_memory(error: Exception) -> str:
+    """Return the message of an out-of-memory `error`, whose traceback would keep the activations; raise others."""
+    if not devices.is_out_of_memory(error):
+        raise error
+    return " ".join(str(error).split())
+
+
+def halve(micro_batch: int, reason: str, device: torch.device) -> int:
+    """Return half of `micro_batch`, with which memory ran out, and release the device's cached memory.
+
+    Raise UserError if memory ran out with one row, or on one of several ranks, which cannot repeat a step alone.
+    """
+    if ranks.count() > 1:
+        raise UserError(
+            f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); lower "
+            "machines.*.batch_size, because a rank cannot use fewer rows than the others"
         )
-        micro_batch //= 2
-        reset_peak_memory(device)
+    if micro_batch == 1:
+        fix = "set a smaller model (`make plan` shows what fits)"
+        raise UserError(f"out of memory with one row at a time ({reason}); {fix}")
+    print(f"out of memory with {micro_batch} rows at a time, continuing with {micro_batch // 2} ({reason})", flush=True)
+    devices.reset_peak_memory(device)
+    return micro_batch // 2
 
 
 @torch.no_grad()
@@ -193,11 +266,11 @@ def evaluate(
 ) -> float:
     """Return the mean loss in nats over `batches`, all of the same shape. The network runs uncompiled."""
     model.eval()
-    losses = []
+    losses, shares = [], []
     with torch.compiler.set_stance("force_eager"):  # a compiled model would compile again for inference
         for batch in batches:
-            losses.append(0.0)
-            for x, y, share in split(batch, micro_batch):
+            for x, y, share in split(devices.send(batch, device), micro_batch):
                 with autocast:
-                    losses[-1] += model(x.to(device), y.to(device))[1].item() * share
-    return sum(losses) / len(losses)
+                    losses.append(model(x, y)[1])
+                shares.append(share)
+    return sum(map(operator.mul, Reading(*losses).read(), shares)) / sum(shares)

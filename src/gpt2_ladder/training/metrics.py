@@ -14,10 +14,11 @@ class Step:
 
     step: int  # from 0
     loss: float  # mean cross-entropy of the batch in nats, before the update
-    step_ms: float  # zero_grad, forward, loss, backward and optimizer step, with the device synchronized
+    step_ms: float  # from the end of the step before, or from its own start after a pause, to its end
     tokens_per_second: float  # of all ranks together
     grad_norm: float  # Euclidean norm of the whole gradient, before clipping
     micro_batch: int  # rows that went through the network at a time, on each device
+    seconds: float  # from the loop's start in this process to the end of the step
 
 
 STEP_FIELDS = tuple(field.name for field in fields(Step))
@@ -33,6 +34,7 @@ MEASURED = (
     "epochs_seen",
     "step_ms",
     "tokens_per_second",
+    "goodput",
     "compile_seconds",
     "compile_cache",
     "peak_memory_mib",
@@ -51,6 +53,16 @@ def read_losses(steps_csv: Path) -> list[float]:
 def tokens_per_second(tokens: int, step_ms: float) -> float:
     """Return the tokens per second of a step with `tokens` tokens that took `step_ms` milliseconds."""
     return tokens / (step_ms / 1000)
+
+
+def goodput(steps: Sequence[Step], tokens_per_step: int) -> float | None:
+    """Return the tokens per second from the end of the first of `steps` to the end of the last, all pauses included.
+
+    It is None for a single step.
+    """
+    if len(steps) < 2:
+        return None
+    return tokens_per_step * (len(steps) - 1) / (steps[-1].seconds - steps[0].seconds)
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
