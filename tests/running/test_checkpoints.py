@@ -83,8 +83,9 @@ def test_a_killed_training_resumes_with_the_same_bits(params, undisturbed, recor
     record_property("tried", kills)
 
 
+@pytest.mark.parametrize(("every", "last"), [(1, 3), (3, 4), (100, 3)])  # 3: step 4 starts before step 3 is read
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves_a_checkpoint(params, undisturbed, monkeypatch, number):
+def test_a_signal_ends_the_step_and_saves_a_checkpoint(params, undisturbed, monkeypatch, number, every, last):
     step, calls = loop.train_step, []
 
     def train_step(*args, **options):
@@ -94,15 +95,54 @@ def test_a_signal_ends_the_step_and_saves_a_checkpoint(params, undisturbed, monk
         return step(*args, **options)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    params = params.model_copy(update={"checkpoint_every": 100})
-    message = rf"trial: stopped by {number.name} after step 3; the next run resumes from .* checkpoints/"
+    params = params.model_copy(update={"checkpoint_every": every})
+    message = rf"trial: stopped by {number.name} after step {last}; the next run resumes from .* checkpoints/"
     with pytest.raises(UserError, match=message):
         train(params, keep=KEEP)
     assert len(list(Path("checkpoints").glob("trial/*/*"))) == 2
     train(params, keep=KEEP)
-    assert "resumed after step 3: times" in json.loads(Path("results/metrics.json").read_text())["note"]
+    assert f"resumed after step {last}: times" in json.loads(Path("results/metrics.json").read_text())["note"]
     assert len(calls) == 12
     assert result() == undisturbed
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_checkpoint_has_the_weights_after_its_last_step(params, monkeypatch, every):
+    """A step that is launched before the checkpoint is saved would change them."""
+    after, saved = list[torch.Tensor](), dict[int, torch.Tensor]()
+    step, save = loop.train_step, checkpoints.Checkpoints.save
+
+    def train_step(model, *args, **options):
+        out = step(model, *args, **options)
+        after.append(model.wte.weight.detach().clone())
+        return out
+
+    def noted(self, steps):
+        saved[len(steps)] = self.model.wte.weight.detach().clone()
+        save(self, steps)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", noted)
+    train(params.model_copy(update={"checkpoint_every": every}))
+    assert [*saved] == list(range(every, 13, every))
+    assert all(torch.equal(weight, after[steps - 1]) for steps, weight in saved.items())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("nan_at", [5, 6])  # step 5 is the last before a checkpoint after every third
+def test_nothing_is_saved_from_a_step_that_is_not_finite_on(params, monkeypatch, every, nan_at):
+    step, calls = loop.train_step, []
+
+    def train_step(*args, **options):
+        calls.append(args)
+        loss, norm = step(*args, **options)
+        return (loss, norm * float("nan")) if len(calls) > nan_at else (loss, norm)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(UserError, match=f"trial: at step {nan_at} the loss is .* and the gradient's norm nan"):
+        train(params.model_copy(update={"checkpoint_every": every}))
+    (path,) = Path("checkpoints").glob("trial/*/*.json")
+    assert path.stem == f"{nan_at // every * every:08}"
 
 
 def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """The loop computes what one written by hand computes, and times only the step."""
 
 import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from unittest import mock
 
 import pytest
 import torch
 
 from gpt2_ladder.config import AdamW, Recipe
 from gpt2_ladder.model import GPT
-from gpt2_ladder.training import loop, runtime
+from gpt2_ladder.training import devices, loop, metrics, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers.common import random_ids, tiny
 
@@ -105,16 +108,72 @@ def test_fused_adamw_is_used_and_updates_like_the_plain_one():
         assert torch.allclose(parameter, fused.get_parameter(name), atol=1e-6), name
 
 
-def test_the_clock_stops_before_the_consumer_gets_the_step(monkeypatch):
-    now = itertools.count()  # each call of the clock is one second later
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
+def train_with_clock(monkeypatch: pytest.MonkeyPatch, **options: object) -> list[Step]:
+    """Train three steps of one second each; the caller takes ten seconds with every one of them."""
+    now, steps = itertools.count(), list[Step]()
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(now))  # each call is one second later
     model = GPT(tiny())
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
-    steps = loop.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU, 2)
-    for step in steps:
-        assert step.step_ms == 1000
-        assert step.tokens_per_second == 32
-        next(now)  # the consumer takes a second
+    for step in loop.train(model, optimizer, batches(3), runtime.set_precision("fp32", CPU), CPU, 2, **options):
+        steps.append(step)
+        list(itertools.islice(now, 10))
+    return steps
+
+
+def test_the_clock_of_a_step_that_waited_for_the_caller_starts_with_the_step(monkeypatch):
+    steps = train_with_clock(monkeypatch, settle=lambda _: True)
+    assert [step.step_ms for step in steps] == [1000] * 3
+    assert [step.tokens_per_second for step in steps] == [32] * 3
+    assert [step.seconds for step in steps] == [2, 14, 26]
+    assert metrics.goodput(steps, 32) == 2 * 32 / 24  # with the pauses between the steps
+    assert metrics.goodput(steps[:1], 32) is None
+
+
+def test_otherwise_a_step_lasts_from_the_end_of_the_step_before_to_its_own(monkeypatch):
+    steps = train_with_clock(monkeypatch)
+    # the caller gets step 0 after step 1 has been launched
+    assert [step.step_ms for step in steps] == [1000, 1000, 11000]
+
+
+def events(settle: Callable[[int], bool], fault: int | None = None) -> list[str]:
+    """Return what happens in a training of four steps, in order; step `fault` raises an error."""
+    log, model = list[str](), GPT(tiny())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    launched = itertools.count()
+
+    def launch(*_: object) -> None:
+        number = next(launched)
+        log.append(f"launch {number}")
+        if number == fault:
+            raise ArithmeticError
+
+    optimizer.register_step_pre_hook(launch)
+    read = devices.Reading.read
+
+    def logged(reading: devices.Reading) -> list[float]:
+        log.append("read")
+        return read(reading)
+
+    steps = loop.train(model, optimizer, batches(4), runtime.set_precision("fp32", CPU), CPU, 2, settle=settle)
+    with mock.patch.object(devices.Reading, "read", logged), suppress(ArithmeticError):
+        log.extend(f"got {step.step}" for step in steps)
+    return log
+
+
+def test_a_step_is_launched_before_the_previous_one_is_read():
+    assert " ".join(events(lambda _: False)) == (
+        "launch 0 launch 1 read got 0 launch 2 read got 1 launch 3 read got 2 read got 3"
+    )
+
+
+def test_a_step_whose_weights_are_used_is_read_before_the_next_one_is_launched():
+    assert " ".join(events(lambda steps: steps == 2)) == (
+        "launch 0 launch 1 read got 0 read got 1 launch 2 launch 3 read got 2 read got 3"
+    )
+
+
+def test_the_steps_before_an_error_are_read_first():
+    assert " ".join(events(lambda _: False, fault=2)) == "launch 0 launch 1 read got 0 launch 2 read got 1"
 
 
 @pytest.mark.parametrize("micro_batch", [2, 1])

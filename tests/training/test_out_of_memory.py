@@ -82,10 +82,20 @@ def test_memory_that_runs_out_later_halves_the_later_steps_only():
     assert_same(halved, train())
 
 
+def test_a_step_that_does_not_fit_comes_after_the_step_before_it(monkeypatch):
+    log = list[str]()
+    monkeypatch.setattr(loop, "halve", lambda *_: log.append("halve") or 4)
+    read = loop.Launched.read
+    monkeypatch.setattr(loop.Launched, "read", lambda step: log.append(f"step {step.index}") or read(step))
+    train(Capped(float("inf")), before_step={3: (peak(8) + peak(4)) / 2})
+    log = log[-6:]  # without those of peak()
+    assert log == ["step 0", "step 1", "step 2", "halve", "step 3", "step 4"]
+
+
 def test_the_step_that_did_not_fit_leaves_nothing_in_memory(monkeypatch):
     memory = Capped((peak(8) + peak(4)) / 2)
     # restart the measurement at the second attempt
-    monkeypatch.setattr(loop, "reset_peak_memory", lambda _: setattr(memory, "peak", memory.live))
+    monkeypatch.setattr(devices, "reset_peak_memory", lambda _: setattr(memory, "peak", memory.live))
     train(memory)
     assert memory.refused == 1
     assert memory.peak <= peak(4)

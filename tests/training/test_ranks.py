@@ -122,23 +122,26 @@ def test_two_ranks_learn_what_one_process_learns(two, tmp_path, bpe_files, monke
 
 
 @pytest.mark.slow
-def test_after_sigterm_and_a_killed_rank_the_bits_are_the_same(two, tmp_path, bpe_files, record_property):
-    document = prepare(tmp_path, bpe_files).model_dump()
-    write_params(tmp_path, document | {"checkpoint_every": 100})
+@pytest.mark.parametrize(("every", "stopped", "saved"), [(1, 3, 6), (3, 4, 5)])
+def test_after_sigterm_and_a_killed_rank_the_bits_are_the_same(
+    two, tmp_path, bpe_files, record_property, every, stopped, saved
+):
+    document = prepare(tmp_path, bpe_files).model_dump() | {"checkpoint_every": every}
+    write_params(tmp_path, document)
     # the agent passes the signal on to both ranks; rank 1 waits for it
     terminate = FAULT.format(nth=4, action="os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)")
     _, errors = run_trial(tmp_path, terminate, exit_code=1)
     (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: trial: stopped by SIGTERM after step 3; the next run resumes from the last good ")
-    assert error.endswith("00000004.json")
+    assert error.startswith(f"error: trial: stopped by SIGTERM after step {stopped}; the next run resumes from the ")
+    assert error.endswith(f"{stopped + 1:08}.json")
 
     write_params(tmp_path, document)
-    kill = FAULT.format(nth=3, action="os.kill(os.getpid(), signal.SIGKILL)")
+    kill = FAULT.format(nth=7 - stopped, action="os.kill(os.getpid(), signal.SIGKILL)")
     output, _ = run_trial(tmp_path, kill)
-    # the start, and the restart of both ranks after rank 1 died in step 6
+    # the start, and the restart of both ranks after rank 1 died in step 7
     resumed = [line.split(" from ")[0] for line in output.splitlines() if "resuming" in line]
-    assert resumed == ["trial: resuming after step 3", "trial: resuming after step 5"]
-    assert "resumed after step 5: times" in metrics(tmp_path)["note"]
+    assert resumed == [f"trial: resuming after step {step}" for step in (stopped, saved)]
+    assert f"resumed after step {saved}: times" in metrics(tmp_path)["note"]
     assert column(tmp_path, "loss") == column(two, "loss")
     weights = "models/trial/model.safetensors"
     assert (tmp_path / weights).read_bytes() == (two / weights).read_bytes()
@@ -149,11 +152,18 @@ def test_a_signal_to_any_rank_stops_all_ranks(monkeypatch):
     saved: list[list[Step]] = []
     tracker = SimpleNamespace(log=lambda step: None)
     kept = SimpleNamespace(every=100, save=saved.append, newest=lambda: None)
-    steps = (Step(index, 3.0, 1.0, 1.0, 1.0, 4, 1.0) for index in range(5))
+    job, course = trial.make_job(params_with()), checkpoints.Course(10)
+
+    def steps():
+        """Yield steps as loop.train does: step 1 has started when step 0 is read."""
+        for index in range(5):
+            yield Step(index, 3.0, 1.0, 1.0, 1.0, 4, 1.0)
+            following.settle(index + 2, job, course, kept, 0)
+
     monkeypatch.setattr(ranks, "gather", lambda value: [value, ["SIGTERM"]])
-    with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 0"):
-        following.follow(steps, tracker, trial.make_job(params_with()), saved=kept)
-    assert len(saved) == 1
+    with pytest.raises(UserError, match="trial: stopped by SIGTERM after step 1"):
+        following.follow(steps(), tracker, job, course, saved=kept)
+    assert [len(steps) for steps in saved] == [2]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
