@@ -3,25 +3,40 @@
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Size
 
 A100 = {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0}
-H100_SXM = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5}
+HOPPER_SXM = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5}
+HOPPER_NVL = {"fp32": 60.0, "tf32": 417.5, "bf16": 835.5}
 # {GPU name, as nvidia-smi prints it: (memory bandwidth in GB/s, {precision: TFLOP/s of dense matrix products})}, from
-# NVIDIA's data sheets: without sparsity, for GeForce with float32 accumulation, without unsupported precisions.
+# NVIDIA's data sheets and white papers: without sparsity, for GeForce with float32 accumulation, without unsupported
+# precisions. B200 is left out, because NVIDIA's pages differ: 75 or 80 TFLOP/s in fp32, 1125 or 1100 in tf32.
 GPUS: dict[str, tuple[float, dict[str, float]]] = {
     "Tesla T4": (320, {"fp32": 8.1}),
-    "Tesla V100-SXM2-16GB": (900, {"fp32": 15.7}),
-    "Tesla V100-SXM2-32GB": (900, {"fp32": 15.7}),
-    "NVIDIA A10": (600, {"fp32": 31.2, "tf32": 62.5, "bf16": 125.0}),
-    "NVIDIA A100-PCIE-40GB": (1555, A100),
-    "NVIDIA A100 80GB PCIe": (1935, A100),
-    "NVIDIA A100-SXM4-40GB": (1555, A100),
-    "NVIDIA A100-SXM4-80GB": (2039, A100),
-    "NVIDIA L4": (300, {"fp32": 30.3, "tf32": 60.0, "bf16": 121.0}),
-    "NVIDIA L40S": (864, {"fp32": 91.6, "tf32": 183.0, "bf16": 362.0}),
-    "NVIDIA H100 PCIe": (2000, {"fp32": 51.0, "tf32": 378.0, "bf16": 756.0}),
-    "NVIDIA H100 80GB HBM3": (3350, H100_SXM),
-    "NVIDIA H200": (4800, H100_SXM),
-    "NVIDIA GeForce RTX 3090": (936, {"fp32": 35.6, "tf32": 35.6, "bf16": 71.0}),
-    "NVIDIA GeForce RTX 4090": (1008, {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2}),
+    "Tesla V100-PCIE-16GB": (900, {"fp32": 14.0}),  # V100 data sheet
+    "Tesla V100-PCIE-32GB": (900, {"fp32": 14.0}),  # V100 data sheet
+    "Tesla V100-SXM2-16GB": (900, {"fp32": 15.7}),  # V100 data sheet
+    "Tesla V100-SXM2-32GB": (900, {"fp32": 15.7}),  # V100 data sheet
+    "NVIDIA A10": (600, {"fp32": 31.2, "tf32": 62.5, "bf16": 125.0}),  # A10 data sheet
+    "NVIDIA A10G": (600, {"fp32": 35.0, "tf32": 35.0, "bf16": 70.0}),  # A10G for AWS data sheet, 2022
+    "NVIDIA A30": (933, {"fp32": 10.3, "tf32": 82.0, "bf16": 165.0}),  # A30 data sheet
+    "NVIDIA A100-PCIE-40GB": (1555, A100),  # A100 data sheet
+    "NVIDIA A100 80GB PCIe": (1935, A100),  # A100 data sheet
+    "NVIDIA A100-SXM4-40GB": (1555, A100),  # A100 data sheet
+    "NVIDIA A100-SXM4-80GB": (2039, A100),  # A100 data sheet
+    "NVIDIA RTX A6000": (768, {"fp32": 38.7, "tf32": 77.4, "bf16": 154.8}),  # GA102 white paper v2, table 3
+    "NVIDIA L4": (300, {"fp32": 30.3, "tf32": 60.0, "bf16": 121.0}),  # L4 data sheet
+    "NVIDIA L40": (864, {"fp32": 90.5, "tf32": 90.5, "bf16": 181.05}),  # L40 data sheet
+    "NVIDIA L40S": (864, {"fp32": 91.6, "tf32": 183.0, "bf16": 362.0}),  # L40S data sheet
+    "NVIDIA RTX 6000 Ada Generation": (960, {"fp32": 91.1, "tf32": 182.1, "bf16": 364.2}),  # RTX PRO white paper
+    "NVIDIA H100 PCIe": (2000, {"fp32": 51.0, "tf32": 378.0, "bf16": 756.0}),  # H100 data sheet
+    "NVIDIA H100 NVL": (3900, HOPPER_NVL),  # H100 NVL data sheet
+    "NVIDIA H100 80GB HBM3": (3350, HOPPER_SXM),  # H100 data sheet
+    "NVIDIA GH200 480GB": (4000, HOPPER_SXM),  # GH200 data sheet, 96 GB of HBM3
+    "NVIDIA GH200 144G HBM3e": (4900, HOPPER_SXM),  # GH200 data sheet
+    "NVIDIA H200": (4800, HOPPER_SXM),  # H200 data sheet
+    "NVIDIA H200 NVL": (4800, HOPPER_NVL),  # H200 data sheet
+    "NVIDIA GeForce RTX 3090": (936, {"fp32": 35.6, "tf32": 35.6, "bf16": 71.0}),  # GA102 white paper v2, appendix A
+    "NVIDIA GeForce RTX 4080": (716.8, {"fp32": 48.7, "tf32": 48.7, "bf16": 97.5}),  # Ada white paper v2.1
+    "NVIDIA GeForce RTX 4090": (1008, {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2}),  # Ada white paper v2.1, appendix A
+    "NVIDIA GeForce RTX 5090": (1792, {"fp32": 104.8, "tf32": 104.8, "bf16": 209.5}),  # RTX Blackwell white paper
 }
 BANDWIDTH = {name: bandwidth for name, (bandwidth, _) in GPUS.items()}
 KNOWN_PEAKS = {name: peaks for name, (_, peaks) in GPUS.items()}
