@@ -17,7 +17,7 @@ from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import data, devices, loop, runtime
+from gpt2_ladder.training import data, devices, loop
 from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, Parser, read_environment, read_json, run
 
 
@@ -35,8 +35,7 @@ def main(*arguments: str) -> None:
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
     batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
-    operands = sorted({runtime.PRECISIONS[switches.precision].operand for switches in levels.values()})
-    matmuls = operands if devices.peak_is_measured(environment.device) else []
+    matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
     measured = []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)

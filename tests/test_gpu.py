@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from statistics import median
 
 import pytest
 import torch
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import CONTROL, Switches
-from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, turns
+from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
@@ -132,11 +133,9 @@ def test_matrix_products_are_as_exact_as_their_precision(machine, report):
 
 @pytest.mark.gpu
 def test_gains_are_measured_and_no_level_exceeds_the_peak(machine, arms, report):
-    rounds = list(
-        turns.measure(
-            arms, machine.batches(4), machine.device, 6 if machine.rehearsal else ROUNDS, 120, machine.params.seed
-        )
-    )
+    count, seed = 6 if machine.rehearsal else ROUNDS, machine.params.seed
+    names = {devices.product_precision(each.precision, machine.environment.device) for each in machine.levels.values()}
+    rounds = list(turns.measure(arms, machine.batches(4), machine.device, count, 120, seed, sorted(names)))
     measurement = Measurement(
         estimator=ESTIMATOR,
         model=machine.params.model,
@@ -159,6 +158,9 @@ def test_gains_are_measured_and_no_level_exceeds_the_peak(machine, arms, report)
         report[name]["TFLOP/s"] = f"{reached:,.1f}"
         report[name]["MFU"] = f"{reached / peak:.0%}" if peak else "peak unknown"
         assert peak is None or reached < peak
+        products = summary.find_products(switches.precision, measurement)
+        assert products is not None
+        report[name]["of its own product"] = f"{reached / median(products):.0%} of {median(products):,.1f} TFLOP/s"
     for previous, name in pairwise(machine.levels):
         gain = measurement.compare(name, previous, noise)
         report[name]["over the previous level"] = f"{gain['ratio']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"

@@ -4,6 +4,7 @@ import pytest
 
 from gpt2_ladder import config
 from gpt2_ladder.measuring import summary
+from gpt2_ladder.measuring.gains import Measurement
 from helpers.common import environment, measurement, params_with
 
 
@@ -18,6 +19,35 @@ def test_the_peak_is_given_or_looked_up_for_a_gpu_or_measured_on_a_cpu_or_unknow
     given = params_with(peak_tflops=config.Peaks(fp32=None, tf32=None, bf16=77.0))
     assert summary.find_peaks(given, "bf16", unknown) == [77.0] * 3
     assert summary.find_peaks(given, "bf16", on_cpu) == [77.0] * 3
+
+
+def on_gpu(name: str, **products: float) -> Measurement:
+    """Return a benchmark on the GPU `name` in which fp32 took 3,940 ms and a product reached `products` TFLOP/s."""
+    run = measurement(fp32=[3940.0] * 3, tf32=[3940.0] * 3)
+    rounds = [each.model_copy(update={"matmul_tflops": products}) for each in run.rounds]
+    machine = environment(device="cuda", device_name=name)
+    return run.model_copy(update={"environment": machine, "rounds": rounds})
+
+
+def shares(run: Measurement) -> list[tuple[float | None, float | None]]:
+    """Return the share of the peak and of the device's own product of every level, rounded."""
+    params = params_with()
+    content = summary.summarize(params, {name: params.levels[name] for name in run.levels}, run)
+    levels = content["levels"].values()
+    return [tuple(row[key] and round(row[key], 3) for key in ("mfu", "mfu_of_product")) for row in levels]
+
+
+def test_a_gpu_has_a_share_of_its_data_sheet_and_of_its_own_product():
+    """A level reaches 0.1 TFLOP/s; the A100's peaks are 19.5 in fp32 and 156 in tf32."""
+    assert shares(on_gpu("NVIDIA A100-SXM4-80GB", fp32=0.2, tf32=0.4)) == [(0.005, 0.5), (0.001, 0.25)]
+    assert shares(on_gpu("NVIDIA X", fp32=0.2, tf32=0.4)) == [(None, 0.5), (None, 0.25)]
+    without_products = on_gpu("NVIDIA A100-SXM4-80GB")  # as measured until November 2026
+    assert shares(without_products) == [(0.005, None), (0.001, None)]
+
+
+def test_the_peak_of_a_cpu_is_its_own_product():
+    run = measurement(fp32=[3940.0] * 3, tf32=[3940.0] * 3)
+    assert shares(run) == [(0.5, 0.5), (0.5, 0.5)]  # the product reached 0.2, for TF32 too
 
 
 def test_the_summary_has_gains_rates_and_shares_of_the_peak():

@@ -45,6 +45,27 @@ def test_the_speed_table_shows_gains_with_intervals_and_marks_noise():
     assert set(list(table["flash"].values())[2:]) == {tables.MISSING}  # it was not measured
 
 
+def test_the_share_of_a_gpus_own_product_has_a_column_and_a_note():
+    measured = gains()
+    for level in measured["levels"].values():
+        level |= {"mfu": 0.37, "mfu_of_product": 0.47}
+    report = content(gains=measured | {"product_size": 8192})
+    titles, first, *_ = report["speed"]
+    row = dict(zip(titles, first, strict=True))
+    assert (row["TFLOP/s (of the peak)"], row["of its own product"]) == ("0.2 (37%)", "47%")
+    note = "share of what a bare 8192 x 8192 matrix product reached in the same round"
+    assert note in markdown(report)
+    assert note in html(report)
+
+
+def test_a_cpu_has_no_second_column_because_its_peak_is_its_own_product():
+    measured = gains()
+    for level in measured["levels"].values():
+        level |= {"mfu": 0.5, "mfu_of_product": 0.5}
+    assert content(gains=measured)["speed"][0] == content()["speed"][0]
+    assert "of its own product" not in content()["speed"][0]
+
+
 def test_a_gain_within_the_noise_shows_how_many_rounds_are_needed():
     (line,) = content()["undecided"]
     expected = "no measurable gain in 4 rounds; over 10,000 rounds are needed to measure a gain of 1.000"

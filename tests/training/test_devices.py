@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Switches, UserError
 from gpt2_ladder.files import write_json
-from gpt2_ladder.training import devices
+from gpt2_ladder.training import devices, runtime
 from helpers import processes
 from helpers.common import REPOSITORY, environment
 from pipeline import ENVIRONMENT, TRIAL, read_environment
@@ -93,7 +93,7 @@ def test_a_rehearsal_is_part_of_the_devices_name(tmp_path, monkeypatch):
 PAGE_FAULTS = """
 import resource
 import torch
-from gpt2_ladder.training import devices
+from gpt2_ladder.training import devices, runtime
 def use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(100 * 2**20, dtype=torch.uint8)  # freed immediately
@@ -195,6 +195,31 @@ def test_the_math_kernel_is_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
     with pytest.raises(UserError, match=r"only its math kernel for \(16, 12, 1024, 64\) in torch.bfloat16 on Tesla X"):
         devices.attention_kernel(OnGpu())
+
+
+@pytest.mark.parametrize(
+    ("device", "products"), [("cpu", ["fp32", "fp32", "bf16"]), ("cuda", ["fp32", "tf32", "bf16"])]
+)
+def test_only_a_gpu_has_a_matrix_product_in_tf32(device, products):
+    assert [devices.product_precision(precision, device) for precision in ("fp32", "tf32", "bf16")] == products
+
+
+def test_a_product_is_large_and_runs_in_its_precision_which_does_not_remain(monkeypatch):
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), options=None):
+            if operator is torch.ops.aten.mm.default:
+                seen.append((runtime.float32_matmul_precision(), args[0].dtype, len(args[0])))
+            return operator(*args, **(options or {}))
+
+    assert devices.PRODUCT_SIZES == {"cpu": 2048, "cuda": 8192}
+    monkeypatch.setitem(devices.PRODUCT_SIZES, "cpu", 64)
+    for precision in ("tf32", "bf16"):
+        with Products():
+            assert devices.matmul_tflops(precision, CPU) > 0
+        assert runtime.float32_matmul_precision() == "ieee"
+    assert seen == [("tf32", torch.float32, 64)] * 4 + [("ieee", torch.bfloat16, 64)] * 4
 
 
 DEVICES = {"cpu", "cuda"}

@@ -44,12 +44,14 @@ def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gai
             rows.append({"level": name, "switch that changes": change})
         if gain := gains["levels"].get(name):
             result, difference = results[name], f"{parity['levels'][name]['largest']:.4f}"
+            share = gain.get("mfu_of_product")  # older results have none
             compiled = f"{result['compile_seconds'] or 0:,.0f} {result['compile_cache']}"
             rows[-1] |= {
                 "over the previous level": gain_cell(gain["over_previous"]),
                 "over the baseline": gain_cell(gain["over_baseline"]),
                 "tokens/s": f"{gain['tokens_per_second']:,.0f}",
                 "TFLOP/s (of the peak)": f"{gain['tflops']:.3g}" + (f" ({gain['mfu']:.0%})" if gain["mfu"] else ""),
+                **({"of its own product": f"{share:.0%}"} if share not in (None, gain["mfu"]) else {}),
                 "peak memory MiB": f"{result['peak_memory_mib']:,.0f}",
                 "compilation s": MISSING if result["compile_seconds"] is None else compiled,
                 "loss difference": MISSING if name == parity["baseline"] else difference,

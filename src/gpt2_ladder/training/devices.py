@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity
 
 from gpt2_ladder.config import Environment, Switches, UserError
-from gpt2_ladder.training.runtime import PRECISIONS
+from gpt2_ladder.training.runtime import DEFAULT, PRECISIONS, set_precision
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # the ids of a batch and the ids that follow, int64 (B, T) each
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
+PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}  # keep two cores busy for 0.05 to 0.1 s, an H100 for 1 to 22 ms
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
 
@@ -226,27 +227,30 @@ def allocates_like_cuda(device: torch.device) -> bool:
 
 
 def peak_is_measured(device: str) -> bool:
-    """Return whether the peak of matrix products is measured in every round; for GPUs, data sheets give it."""
+    """Return whether the peak is the rate of a bare matrix product; for GPUs, data sheets give it."""
     return device != "cuda"
 
 
-def matmul_tflops(precision: str, device: torch.device, size: int = 2048, repeats: int = 3) -> float:
-    """Return the TFLOP/s of a bare (size, size) matrix product: the best of `repeats` runs, after one untimed run.
+def product_precision(precision: str, device: str) -> str:
+    """Return the precision of the bare matrix product for `precision`; CPUs multiply TF32 as float32."""
+    return precision if device == "cuda" else PRECISIONS[precision].operand
 
-    Args:
-        precision: a key of PRECISIONS, which gives the operands' type.
-        device: the device that multiplies.
-        size: 2048 keeps two cores busy for 0.05 to 0.1 s.
-        repeats: other programs can only slow a product down, so the best one counts.
+
+def matmul_tflops(precision: str, device: torch.device, repeats: int = 3) -> float:
+    """Return the TFLOP/s of a bare square matrix product: the best of `repeats` runs, after one untimed run.
+
+    Other programs can only slow a product down, so the best one counts. The process then has the precision DEFAULT.
     """
-    a = torch.randn(size, size, device=device).to(PRECISIONS[precision].dtype)
-    seconds = []
+    size = PRODUCT_SIZES[device.type]
+    a, seconds = torch.randn(size, size, device=device).to(PRECISIONS[precision].dtype), []
+    set_precision(precision, device)
     for _ in range(repeats + 1):
         synchronize(device)
         start = time.perf_counter()
         a @ a
         synchronize(device)
         seconds.append(time.perf_counter() - start)
+    set_precision(DEFAULT, device)
     return 2 * size**3 / min(seconds[1:]) / 1e12
 
 
