@@ -2,6 +2,8 @@
 
 Every point has its own process. The points of one family take steps in turn, in a random order for each round, together
 with the reference, GPT-2 124M at B=2, T=256 on all threads.
+
+`--batch-curve` measures growing batch sizes on a GPU instead: see experiments/batch_curve.py.
 """
 
 import argparse
@@ -20,9 +22,10 @@ from typing import Any
 import altair as alt
 import torch
 
-from experiments import pages
+from experiments import batch_curve, pages
 from experiments.race import LEARNING_RATE, SETTINGS, VOCAB_SIZE
-from gpt2_ladder.config import GPTConfig, Size
+from gpt2_ladder import params_yaml
+from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Size
 from gpt2_ladder.measuring import cost, gains
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
@@ -135,11 +138,43 @@ def draw(rows: list[dict[str, Any]]) -> None:
     charts.save_png(alt.hconcat(*columns), PICTURE)
 
 
-def main() -> None:
-    """Measure all families and write the table and the picture."""
+def parse() -> argparse.Namespace:
+    """Read the arguments; exit if they do not fit together, to this machine or to params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds per family, after five of warm-up")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--batch-curve", action="store_true", help="measure B = 4 to 128 on one NVIDIA GPU instead")
+    parser.add_argument("--level", default="fused", help="the level of the batch curve (default: fused)")
+    parser.add_argument("--rehearse", action="store_true", help="try the batch curve with the tiny model, on a CPU too")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("experiments/runs"), help="for the JSON and the picture of the batch curve"
+    )
+    args = parser.parse_args()
+    if args.rounds < MINIMUM_ROUNDS:
+        parser.error(f"--rounds {args.rounds}: too few for an interval; use at least {MINIMUM_ROUNDS}")
+    if args.rehearse and not args.batch_curve:
+        parser.error("--rehearse is for --batch-curve: add it")
+    if not args.folder.is_dir():
+        parser.error(f"--folder {args.folder}: there is no such folder; create it or name another")
+    return args
+
+
+def measure_batch_curve(level: str, rounds: int, rehearsal: bool, folder: Path) -> None:
+    """Measure the batch curve of `level`. Exit if this machine has no GPU, unless `rehearsal`, or has no such level."""
+    params, machine = params_yaml.load(), environment.describe()
+    speed = [name for name, row in params.levels.items() if row.group == "speed"]
+    if level not in speed:
+        raise SystemExit(f"error: --level {level}: no such speed level; choose from {', '.join(speed)}")
+    if machine.device != "cuda" and not rehearsal:
+        raise SystemExit(f"error: --batch-curve needs an NVIDIA GPU, but this is {machine.device_name}; add --rehearse")
+    if reason := devices.why_skipped(params.levels[level], machine, run_slow_levels=True):
+        raise SystemExit(f"error: --level {level}: {reason}; choose another level")
+    plan = batch_curve.rehearse(level, rounds) if rehearsal else batch_curve.Plan(level, rounds)
+    model = {"model": "tiny"} if rehearsal else {}
+    batch_curve.run(plan, params.model_copy(update=model), machine, folder)
+
+
+def measure_families(rounds: int) -> None:
+    """Measure all families and write the table and the picture."""
     machine = environment.describe()
     reference, rows = Point(512, machine.threads), []
     for field, points in families(reference).items():
@@ -157,6 +192,15 @@ def main() -> None:
     lines += ["", f"{rounds} rounds. {machine.device_name}, {machine.threads} threads, torch {machine.torch}."]
     pages.put(pages.PERFORMANCE, "scaling", "\n".join(lines))
     draw(rows)
+
+
+def main() -> None:
+    """Measure the batch curve on a GPU, or all families on a CPU."""
+    args = parse()
+    if args.batch_curve:
+        measure_batch_curve(args.level, args.rounds, args.rehearse, args.folder)
+    else:
+        measure_families(args.rounds)
 
 
 if __name__ == "__main__":

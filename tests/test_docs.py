@@ -29,6 +29,7 @@ NOT_RUN = {
     "runs the tests, or is the other half of .ci/run": "make test-fast; make check",
     "test_gallery.py compares what it writes with the pages": "make docs",
     "needs a GPU; test_gpu.py rehearses it": "make test-gpu",
+    "needs a GPU; test_batch_curve.py measures the tiny model": "python experiments/scaling.py --batch-curve",
     "names a process; test_ranks.py sends it a SIGTERM": "python -m pipeline.train",
     "takes minutes": "python -m pytest -m long -n 0; python experiments/memory.py; python experiments/determinism.py; "
     "python experiments/overheads.py; python experiments/race.py; "
