@@ -98,7 +98,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, bpe_files: tuple[Path, Path]) 
     output, _ = run_trial(folder, wandb="offline")
     assert output.count(f"step   0/{STEPS}") == 1  # only rank 0 prints
     assert output.count("trial: measuring for 1 s") == 1  # after the ranks have ended
-    assert metrics(folder)["gain"]
+    assert metrics(folder)["measurement"]["rounds"]  # how many fit into a second depends on the machine
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     assert not list(folder.glob("checkpoints/trial/*"))
     return folder
