@@ -23,6 +23,7 @@ except ModuleNotFoundError:
 CORPUS = Path(config.CORPUS)
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ENCODER_JSON, VOCAB_BPE = Path("data/bpe/encoder.json"), Path("data/bpe/vocab.bpe")
+BPE = (VOCAB_BPE, ENCODER_JSON)
 WEIGHTS = Path("data/gpt2")
 TRAIN_SHARD, VAL_SHARD = Path("data/train.bin"), Path("data/val.bin")
 SHARDS = Path("data/shards")  # the shards of a large corpus after train.bin, and its manifest

@@ -12,17 +12,16 @@ from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Data, UserError
 from gpt2_ladder.sources import corpora, documents
 from gpt2_ladder.training import data, tokenizer
-from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, SHARDS, TRAIN_SHARD, VAL_SHARD, VOCAB_BPE, run
+from pipeline import BPE, CORPUS, CORPUS_SHA256, SHARDS, TRAIN_SHARD, VAL_SHARD, run
 
 
 def main() -> None:
     params = params_yaml.load()
-    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    encoding = tokenizer.open_encoding(*BPE)
     if params.data.source == "tiny-shakespeare":
         write_tiny_shakespeare(params.data, encoding)
     else:
-        processes = torch.get_num_threads()
-        corpora.write(params.data, VOCAB_BPE, ENCODER_JSON, VAL_SHARD, TRAIN_SHARD, SHARDS, processes)
+        corpora.write(params.data, *BPE, VAL_SHARD, TRAIN_SHARD, SHARDS, torch.get_num_threads())
     shards = (TRAIN_SHARD, VAL_SHARD)
     files.forget_damaged([*shards, *map(data.sidecar_path, shards), *SHARDS.iterdir()])
 

@@ -13,7 +13,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format, pretrained
 from gpt2_ladder.training import data, devices, tokenizer
 from gpt2_ladder.using import verification
-from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, RESULTS, TRAIN_SHARD, VOCAB_BPE, WEIGHTS, run
+from pipeline import BPE, CORPUS, CORPUS_SHA256, RESULTS, TRAIN_SHARD, WEIGHTS, run
 
 PROMPT, NEW_TOKENS = "Hello, I'm a language model,", 30
 SAMPLES, TOP_K = 5, 50
@@ -24,7 +24,7 @@ def main() -> None:
     memory = pretrained.needed(params.size)[1]
     devices.check_memory(torch.device("cpu"), memory, f"verifying {params.model} against transformers")
     logging.disable_progress_bar()  # transformers shows one for every checkpoint
-    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    encoding = tokenizer.open_encoding(*BPE)
     idx = next(data.Batches(data.open_shard(TRAIN_SHARD), 1, params.size.n_positions))[0]  # (1, n_positions)
     prompt = torch.tensor([encoding.encode_ordinary(PROMPT)])
 

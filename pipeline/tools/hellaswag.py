@@ -11,7 +11,7 @@ from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.sources.downloads import Url
 from gpt2_ladder.training import devices, tokenizer
 from gpt2_ladder.using import grading
-from pipeline import ENCODER_JSON, RESULTS, VOCAB_BPE, WEIGHTS, Parser, check_weights, read_environment, run
+from pipeline import BPE, RESULTS, WEIGHTS, Parser, check_weights, read_environment, run
 
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
@@ -34,7 +34,7 @@ def main(*arguments: str) -> None:
     model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE).to(device).eval()
     with downloads.download_lock(QUESTIONS.parent):
         downloads.fetch(QUESTIONS, SHA256, SOURCES)
-    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    encoding = tokenizer.open_encoding(*BPE)
     examples = grading.read(QUESTIONS)
     origin = downloads.read_provenance(*hub_format.weight_files(args.model))
     print(f"{args.model}: {origin['note'] or origin['source']}", flush=True)

@@ -22,7 +22,7 @@ from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.params import Params
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import devices, tokenizer
-from pipeline import ENCODER_JSON, TRIAL, VOCAB_BPE, Parser, check_weights, read_environment, run
+from pipeline import BPE, TRIAL, Parser, check_weights, read_environment, run
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, except line feed and tab
 
@@ -62,7 +62,7 @@ def main(*arguments: str) -> None:
     args = parse(arguments, params.seed)
     environment = read_environment()
     device = devices.open_device(environment.device, environment.threads, args.seed, params.deterministic)
-    encoding = tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)
+    encoding = tokenizer.open_encoding(*BPE)
     model = hub_format.to_transformers(load_network(args, params)).to(device)
     prompt = encoding.encode_ordinary(args.prompt)
     idx = torch.tensor([prompt or [encoding.eot_token]], device=device)  # (1, T); GPT-2's texts follow <|endoftext|>

@@ -18,19 +18,7 @@ from gpt2_ladder.running.run import describe
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, tokenizer
 from gpt2_ladder.using import sharing
-from pipeline import (
-    CORPUS,
-    ENCODER_JSON,
-    SHARDS,
-    TRIAL,
-    TRIAL_FACTS,
-    VAL_SHARD,
-    VOCAB_BPE,
-    Parser,
-    check_weights,
-    read_environment,
-    run,
-)
+from pipeline import BPE, CORPUS, SHARDS, TRIAL, TRIAL_FACTS, VAL_SHARD, Parser, check_weights, read_environment, run
 from pipeline.trial import make_job
 
 # a commit must contain these to repeat a run
@@ -47,7 +35,7 @@ def main(*arguments: str) -> None:
     sharing.check_target(args.folder)
     facts = read_run() if args.model.resolve() == TRIAL.resolve() else None
     check_weights(args.model)
-    tokenizer.open_encoding(VOCAB_BPE, ENCODER_JSON)  # raises UserError if a file is damaged
+    tokenizer.open_encoding(*BPE)  # raises UserError if a file is damaged
     model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE)  # flash: builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
     if args.trim:
@@ -61,7 +49,7 @@ def main(*arguments: str) -> None:
         run=facts,
         source=downloads.read_provenance(*hub_format.weight_files(args.model)),
     )
-    sharing.write_folder(args.folder, model, card + "\n", ENCODER_JSON, VOCAB_BPE)
+    sharing.write_folder(args.folder, model, card + "\n", *BPE)
     print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
     print(f"Read {args.folder / sharing.CARD} and choose a license at its top. Then publish the folder:")
     name, folder = shlex.quote(args.folder.resolve().name), shlex.quote(str(args.folder))

@@ -27,8 +27,7 @@ def write(tmp_path, bpe_files):
     """A function that writes a network to a folder for the hub and returns the folder."""
 
     def make(model: GPT, card: str = "", name: str = "shared") -> Path:
-        vocab_bpe, encoder_json = bpe_files
-        sharing.write_folder(tmp_path / name, model, card, encoder_json, vocab_bpe)
+        sharing.write_folder(tmp_path / name, model, card, *bpe_files)
         return tmp_path / name
 
     return make

@@ -35,7 +35,7 @@ def check_target(folder: Path) -> None:
         raise UserError(f"{folder}: is not empty; give the path of a new folder")
 
 
-def write_folder(folder: Path, model: GPT, card: str, encoder_json: Path, vocab_bpe: Path) -> None:
+def write_folder(folder: Path, model: GPT, card: str, vocab_bpe: Path, encoder_json: Path) -> None:
     """Write `model`, the `card` and GPT-2's tokenizer to `folder`, completely or not at all.
 
     Raise UserError if `folder` is a file or is not empty.
