@@ -1,7 +1,6 @@
 """Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B, print a summary."""
 
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 
@@ -20,20 +19,14 @@ def main() -> None:
     params, environment = params_yaml.load(), read_environment()
     results = {name: read_metrics(name) for name in params.levels}
     gains, parity, trial = read_json(GAINS), read_json(PARITY), read_json(TRIAL_FACTS)
-    ladder = facts.Ladder(
-        levels=params.levels,
-        shapes={"quality": params.quality, "speed": params.shape("speed")},
-        results=results,
-        gains=gains,
-        parity=parity,
-        operators=read_json(PROFILE),
-        environment=environment,
-    )
     content = facts.collect(
-        ladder,
-        model=params.model,
-        machine=params.machine,
+        params,
+        environment,
+        results,
+        gains,
+        parity,
         trial=trial,
+        operators=read_json(PROFILE),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
@@ -41,22 +34,15 @@ def main() -> None:
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     comparable = not any(key.startswith("recipe.") for key in trial["changes"])
-    losses: dict[str, list[dict[str, Any]]] = {"quality": [], "speed": [], "trial": []}
-    for name, folder in {**{name: RESULTS / "levels" / name for name in trained}, "trial": RESULTS / "trial"}.items():
-        rows = [
-            {"level": name, "step": step, "loss": loss} for step, loss in enumerate(read_losses(folder / "steps.csv"))
-        ]
-        losses[params.levels[name].group if name in trained else "trial"] += rows
-        if name not in trained and comparable:  # the trial
-            losses["speed"] += rows
-    differences = [
-        {"level": name, "step": step, "loss": difference}
-        for name, level in parity["levels"].items()
-        for step, difference in enumerate(level["differences"])
-    ]
+    losses: dict[str, dict[str, list[float]]] = {group: {} for group in TITLES}
+    for name in trained:
+        losses[params.levels[name].group][name] = read_losses(RESULTS / "levels" / name / "steps.csv")
+    for group in ("speed", "trial") if comparable else ("trial",):
+        losses[group]["trial"] = read_losses(RESULTS / "trial/steps.csv")
+    differences = {name: level["differences"] for name, level in parity["levels"].items()}
     pictures: dict[str, alt.TopLevelMixin] = {
         "ladder": charts.waterfall(facts.ladder_steps(gains)),
-        **{group: charts.losses(rows, TITLES[group]) for group, rows in losses.items() if rows},
+        **{group: charts.losses(curves, TITLES[group]) for group, curves in losses.items() if any(curves.values())},
         "parity": charts.losses(differences, f"speed levels, difference to {parity['baseline']}", "nats"),
         "memory": charts.memory({name: result["peak_memory_mib"] for name, result in trained.items()}),
     }
@@ -66,8 +52,10 @@ def main() -> None:
     drawings = {name: charts.svg(chart) for name, chart in pictures.items()}
     page = templates.get_template("ladder.html").render(content, pictures=drawings)  # SVG elements: loads no other file
     files.write(FOLDER / "ladder.html", page)
-    lines = [f"{group},{row['level']},{row['step']},{row['loss']}" for group, rows in losses.items() for row in rows]
-    files.write(FOLDER / "losses.csv", "\n".join(["group,level,step,loss", *lines, ""]))  # for `dvc plots`
+    lines = ["group,level,step,loss"]
+    for group, curves in losses.items():
+        lines += [f"{group},{name},{step},{loss}" for name, curve in curves.items() for step, loss in enumerate(curve)]
+    files.write(FOLDER / "losses.csv", "\n".join([*lines, ""]))  # for `dvc plots`
     files.write(FOLDER / "summary.txt", summary := templates.get_template("summary.txt").render(content))
     images = {name: FOLDER / f"{name}.png" for name in pictures if name != "ladder"}
     tracking.log_summary(params, environment, gains, drawings["ladder"], images)

@@ -83,28 +83,25 @@ OPERATORS = {
 }
 
 
-def ladder(**changes: object) -> facts.Ladder:
-    """A ladder that was measured up to `compile`."""
-    levels = changes.pop("levels", LEVELS)
-    fields = {
-        "levels": levels,
-        "shapes": {"quality": PARAMS.quality, "speed": PARAMS.machines["cpu"]},
-        "results": dict.fromkeys(levels, TRAINED),
-        "gains": gains(),
-        "parity": {
-            "baseline": "fp32",
-            "micro_batch": 2,
-            "environment": environment().fingerprint,
-            "levels": {name: {"largest": 0.0012, "steps": 10, "differences": [0.0, 0.0012]} for name in RUN.levels},
-        },
-        "operators": OPERATORS,
-        "environment": environment(),
-    }
-    return facts.Ladder(**fields | changes)
+PARITY = {
+    "baseline": "fp32",
+    "micro_batch": 2,
+    "environment": environment().fingerprint,
+    "levels": {name: {"largest": 0.0012, "steps": 10, "differences": [0.0, 0.0012]} for name in RUN.levels},
+}
 
 
 def content(weights: str = "openai", note: str | None = None, trial: dict = TRIAL, **changes: object) -> dict:
-    """What the report's templates get for `ladder(**changes)`; only the level bf16 has a page in docs/levels."""
-    verify = {**VERIFY, "weights": weights, "note": note}
-    common = {"model": "gpt2", "machine": "cpu", "overfit": OVERFIT, "explained": {"bf16"}}
-    return facts.collect(ladder(**changes), trial, verify, H100, **common)
+    """What the report's templates get for a climb up to `compile`; only the level bf16 has a page in docs/levels."""
+    levels = changes.pop("levels", LEVELS)
+    climb = {"results": dict.fromkeys(levels, TRAINED), "gains": gains(), "parity": PARITY, "operators": OPERATORS}
+    return facts.collect(
+        PARAMS.model_copy(update={"levels": levels}),
+        environment(),
+        **climb | changes,
+        trial=trial,
+        verify={**VERIFY, "weights": weights, "note": note},
+        reference=H100,
+        overfit=OVERFIT,
+        explained={"bf16"},
+    )

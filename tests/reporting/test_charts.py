@@ -10,7 +10,7 @@ from gpt2_ladder.reporting import charts, facts
 from helpers.common import REPOSITORY
 from helpers.results import RUN, gains
 
-LOSSES = [{"level": level, "step": step, "loss": 9.0 - step} for level in ("fp32", "bf16") for step in range(3)]
+LOSSES = {level: [9.0, 8.0, 7.0] for level in ("fp32", "bf16")}
 CHARTS = {
     "ladder": charts.waterfall(facts.ladder_steps(gains())),
     "losses": charts.losses(LOSSES, "speed levels"),
@@ -38,10 +38,10 @@ def test_the_waterfall_shows_levels_in_order_with_gains_and_verdicts():
 
 
 def test_each_of_16_curves_has_its_own_color_and_dashes():
-    rows = [{"level": f"level{number}", "step": step, "loss": 9.0} for number in range(16) for step in range(2)]
+    curves = {f"level{number}": [9.0, 9.0] for number in range(16)}
     lines = [
         (element.get("stroke"), element.get("stroke-dasharray"))
-        for element in ElementTree.fromstring(charts.svg(charts.losses(rows, "coinciding"))).iter()
+        for element in ElementTree.fromstring(charts.svg(charts.losses(curves, "coinciding"))).iter()
         if element.get("stroke") in charts.LINES
     ]
     assert len(lines) == 2 * 16  # a curve and its symbol in the legend

@@ -9,7 +9,7 @@ import pytest
 
 from gpt2_ladder.files import write_json
 from helpers.common import REPOSITORY, environment, measurement
-from helpers.results import OVERFIT, PARAMS, RUN, SKIPPED, TRAINED, TRIAL, VERIFY, gains, ladder
+from helpers.results import OVERFIT, PARAMS, PARITY, RUN, SKIPPED, TRAINED, TRIAL, VERIFY, gains
 from helpers.wandb_server import forget_user
 from pipeline import TRIAL_FACTS, report
 
@@ -30,7 +30,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     contents = {
         "environment": environment().model_dump(),
         "gains": gains(run),
-        "parity": ladder().parity,
+        "parity": PARITY,
         "profile": {},
         "verify": VERIFY,
         "overfit": OVERFIT,

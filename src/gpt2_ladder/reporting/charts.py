@@ -48,12 +48,13 @@ def waterfall(rows: Rows) -> alt.LayerChart:
     return (bars + ends + intervals + labels).properties(width=WIDTH + 60, height=alt.Step(30))
 
 
-def losses(rows: Rows, title: str, y_title: str = "training loss in nats") -> alt.Chart:
-    """Draw the losses of each level as a line; each of `rows` has `level`, `step` and `loss`."""
-    order = list(dict.fromkeys(row["level"] for row in rows))
+def losses(curves: Mapping[str, Sequence[float]], title: str, y_title: str = "training loss in nats") -> alt.Chart:
+    """Draw the losses of each level as a line; `curves` has the losses of all steps by level, perhaps none."""
+    order = [level for level, curve in curves.items() if curve]
+    rows = [{"level": level, "step": step, "loss": loss} for level in order for step, loss in enumerate(curves[level])]
     legend = alt.Legend(title=None, symbolSize=900)  # long enough to show the dashes
     return (
-        alt.Chart(alt.Data(values=list(rows)), title=title)
+        alt.Chart(alt.Data(values=rows), title=title)
         .mark_line()
         .encode(
             alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),

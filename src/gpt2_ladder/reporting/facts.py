@@ -3,16 +3,16 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from gpt2_ladder.config import Environment, Level, Shape
+from gpt2_ladder.config import Environment
 from gpt2_ladder.measuring.cost import KNOWN_PEAKS
 from gpt2_ladder.measuring.gains import NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
+from gpt2_ladder.params import Params
 from gpt2_ladder.reporting.gallery import Machine
 from gpt2_ladder.reporting.tables import Metrics, gain_cell, markdown_table, speed_table, training_table
 
@@ -27,19 +27,6 @@ templates = jinja2.Environment(
 )
 templates.filters["gain_cell"] = gain_cell
 templates.globals["table"] = markdown_table
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The results of all levels, and the environment in which they were measured."""
-
-    levels: Mapping[str, Level]
-    shapes: Mapping[str, Shape]
-    results: Mapping[str, Metrics]  # metrics.json of every level
-    gains: Metrics  # gains.json
-    parity: Metrics  # parity.json
-    operators: Mapping[str, Sequence[Metrics]]  # profile.json
-    environment: Environment
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
@@ -131,14 +118,24 @@ def largest_gain(gains: Metrics, over: str) -> str:
     return max(faster, key=lambda name: gains["levels"][name][over]["ratio"], default="")
 
 
-def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine | None, **more: Any) -> dict[str, Any]:
+def collect(
+    params: Params,
+    environment: Environment,
+    results: Mapping[str, Metrics],
+    gains: Metrics,
+    parity: Metrics,
+    operators: Mapping[str, Sequence[Metrics]],
+    trial: Metrics,
+    verify: Metrics,
+    reference: Machine | None,
+    **more: Any,
+) -> dict[str, Any]:
     """Return the variables of the templates ladder.md and ladder.html; `more` is passed to them unchanged.
 
-    The pages show the gains of `reference` if bfloat16 is not fast here.
-    Raise UserError if the results are from different environments or from different numbers of devices.
+    `results` has metrics.json of every level, `operators` profile.json. The pages show the gains of `reference` if
+    bfloat16 is not fast here. Raise UserError if the results are from different environments or numbers of devices.
     """
-    levels, results, gains, parity = ladder.levels, ladder.results, ladder.gains, ladder.parity
-    environment, shapes, operators = ladder.environment, ladder.shapes, ladder.operators
+    levels, speed = params.levels, params.shape("speed")
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
     trainings = {**{name: results[name] for name, level in levels.items() if level.group == "speed"}, "trial": trial}
     check_one_count(trainings)
@@ -147,7 +144,7 @@ def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine 
         for name, metrics in {**results, "trial": trial}.items()
         if metrics["reason"] or metrics["note"]
     ]
-    notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, shapes["speed"].batch_size)
+    notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, speed.batch_size)
     notes += device_notes(trainings, gains, environment.device_name)
     notes += [verify["note"]] if verify["note"] else []
     baseline = parity["baseline"]
@@ -155,7 +152,8 @@ def collect(ladder: Ladder, trial: Metrics, verify: Metrics, reference: Machine 
     gain = gains["levels"][bf16]["over_baseline"] if bf16 in gains["levels"] else None
     is_fast = gain is not None and gain["verdict"] == "faster" and gain["ratio"] >= FAST_BF16
     return {
-        **{**more, "gains": gains, "environment": environment, "shapes": shapes, "verify": verify, "trial": trial},
+        **{**more, "gains": gains, "environment": environment, "verify": verify, "trial": trial},
+        **{"model": params.model, "machine": params.machine, "shapes": {"quality": params.quality, "speed": speed}},
         "weights": WEIGHTS[verify["weights"]],
         **{"baseline": baseline, "precision": levels[baseline].precision},
         "fastest": largest_gain(gains, "over_baseline"),
