@@ -39,18 +39,17 @@ def main() -> None:
     for name, comparison in (("the downloaded weights", weights), ("random weights", random)):
         print(f"{name}: {comparison}", flush=True)
         if not comparison.passed:
-            raise UserError(
-                f"verify: our GPT and transformers differ on {name}: {comparison}. Fix src/gpt2_ladder/model.py"
-            )
+            raise UserError(f"our GPT and transformers differ on {name}: {comparison}; fix src/gpt2_ladder/model.py")
 
     lines, known_loss = [pretrained.STAND_IN_NOTICE, "No samples: random weights write random words."], None
     if not stand_in:
         model = hub_format.load_gpt(WEIGHTS, "flash")
         if params.model == "gpt2":  # llm.c reports the loss of this size only
             known_loss = verification.llmc_loss(model, CORPUS.read_text(encoding="utf-8"), encoding)
-        generator = torch.Generator().manual_seed(params.seed)
-        rows = verification.sample(model, prompt.expand(SAMPLES, -1), NEW_TOKENS, TOP_K, generator).tolist()
-        lines = ["OpenAI's weights were verified.", *(f"> {encoding.decode(row)!r}" for row in rows)]
+        torch.manual_seed(params.seed)
+        how = {"do_sample": True, "top_k": TOP_K, "max_new_tokens": NEW_TOKENS, "num_return_sequences": SAMPLES}
+        rows = hub_format.to_transformers(model).generate(prompt, attention_mask=torch.ones_like(prompt), **how)
+        lines = ["OpenAI's weights were verified.", *(f"> {encoding.decode(row)!r}" for row in rows.tolist())]
     samples = "\n".join(lines)
     print(samples, flush=True)
     files.write(RESULTS / "samples.txt", samples + "\n")

@@ -56,16 +56,6 @@ def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Compa
     return Comparison(worst, expected_logits.abs().max().item(), equal)
 
 
-@torch.no_grad()
-def sample(model: GPT, idx: Tensor, new_tokens: int, top_k: int, generator: torch.Generator) -> Tensor:
-    """Append `new_tokens` to each row, drawn from the `top_k` likeliest: int64 (B, T) -> (B, T + new_tokens)."""
-    for _ in range(new_tokens):
-        logits = model(idx)[0][:, -1]  # (B, V)
-        logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
-        idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
-    return idx
-
-
 def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
     """Return llm.c's test batch from the first 257 tokens of `text`: inputs and targets, both int64 (4, 64).
 
@@ -81,7 +71,5 @@ def llmc_loss(model: GPT, text: str, encoding: tiktoken.Encoding) -> float:
     """Return the loss in nats on llm.c's test batch; raise UserError if it is not that of OpenAI's weights."""
     loss = float(model(*llmc_batch(text, encoding))[1])
     if not abs(loss - LLMC_LOSS) <= LLMC_TOLERANCE:
-        raise UserError(
-            f"verify: the loss on llm.c's batch is {loss:.6f}, expected {LLMC_LOSS}; run `dvc repro -f download`"
-        )
+        raise UserError(f"the loss on llm.c's batch is {loss:.6f}, expected {LLMC_LOSS}; run `dvc repro -f download`")
     return loss
