@@ -1,7 +1,4 @@
-"""Check that the network can learn at all: train on one batch until it is memorized.
-
-Every level depends on the result, so no level trains a broken network.
-"""
+"""Check that the network can learn: train on one batch until it is memorized. Every level depends on this stage."""
 
 import math
 from itertools import repeat
@@ -39,15 +36,12 @@ def check(loss_first: float, loss_last: float, vocab_size: int, bound: float) ->
     """Raise UserError if the first loss is not that of a uniform guess, or if the last loss is over `bound` nats."""
     uniform = math.log(vocab_size)
     if not abs(loss_first - uniform) <= FIRST_LOSS_TOLERANCE:  # written so that NaN fails too
-        raise UserError(
-            f"overfit: the first loss is {loss_first:.4f}, not within {FIRST_LOSS_TOLERANCE} of ln(vocab_size) = "
-            f"{uniform:.4f}: fix the initialization or the loss in src/gpt2_ladder/model.py"
-        )
+        wrong = f"not within {FIRST_LOSS_TOLERANCE} of ln(vocab_size) = {uniform:.4f}"
+        fix = "fix the initialization or the loss in src/gpt2_ladder/model.py"
+        raise UserError(f"overfit: the first loss is {loss_first:.4f}, {wrong}: {fix}")
     if not loss_last <= bound:
-        raise UserError(
-            f"overfit: the last loss is {loss_last:.4f}, over the bound {bound}: the network does not learn. Fix "
-            "src/gpt2_ladder/model.py, or change models.*.learning_rate or overfit_loss in params.yaml"
-        )
+        fix = "fix src/gpt2_ladder/model.py, or change models.*.learning_rate or overfit_loss in params.yaml"
+        raise UserError(f"overfit: the last loss is {loss_last:.4f}, over the bound {bound}: {fix}")
 
 
 if __name__ == "__main__":

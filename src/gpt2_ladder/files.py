@@ -72,9 +72,7 @@ def check_sha256(
 ) -> None:
     """Raise UserError if the SHA-256 of `path` is not `expected`. The message has `source` (or `path`) and `fix`."""
     if (actual := sha256(path)) != expected:
-        raise UserError(
-            f"{source or path}: sha256 is {actual}, expected {expected}: the file was changed or is incomplete; {fix}"
-        )
+        raise UserError(f"{source or path}: sha256 is {actual}, expected {expected}: changed or incomplete; {fix}")
 
 
 def forget_damaged(paths: Iterable[Path]) -> None:
@@ -109,10 +107,7 @@ def printable(text: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
-
-    Raise UserError if the file has no JSON object, or more than LARGEST_JSON bytes.
-    """
+    """Return the JSON object in `path`; raise UserError if it has none, or more than LARGEST_JSON bytes."""
     with path.open("rb") as file:
         raw = file.read(LARGEST_JSON + 1)
     try:

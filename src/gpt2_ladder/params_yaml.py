@@ -19,10 +19,7 @@ MAX_DEPTH = 8  # ruamel.yaml takes seconds for thousands of nested lists, and ov
 
 
 def load(path: Path | str = "params.yaml") -> Params:
-    """Read and validate `path`.
-
-    Raise UserError with one line for each mistake: file, line, key, value, what is allowed, and the nearest known key.
-    """
+    """Read and validate `path`; raise UserError with one line for each mistake."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         _check_syntax(path, text)
@@ -52,10 +49,8 @@ def _check_syntax(path: Path | str, text: str) -> None:
     for event in YAML().parse(text):
         where, value = f"{path}:{event.start_mark.line + 1}", getattr(event, "value", None) or ""
         if getattr(event, "anchor", None):
-            raise UserError(
-                f"{where}: YAML anchor or alias {event.anchor!r:.80}: write the values out, "
-                "because DVC does not see that a change of one row changes another"
-            )
+            fix = "write the values out, because DVC does not see that a change of one row changes another"
+            raise UserError(f"{where}: YAML anchor or alias {event.anchor!r:.80}: {fix}")
         if value == "<<" or getattr(event, "tag", None) or getattr(event, "version", None):
             raise UserError(f"{where}: '<<', '!' and '%YAML' are not supported: write the values out")
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)

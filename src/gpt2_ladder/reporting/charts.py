@@ -9,8 +9,6 @@ import vl_convert
 
 from gpt2_ladder import files
 
-Rows = Sequence[Mapping[str, Any]]
-
 # the colors also differ in lightness, for readers who cannot distinguish red from green
 COLORS = {"baseline": "#4c78a8", "faster": "#2e8540", "slower": "#d1495b", "no measurable gain": "#b8b8b8"}
 # colors and dashes make coinciding curves visible. Colors from Tol 2012, "Colour schemes", similar ones far apart
@@ -22,7 +20,7 @@ DASHES = ([1, 0], [9, 3], [3, 3], [9, 3, 3, 3], [6, 6])
 WIDTH = 330
 
 
-def waterfall(rows: Rows) -> alt.LayerChart:
+def waterfall(rows: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
     """Draw how much each level changes tokens/s; `rows` come from facts.ladder_steps.
 
     In each row, `start` and `end` are tokens/s before and after the switch; `low` and `high` are the interval of `end`.

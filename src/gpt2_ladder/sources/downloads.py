@@ -107,10 +107,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
 
 
 def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
-    """Return the result of `call`; after an error that `is_transient` accepts, call again, ATTEMPTS times in all.
-
-    `is_transient` may return the seconds to wait before the next call.
-    """
+    """Return the result of `call`; try ATTEMPTS times if `is_transient` returns true or the seconds of a pause."""
     stamina.instrumentation.set_on_retry_hooks(
         [lambda retry: print(f"{_cause(retry.caused_by)}; retrying in {retry.wait_for:.0f} s", flush=True)]
     )

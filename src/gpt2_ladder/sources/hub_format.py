@@ -94,14 +94,10 @@ def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> 
     stored = sum(tensor.numel() for tensor in tensors.values())
     sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
     if need > stored or len(tensors) < L:
-        raise UserError(
-            f"{folder / CONFIG}: {sizes:.200} need more weights than the {stored:,} in {WEIGHTS}; "
-            "one of the two files is damaged or from another network: download both again"
-        )
+        fix = "one of the two files is damaged or from another network: download both again"
+        raise UserError(f"{folder / CONFIG}: {sizes:.200} need more weights than the {stored:,} in {WEIGHTS}; {fix}")
     if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:
-        raise UserError(
-            f"{folder / CONFIG}: {sizes:.200}: eager attention's masks are too large; use attention='flash'"
-        )
+        raise UserError(f"{folder}: {sizes:.200}: eager attention's masks are too large; use attention='flash'")
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
@@ -128,18 +124,13 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     if missing := sorted(expected.keys() - state.keys()):
         raise UserError(f"the checkpoint lacks {len(missing)} tensor(s), such as {missing[0]}; download it again")
     if unknown := sorted(state.keys() - expected.keys()):
-        raise UserError(
-            f"checkpoint: GPT-2 has no tensor {unknown[0]!r:.80} ({len(unknown)} are unknown); use another config.json"
-        )
+        raise UserError(f"GPT-2 has no tensor {unknown[0]!r:.80} ({len(unknown)} are unknown); use another config.json")
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"checkpoint: {name} has shape {tuple(tensor.shape)}, config.json needs {tuple(expected[name].shape)}"
-            )
+        shape, needed = tuple(tensor.shape), tuple(expected[name].shape)
+        if shape != needed:
+            raise UserError(f"checkpoint: {name} has shape {shape}, config.json needs {needed}")
         if tensor.dtype not in _DTYPES:
-            raise UserError(
-                f"checkpoint: {name} is {tensor.dtype}; convert it to one of {', '.join(map(str, _DTYPES))}"
-            )
+            raise UserError(f"checkpoint: {name} is {tensor.dtype}; convert it to one of {_DTYPES}")
         state[name] = tensor.float()
         if not state[name].isfinite().all():
             raise UserError(f"checkpoint: {name} contains NaN or infinity; download it again or use an earlier one")

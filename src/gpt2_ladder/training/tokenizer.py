@@ -18,10 +18,7 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 
 
 def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    """Return GPT-2's byte pair encoding from OpenAI's two files, without using the network.
-
-    Raise UserError if a file is not OpenAI's, because the ids would be different.
-    """
+    """Return GPT-2's byte pair encoding from OpenAI's two files; raise UserError if one is not OpenAI's."""
     for path, sha256 in ((vocab_bpe, VOCAB_BPE_SHA256), (encoder_json, ENCODER_JSON_SHA256)):
         files.check_sha256(path, sha256)
     # tiktoken caches files by their path: without the hashes it could return old ones
@@ -36,13 +33,10 @@ def open_encoding(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
 
 
 def count_bytes(ids: Iterable[np.ndarray], encoder_json: Path) -> int:
-    """Return the number of bytes of text in `ids`, token ids of any shape. <|endoftext|> counts as no bytes.
-
-    Raise UserError if `encoder_json` is not OpenAI's file.
-    """
+    """Return the bytes of text in `ids`, arrays of any shape; raise UserError if `encoder_json` is not OpenAI's."""
     files.check_sha256(encoder_json, ENCODER_JSON_SHA256)
     encoder = json.loads(encoder_json.read_text(encoding="utf-8"))  # {token: id}, one character for each byte
     lengths = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
     lengths[list(encoder.values())] = [len(token) for token in encoder]
-    lengths[encoder[END_OF_TEXT]] = 0
+    lengths[encoder[END_OF_TEXT]] = 0  # it is no text
     return sum(int(lengths[array].sum()) for array in ids)

@@ -36,10 +36,7 @@ def check_target(folder: Path) -> None:
 
 
 def write_folder(folder: Path, model: GPT, card: str, vocab_bpe: Path, encoder_json: Path) -> None:
-    """Write `model`, the `card` and GPT-2's tokenizer to `folder`, completely or not at all.
-
-    Raise UserError if `folder` is a file or is not empty.
-    """
+    """Check `folder`, and write `model`, the `card` and GPT-2's tokenizer to it, completely or not at all."""
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     ends = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
