@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 try:
     from gpt2_ladder import config, files
     from gpt2_ladder.config import Environment, UserError
-    from gpt2_ladder.files import ERROR_FILE
 
     version("torch"), version("ruamel.yaml")  # another environment may have pydantic, but rarely both of these
 except ModuleNotFoundError:
@@ -83,7 +82,7 @@ def _free_space(error: Exception) -> str:
 
 def _end(error: str) -> NoReturn:
     """Print `error` and exit with 1. A rank writes it to ERROR_FILE instead, so that it is printed only once."""
-    if path := os.environ.get(ERROR_FILE):
+    if path := os.environ.get(files.ERROR_FILE):
         Path(path).write_text(error)
         sys.exit(1)
     sys.exit(f"error: {error}")

@@ -6,7 +6,6 @@ import altair as alt
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.reporting import charts, facts, gallery
-from gpt2_ladder.reporting.facts import templates
 from gpt2_ladder.running import tracking
 from gpt2_ladder.training.metrics import read_losses
 from pipeline import GAINS, PARITY, PROFILE, RESULTS, TRIAL_FACTS, read_environment, read_json, read_metrics, run
@@ -48,15 +47,14 @@ def main() -> None:
     }
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")
-    files.write(FOLDER / "ladder.md", templates.get_template("ladder.md").render(content, pictures=pictures))
-    drawings = {name: charts.svg(chart) for name, chart in pictures.items()}
-    page = templates.get_template("ladder.html").render(content, pictures=drawings)  # SVG elements: loads no other file
-    files.write(FOLDER / "ladder.html", page)
+    files.write(FOLDER / "ladder.md", facts.templates.get_template("ladder.md").render(content, pictures=pictures))
+    drawings = {name: charts.svg(chart) for name, chart in pictures.items()}  # SVG elements: loads no other file
+    files.write(FOLDER / "ladder.html", facts.templates.get_template("ladder.html").render(content, pictures=drawings))
     lines = ["group,level,step,loss"]
     for group, curves in losses.items():
         lines += [f"{group},{name},{step},{loss}" for name, curve in curves.items() for step, loss in enumerate(curve)]
     files.write(FOLDER / "losses.csv", "\n".join([*lines, ""]))  # for `dvc plots`
-    files.write(FOLDER / "summary.txt", summary := templates.get_template("summary.txt").render(content))
+    files.write(FOLDER / "summary.txt", summary := facts.templates.get_template("summary.txt").render(content))
     images = {name: FOLDER / f"{name}.png" for name in pictures if name != "ladder"}
     tracking.log_summary(params, environment, gains, drawings["ladder"], images)
     print(summary, end="")

@@ -31,9 +31,8 @@ def write_tiny_shakespeare(settings: Data, encoding: tiktoken.Encoding) -> None:
     text = "".join(documents.read_text(CORPUS))
     middle = int(0.9 * len(text))
     for path, part in ((TRAIN_SHARD, text[:middle]), (VAL_SHARD, text[middle:])):
-        data.write_shard(
-            path, [i for piece in documents.parts(str(CORPUS), [part]) for i in encoding.encode_ordinary(piece)]
-        )
+        pieces = documents.parts(str(CORPUS), [part])
+        data.write_shard(path, [i for piece in pieces for i in encoding.encode_ordinary(piece)])
         shard = data.open_shard(path)
         if encoding.decode(shard.tolist()) != part:
             raise UserError(f"{path}: the decoded shard differs from {CORPUS}; run `dvc repro -f tokenize`")

@@ -15,7 +15,6 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.measuring.profiling import Operator
 from gpt2_ladder.reporting import gallery
-from gpt2_ladder.reporting.gallery import Training
 from gpt2_ladder.training.metrics import read_losses
 from pipeline import RESULTS, Parser, read_json, run
 
@@ -72,15 +71,15 @@ def committed(results: Path) -> tuple[str, str]:
     return files.git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py") or commit, date
 
 
-def trainings(results: Path) -> dict[str, Training]:
+def trainings(results: Path) -> dict[str, gallery.Training]:
     """Return what every level's training and profile showed; what a climb of older code lacks stays empty."""
     parity, losses = read_json(results / "parity.json")["levels"], all_losses(results)
     profile = read_json(results / "profile.json") if (results / "profile.json").exists() else {}
     trained = {}
     for path in sorted(results.glob("levels/*/metrics.json")):
         name, metrics = path.parent.name, read_json(path)
-        measured = {field: metrics[field] for field in Training.model_fields if field in metrics}
-        trained[name] = Training(
+        measured = {field: metrics[field] for field in gallery.Training.model_fields if field in metrics}
+        trained[name] = gallery.Training(
             **{**measured, "note": metrics["reason"] or metrics["note"]},
             losses=tuple(losses.get(name, ())),
             loss_difference=parity[name]["largest"] if name in parity else None,

@@ -137,10 +137,8 @@ def load_network(args: argparse.Namespace, params: Params) -> GPT:
 
         folder = pretrained.fetch_repository(args.hub)
     elif folder == TRIAL and not (folder / hub_format.CONFIG).exists():
-        raise UserError(
-            f"{TRIAL}: contains no network; train it with `dvc repro trial` (if the stage was skipped, "
-            "results/trial/facts.json shows why), or give a folder, --hub ID or --random"
-        )
+        fix = "train it with `dvc repro trial` (if the stage was skipped, results/trial/facts.json shows why)"
+        raise UserError(f"{TRIAL}: contains no network; {fix}, or give a folder, --hub ID or --random")
     check_weights(folder)
     model = hub_format.load_gpt(folder, "flash", GPT2_VOCAB_SIZE)
     weights = folder / hub_format.WEIGHTS

@@ -63,10 +63,9 @@ def read_run() -> dict[str, Any]:
         reason = reason or "not trained, or not pulled"
         raise UserError(f"{TRIAL}: contains no network ({reason}); train it with `dvc repro trial`")
     if changed := _changed("tokenize", "trial"):
-        raise UserError(
-            f"{TRIAL}: the card would not describe the run that trained this network, because these have changed: "
-            f"{', '.join(changed)}; run `dvc repro trial`, or restore the committed files"
-        )
+        wrong = "the card would not describe the run that trained this network, because these have changed"
+        fix = "run `dvc repro trial`, or restore the committed files"
+        raise UserError(f"{TRIAL}: {wrong}: {', '.join(changed)}; {fix}")
     params, environment, manifest = params_yaml.load().for_trial(), read_environment(), data.read_manifest(SHARDS)
     shape, recipe = params.shape("speed"), params.recipe
     root, hashes = Path(params.data.path).parent, manifest["made_of"]["inputs"]

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from gpt2_ladder.config import UserError
@@ -26,14 +26,12 @@ def load(path: Path | str = "params.yaml") -> Params:
         document = YAML().load(text)  # YAML 1.2, as in DVC: 6e-4 is a number; for PyYAML it is a string
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the top of the repository") from None
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = printable(" ".join(str(error.problem).split()))
-        raise UserError(f"{path}:{line}: not valid YAML: {problem:.500}") from None
     except UserError:
         raise
     except (YAMLError, ValueError) as error:  # ValueError: an impossible date such as 2001-99-99
-        raise UserError(f"{path}: not valid YAML: {printable(' '.join(str(error).split())):.500}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError(f"{where}: not valid YAML: {printable(' '.join(str(problem).split())):.500}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path}: expected a map of settings, got {type(document).__name__}")
     try:

@@ -21,10 +21,7 @@ WIDTH = 330
 
 
 def waterfall(rows: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
-    """Draw how much each level changes tokens/s; `rows` come from facts.ladder_steps.
-
-    In each row, `start` and `end` are tokens/s before and after the switch; `low` and `high` are the interval of `end`.
-    """
+    """Draw how each level changes tokens/s, from `start` to `end`, as facts.ladder_steps computes it."""
     order = [row["level"] for row in rows]
     base = alt.Chart(alt.Data(values=list(rows))).encode(alt.Y("level:N", title=None, sort=order))
     verdicts = [verdict for verdict in COLORS if any(row["verdict"] == verdict for row in rows)]

@@ -30,7 +30,7 @@ templates.globals["table"] = markdown_table
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:
-    """Return one row per level for charts.waterfall: the level's gain multiplied by the tokens/s of the baseline."""
+    """Return one row per level: the level's gain, with its interval, multiplied by the tokens/s of the baseline."""
     (baseline, first), *others = gains["levels"].items()
     rate = first["tokens_per_second"]
     ends = {"start": 0, "end": rate, "low": rate, "high": rate}
@@ -139,11 +139,8 @@ def collect(
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
     trainings = {**{name: results[name] for name, level in levels.items() if level.group == "speed"}, "trial": trial}
     check_one_count(trainings)
-    notes = [
-        f"`{name}`: {metrics['reason'] or metrics['note']}"
-        for name, metrics in {**results, "trial": trial}.items()
-        if metrics["reason"] or metrics["note"]
-    ]
+    remarks = {name: metrics["reason"] or metrics["note"] for name, metrics in {**results, "trial": trial}.items()}
+    notes = [f"`{name}`: {remark}" for name, remark in remarks.items() if remark]
     notes += micro_batch_notes({name: results[name] for name in parity["levels"]}, speed.batch_size)
     notes += device_notes(trainings, gains, environment.device_name)
     notes += [verify["note"]] if verify["note"] else []

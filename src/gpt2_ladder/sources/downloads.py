@@ -100,10 +100,8 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
             else:
                 replace(path, temporary, str(source), sha256)
                 return
-    raise UserError(
-        f"{path.name}: all sources failed: {'; '.join(failures)}. "
-        f"Check the network and run again, or put the file with sha256 {sha256} at {path}"
-    )
+    fix = f"Check the network and run again, or put the file with sha256 {sha256} at {path}"
+    raise UserError(f"{path.name}: all sources failed: {'; '.join(failures)}. {fix}")
 
 
 def retry(call: Callable[[], Any], is_transient: Callable[[Exception], bool | float]) -> Any:
@@ -217,7 +215,6 @@ def _cause(error: Exception) -> str:
     causes = {
         "NameResolutionError": "unknown host name",
         "NewConnectionError": "connection refused",
-        "ConnectTimeoutError": "timed out",
         "timed out": "timed out",
         "IncompleteRead": "incomplete response",
         "Connection reset": "connection reset",

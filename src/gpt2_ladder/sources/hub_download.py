@@ -30,11 +30,9 @@ def fetch(
 
     Call `probe` first. Raise UserError if the download failed; its message suggests a retry, a mirror, or the `fix`.
     """
-    call = partial(
-        huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision, local_dir=folder
-    )
+    fetch_once = partial(huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision)
     try:
-        return Path(downloads.retry(call, _is_transient))
+        return Path(downloads.retry(partial(fetch_once, local_dir=folder), _is_transient))
     except Exception as error:  # a wrong address, size or pause in a response can raise any error
         if files.disk_is_full(error):
             raise
@@ -52,11 +50,10 @@ def _mask_passwords(record: logging.LogRecord) -> bool:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Return whether to call huggingface_hub again.
+    """Return whether to call huggingface_hub again: not if only the hash is wrong, because a file may have 0.5 GB.
 
     huggingface_hub itself retries after a timeout, a cut connection and status 429. Call it again after a connection
-    reset, status 5xx or a wrong size, which raises an OSError without errno. Do not download 0.5 GB again if the size
-    is right but the hash is wrong.
+    reset, status 5xx or a wrong size, which raises an OSError without errno.
     """
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in downloads.RETRIED - {429}

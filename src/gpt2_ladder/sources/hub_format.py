@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError
-from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -61,7 +60,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing; download the file again") from None
     except (OSError, ValidationError, SafetensorError) as error:
-        reason = printable(" ".join(str(error).split()))
+        reason = files.printable(" ".join(str(error).split()))
         raise UserError(f"{folder}: not a readable checkpoint: {reason:.500}; name another folder") from None
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:
@@ -104,8 +103,7 @@ def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """Convert `tensors` from the hub's format to a state dict of `model`.
 
     Names may begin with `transformer.`. Causal masks are skipped. If `model` ties `lm_head.weight` to `wte.weight`, the
-    first may be missing. Raise UserError if a tensor is missing, is unknown, has the wrong shape or type, or contains
-    NaN or infinity, or if tied tensors differ.
+    first may be missing. Raise UserError for a missing, unknown or wrong tensor, and for tied tensors that differ.
     """
     config, state = model.config, dict[str, Tensor]()
     masks = {f"h.{layer}.attn.bias" for layer in range(config.n_layer)}  # constants in older files

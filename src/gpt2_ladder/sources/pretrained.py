@@ -16,7 +16,6 @@ from gpt2_ladder import files
 from gpt2_ladder.config import ModelSize, Pretrained, UserError
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.sources import downloads, hub_download
-from gpt2_ladder.sources.downloads import Unreachable
 from gpt2_ladder.sources.hub_format import CONFIG, WEIGHTS
 from gpt2_ladder.training import devices
 
@@ -50,12 +49,10 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
         try:
             _fetch_openai(folder, model, size, source.folder)
             return
-        except Unreachable as failure:
+        except downloads.Unreachable as failure:
             if source.source == "openai":
-                raise UserError(
-                    f"pretrained.source: openai, but the hub cannot be reached: {failure}; "
-                    "check the network or HF_ENDPOINT, set pretrained.folder, or set pretrained.source: auto"
-                ) from None
+                fix = "check the network or HF_ENDPOINT, set pretrained.folder, or set pretrained.source: auto"
+                raise UserError(f"pretrained.source: openai, but the hub cannot be reached: {failure}; {fix}") from None
             print(f"the hub cannot be reached: {failure}; writing random weights instead", flush=True)
     _write_stand_in(folder, size, seed)
 
@@ -78,10 +75,9 @@ def fetch_repository(repository: str) -> Path:
                 path = hub_download.fetch(repository, name, revision, "use a local folder")
         except HFValidationError:
             raise UserError(f"{repository!r:.100}: not a repository name; write it as owner/name") from None
-        except Unreachable as failure:
-            raise UserError(
-                f"{repository}: the hub cannot be reached: {failure}; check the network or HF_ENDPOINT"
-            ) from None
+        except downloads.Unreachable as failure:
+            fix = "check the network or HF_ENDPOINT"
+            raise UserError(f"{repository}: the hub cannot be reached: {failure}; {fix}") from None
         revision = Path(path).parent.name  # the commit; the second file must come from the same one
         if sha256 := SHA256.get(model, {}).get(name):
             files.check_sha256(Path(path), sha256, downloads.mask_passwords(url), f"delete {path} and fetch it again")
@@ -98,19 +94,17 @@ def _check_disk(folder: Path, size: ModelSize) -> None:
     """Print the disk and memory that weights of `size` need; raise UserError if the disk is too small."""
     (disk, memory), free = needed(size), shutil.disk_usage(folder).free
     need = f"{disk / 1e9:.1f} GB of disk; the verify stage needs as much again and {memory / 1e9:.1f} GB of memory"
-    print(f"{folder}: the weights take {need}", flush=True)
+    need = f"{folder}: the weights take {need}"
+    print(need, flush=True)
     if free < 2 * disk:
-        raise UserError(
-            f"{folder}: the weights take {need}; only {free / 1e9:.1f} GB are free: free more, or set a smaller model"
-        )
+        raise UserError(f"{need}; only {free / 1e9:.1f} GB are free: free more, or set a smaller model")
 
 
 def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) -> None:
     """Fetch both files from the hub or a `local` folder, check both, and then replace the old files."""
     repository, revision = f"{OPENAI}/{model}", REVISIONS[model]
-    commit = f"{repository}@{revision}"
-    records = {name: downloads.provenance_path(folder / name) for name in (CONFIG, WEIGHTS)}
-    hashes = dict.fromkeys(records, "")  # empty before the first download
+    commit, hashes = f"{repository}@{revision}", {CONFIG: "", WEIGHTS: ""}  # empty before the first download
+    records = {name: downloads.provenance_path(folder / name) for name in hashes}
     for name, record in records.items():
         if record.exists() and (written := files.read_json(record)).get("note") == commit:
             hashes[name] = written["sha256"]

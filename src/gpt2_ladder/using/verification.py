@@ -57,10 +57,8 @@ def compare(folder: Path, idx: Tensor, prompt: Tensor, new_tokens: int) -> Compa
 
 
 def llmc_batch(text: str, encoding: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
-    """Return llm.c's test batch from the first 257 tokens of `text`: inputs and targets, both int64 (4, 64).
-
-    `<|endoftext|>` comes before the text and after every blank line; the blank lines are kept.
-    """
+    """Return llm.c's test batch from the first 257 tokens of `text`: inputs and targets, both int64 (4, 64)."""
+    # <|endoftext|> comes before the text and after every blank line
     separated = END_OF_TEXT + text[:4096].replace("\n\n", "\n\n" + END_OF_TEXT)  # 4,096 characters are enough
     ids = torch.tensor(encoding.encode(separated, allowed_special={END_OF_TEXT})[: 4 * 64 + 1])
     return ids[:-1].view(4, 64), ids[1:].view(4, 64)
