@@ -37,6 +37,7 @@ PARITY = RESULTS / "parity.json"
 BENCHMARK = RESULTS / "benchmark.json"
 GAINS = RESULTS / "gains.json"
 PROFILE = RESULTS / "profile.json"
+DEVICE_TIME = RESULTS / "device_time.json"
 TRACES = Path("profiles")
 
 

@@ -18,7 +18,19 @@ from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import data, devices, loop
-from pipeline import BENCHMARK, GAINS, PARITY, PROFILE, TRACES, TRAIN_SHARD, Parser, read_environment, read_json, run
+from pipeline import (
+    BENCHMARK,
+    DEVICE_TIME,
+    GAINS,
+    PARITY,
+    PROFILE,
+    TRACES,
+    TRAIN_SHARD,
+    Parser,
+    read_environment,
+    read_json,
+    run,
+)
 
 
 def main(*arguments: str) -> None:
@@ -105,6 +117,8 @@ def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.de
         if arm.name != CONTROL
     }
     files.write_json(PROFILE, {name: [asdict(operator) for operator in costs] for name, costs in operators.items()})
+    spent = {name: profiling.device_time(TRACES / f"{name}.json.gz") for name in operators}
+    files.write_json(DEVICE_TIME, {name: asdict(time) for name, time in spent.items() if time})
 
 
 def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[profiling.Operator]:

@@ -8,7 +8,18 @@ from gpt2_ladder import files, params_yaml
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
 from gpt2_ladder.training.metrics import read_losses
-from pipeline import GAINS, PARITY, PROFILE, RESULTS, TRIAL_FACTS, read_environment, read_json, read_metrics, run
+from pipeline import (
+    DEVICE_TIME,
+    GAINS,
+    PARITY,
+    PROFILE,
+    RESULTS,
+    TRIAL_FACTS,
+    read_environment,
+    read_json,
+    read_metrics,
+    run,
+)
 
 FOLDER = RESULTS / "report"
 TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"}
@@ -26,6 +37,7 @@ def main() -> None:
         parity,
         trial=trial,
         operators=read_json(PROFILE),
+        device_time=read_json(DEVICE_TIME),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency

@@ -174,8 +174,9 @@ def test_a_training_reads_only_what_reading_reads():
         with Recorder() as recorder, mock.patch.object(devices.Reading, "read", noted):
             steps = loop.train(network, optimizer, batches, nullcontext(), CPU, B, clip_norm=clip_norm)
             assert len(list(steps)) == len(reading) == 3
+            loop.evaluate(network, batches, nullcontext(), CPU, B)
+            assert len(reading) == 4  # once for all batches
         assert "aten._local_scalar_dense" not in recorder.names()
-        loop.evaluate(network, batches, nullcontext(), CPU, B)
 
 
 def logits_gradients(

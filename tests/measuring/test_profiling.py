@@ -25,6 +25,30 @@ def test_the_costliest_operator_comes_first_and_a_trace_is_written(tmp_path):
     assert "aten::mm" in {event.get("name") for event in events}
 
 
+def event(name: str, start: float, duration: float, category: str = "kernel") -> dict:
+    return {"name": name, "ts": start, "dur": duration, "cat": category}
+
+
+def test_a_gpus_idle_time_is_split_into_long_and_short_gaps(tmp_path):
+    synchronized = [event("cudaDeviceSynchronize", *times, "cuda_runtime") for times in ((0, 10), (60, 50), (111, 1))]
+    device = [
+        event("batch", 2, 3, "gpu_memcpy"),  # before the clock starts at 10
+        event("a", 20, 30),  # after 10 us
+        event("b", 40, 15),  # on another stream; ends at 55
+        event("zeros", 57, 23, "gpu_memset"),  # after 2 us
+        event("c", 80, 22),  # the clock stops at 110, 8 us later
+        {"name": "a marker without a duration", "ts": 30},
+        event("mm", 12, 90, "cpu_op"),
+    ]
+    trace = tmp_path / "trace.json.gz"
+    for events, expected in (
+        ([*device, *synchronized], profiling.DeviceTime(0.080, 0.020, 0.018)),
+        (device, None),  # a CPU does not synchronize
+    ):
+        trace.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+        assert profiling.device_time(trace) == expected
+
+
 PROFILE = """
 import sys
 from contextlib import nullcontext

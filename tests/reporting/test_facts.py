@@ -30,7 +30,7 @@ def test_every_row_names_the_switch_that_changes():
     rows = tables.training_table(LEVELS, dict.fromkeys(LEVELS, TRAINED), TRAINED)
     switches = "tie_weights: true, init: gpt2, the speed shape only, precision: tf32, precision: bf16, compile: true"
     assert ", ".join(row[1] for row in rows[2:8]) == switches
-    assert rows[1][2:] == ["124,439,808", "10.9500", "6.7200", "7.0000", "3.1000", "99"]
+    assert rows[1][2:] == ["124,439,808", "10.9500", "6.7200", "7.0000", "3.1000", "99", "91"]
 
 
 def test_the_speed_table_shows_gains_with_intervals_and_marks_noise():
@@ -273,6 +273,15 @@ def test_a_gain_within_the_controls_interval_is_explained_although_its_own_exclu
     assert "no measurable gain [0.98, 0.98]" in text
     assert "gave 1.00 [0.95, 1.04]" in text
     assert "although its interval excludes 1.0" in text
+
+
+def test_the_report_shows_what_a_gpu_did_in_a_step():
+    assert "What the GPU did" not in markdown(content()) + html(content())
+    found = content(device_time={"bf16": {"busy_ms": 34.62, "idle_ms": 3.55, "long_gaps_ms": 2.33}})
+    assert found["device_time"][1] == ["bf16", "34.62", "3.55", "2.33", "1.22"]
+    for page in (markdown(found), html(found)):
+        assert "What the GPU did" in page
+        assert "34.62" in page
 
 
 def test_the_ten_costliest_operators_are_shown():

@@ -32,6 +32,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "gains": gains(run),
         "parity": PARITY,
         "profile": {},
+        "device_time": {},
         "verify": VERIFY,
         "overfit": OVERFIT,
     }

@@ -1,5 +1,7 @@
 """Profile a training step with torch.profiler."""
 
+import gzip
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +16,9 @@ FUSED = "fused by torch.compile"  # common name of all Inductor kernels; their o
 # first words of a Triton kernel's name on a GPU, and of a graph's name on a CPU, whose C++ kernels have no names
 INDUCTOR = ("triton_", "## Call CompiledFxGraph")
 
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
+LONG_GAP_US = 5  # longer gaps between kernels end when the host launches the next one
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -22,6 +27,34 @@ class Operator:
     name: str  # torch's name of the operator
     calls: int
     self_ms: float  # without the operators that it calls; on a GPU, the time of the kernels that it launches
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """How a GPU spent the time of one step's clock, in milliseconds."""
+
+    busy_ms: float  # at least one kernel, copy or fill ran
+    idle_ms: float  # nothing ran
+    long_gaps_ms: float  # the part of idle_ms in gaps of over LONG_GAP_US: the GPU waited for the host
+
+
+def device_time(trace: Path) -> DeviceTime | None:
+    """Return how the GPU spent the step in `trace`, which profile_step wrote; None for a step on a CPU.
+
+    The clock runs from the end of the first cudaDeviceSynchronize to the end of the second, as in loop.timed_step.
+    """
+    events = [event for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"] if "dur" in event]
+    ends = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "cudaDeviceSynchronize")
+    if len(ends) < 2:
+        return None
+    reached, end = start, _ = ends[:2]
+    spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in ON_DEVICE)
+    gaps = []
+    for first, last in (*spans, (end, end)):
+        gaps.append(max(0.0, min(first, end) - reached))
+        reached = max(reached, last)
+    idle, long_gaps = sum(gaps), sum(gap for gap in gaps if gap > LONG_GAP_US)
+    return DeviceTime((end - start - idle) / 1000, idle / 1000, long_gaps / 1000)
 
 
 def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:

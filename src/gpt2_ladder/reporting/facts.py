@@ -14,7 +14,7 @@ from gpt2_ladder.measuring.gains import NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting.gallery import Machine
-from gpt2_ladder.reporting.tables import Metrics, gain_cell, markdown_table, speed_table, training_table
+from gpt2_ladder.reporting.tables import Metrics, Table, gain_cell, markdown_table, speed_table, training_table
 
 FAST_BF16 = 1.2  # bfloat16 counts as fast if its gain over the baseline is at least this
 WEIGHTS = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
@@ -54,6 +54,16 @@ def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[
             step_ms = f"{gains['levels'][over['over']]['step_ms']:,.0f} -> {measured['step_ms']:,.0f} ms a step"
             lines.append(f"`{name}`: {step_ms}; {changed}")
     return lines
+
+
+def device_time_table(device_time: Mapping[str, Metrics]) -> Table:
+    """Return one row per level of `device_time`, the content of device_time.json; only a header for a CPU."""
+    titles = ["level", "busy ms", "idle ms", "idle in gaps over 5 us", "idle in shorter gaps"]
+    rows = [titles]
+    for name, row in device_time.items():
+        parts = row["busy_ms"], row["idle_ms"], row["long_gaps_ms"], row["idle_ms"] - row["long_gaps_ms"]
+        rows.append([name, *(f"{ms:.2f}" for ms in parts)])
+    return rows
 
 
 def operator_ms(level: str, gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> defaultdict[str, float]:
@@ -125,6 +135,7 @@ def collect(
     gains: Metrics,
     parity: Metrics,
     operators: Mapping[str, Sequence[Metrics]],
+    device_time: Mapping[str, Metrics],
     trial: Metrics,
     verify: Metrics,
     reference: Machine | None,
@@ -132,8 +143,9 @@ def collect(
 ) -> dict[str, Any]:
     """Return the variables of the templates ladder.md and ladder.html; `more` is passed to them unchanged.
 
-    `results` has metrics.json of every level, `operators` profile.json. The pages show the gains of `reference` if
-    bfloat16 is not fast here. Raise UserError if the results are from different environments or numbers of devices.
+    `results` has metrics.json of every level, `operators` profile.json, `device_time` device_time.json. The pages show
+    the gains of `reference` if bfloat16 is not fast here. Raise UserError if the results are from different
+    environments or numbers of devices.
     """
     levels, speed = params.levels, params.shape("speed")
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
@@ -163,6 +175,7 @@ def collect(
         "speed": speed_table(levels, results, gains, parity),
         "training": training_table(levels, results, trial),
         "reasons": reasons(gains, operators),
+        "device_time": device_time_table(device_time),
         "undecided": undecided(gains),
         "costliest": {
             name: [[f"{row['self_ms']:,.1f}", str(row["calls"]), row["name"]] for row in rows[:10]]

@@ -18,6 +18,7 @@ TRAINING_COLUMNS = {  # key in metrics.json: (title, format)
     "val_loss": ("validation loss", "{:.4f}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
     "tokens_per_second": ("training tokens/s", "{:,.0f}"),
+    "goodput": ("goodput", "{:,.0f}"),
 }
 
 
