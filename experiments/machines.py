@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments import pages
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, Peaks
+from gpt2_ladder.config import BASELINE, NO_EFFECT, Peaks
 from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Gain
 from gpt2_ladder.reporting import charts, facts, gallery, tables
@@ -77,9 +77,21 @@ class Climb:
         value = self.gains["levels"].get(level, {}).get(column)
         if value is None:
             value = getattr(self.machine.levels.get(level), column, None)
-        if value is None or (column == "over_previous" and value["over"] != PREVIOUS[level]):
+        if value is None and self.has_no_effect(level):
+            return NO_EFFECT
+        if value is None or (column == "over_previous" and value["over"] != self.previous(level)):
             return NOT_MEASURED
         return FORMATS.get(column, "{:,.0f}".format)(value)
+
+    def has_no_effect(self, level: str) -> bool:
+        """Return whether the machine skipped `level` because its change has no effect there."""
+        training = self.machine.levels.get(level, gallery.Training())
+        return not training.losses and NO_EFFECT in (training.note or "")
+
+    def previous(self, level: str) -> str:
+        """Return the level above `level` in params.yaml, without those that have no effect on the machine."""
+        above = PREVIOUS[level]
+        return self.previous(above) if self.has_no_effect(above) else above
 
     def change(self, previous: str, level: str, column: str) -> str:
         """Format one number of the level before and of `level`, as `before → after`."""
@@ -162,14 +174,17 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
         columns["peak_memory_mib"] = "peak memory, MiB"
         rows = [[climb.machine.title, *(climb.cell(level, column) for column in columns)] for climb in climbs]
         return tables.markdown_table([["machine", *columns.values()], *rows], text_columns=1)
-    previous = PREVIOUS[level]
-    rows = [["machine", f"gain over `{previous}`", "ms a step", "peak memory, MiB", "loss difference"]]
-    measured = [climb for climb in climbs if level in climb.gains["levels"]]
+    rows = [["machine", f"gain over `{PREVIOUS[level]}`", "ms a step", "peak memory, MiB", "loss difference"]]
+    measured = [climb for climb in climbs if climb.cell(level, "over_previous") not in (NOT_MEASURED, NO_EFFECT)]
     for climb in measured:
+        previous = climb.previous(level)
+        over = "" if previous == PREVIOUS[level] else f" over `{previous}`"
         changes = (climb.change(previous, level, column) for column in ("step_ms", "peak_memory_mib"))
-        rows.append([climb.machine.title, climb.cell(level, "over_previous"), *changes])
+        rows.append([climb.machine.title, climb.cell(level, "over_previous") + over, *changes])
         rows[-1].append(climb.cell(level, "loss_difference"))
-    lines = [line for climb in measured if (line := operators_line(climb, previous, level))]
+    if not measured:
+        return "Not measured yet on any machine."
+    lines = [line for climb in measured if (line := operators_line(climb, climb.previous(level), level))]
     heading = "Operators whose time changed most, in ms, scaled to the median step (0.0: less than 0.5 %):\n\n"
     table = tables.markdown_table(rows, text_columns=1)
     if f"{NOISE} |" in table:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Level, UserError
 from gpt2_ladder.measuring import loss_parity
+from gpt2_ladder.training import devices
 from gpt2_ladder.training.runtime import PRECISIONS
 from pipeline import PARITY, RESULTS, read_environment, read_metrics, run
 
@@ -23,7 +24,7 @@ def main() -> None:
     loss_parity.check_one_count(trained)
     baseline, levels = next(iter(trained)), {}
     for name, result in trained.items():
-        level = params.levels[name]
+        level = devices.effective(params.levels[name], environment)
         check_matmul_precision(name, level, result["float32_matmul_precision"])
         tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)

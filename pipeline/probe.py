@@ -1,5 +1,6 @@
 """Find the micro-batch: how many rows of a batch fit into memory at a time. Try one step of every speed level.
 
+Also list the levels whose only change has no effect on this device; they are not trained.
 All speed levels and the benchmark, which keeps all levels in memory, use the same micro-batch: the largest that fits.
 Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
 """
@@ -44,7 +45,8 @@ def main() -> None:
     }
     micro_batch = find_micro_batch(params, levels, device)
     print(f"probe: {micro_batch} of the {params.shape('speed').batch_size} rows of a batch fit into memory", flush=True)
-    files.write_json(PROBE, {"micro_batch": micro_batch})
+    rows = devices.rows_without_effect(params.levels, environment)
+    files.write_json(PROBE, {"micro_batch": micro_batch, "without_effect": rows})
 
 
 def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: torch.device) -> int:

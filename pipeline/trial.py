@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Size, Switches, UserError
+from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Level, Recipe, Size, Switches, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
@@ -71,6 +71,13 @@ def find_micro_batch(params: Params, switches: Switches, environment: Environmen
     return planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
 
 
+def without_effect(params: Params, environment: Environment) -> str | None:
+    """Return why the trial's step is BASELINE's, if it differs only in switches that do nothing here; else None."""
+    own = Level(group="speed", **params.switches.model_dump())
+    rows = devices.rows_without_effect({BASELINE: params.levels[BASELINE], "trial": own}, environment)
+    return rows.get("trial") if params.recipe == Recipe() else None
+
+
 def load_start(params: Params) -> Start | None:
     """Return the weights that `recipe.start` names. Raise UserError if they are random or of another size."""
     if (start := params.recipe.start) is None:
@@ -107,11 +114,11 @@ def conclude(params: Params, environment: Environment) -> None:
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
-    trained = facts["status"] == "trained"
-    rows = find_micro_batch(params, params.levels[BASELINE], environment) if trained and seconds else 0
+    off = "" if seconds else f"trial.{params.machine}.seconds is 0"
+    reason = facts["reason"] or off or without_effect(params, environment)
+    rows = 0 if reason else find_micro_batch(params, params.levels[BASELINE], environment)
     if not rows:
-        fits = f"{BASELINE} does not fit into memory at the trial's size and shape"
-        reason = facts["reason"] or (fits if seconds else f"trial.{params.machine}.seconds is 0")
+        reason = reason or f"{BASELINE} does not fit into memory at the trial's size and shape"
         facts |= {"measurement": None, "gain": None, "not_measured": reason}
     else:
         batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)

@@ -12,6 +12,7 @@ GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
 BASELINE = "fp32"  # the level that the trial is compared with
+NO_EFFECT = "no effect on this device"  # a level whose only change has none is neither trained nor measured
 MOST_STEPS = 2**31
 MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 

@@ -17,7 +17,7 @@ from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
 from helpers.trainings import train
-from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit
+from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, probe
 from pipeline import train as train_stage
 
 
@@ -46,17 +46,26 @@ def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens
     assert loaders[0].position == {"epoch": epochs, "batch": 0}
 
 
-def test_tf32_is_set_and_changes_no_loss_on_a_cpu(params):
+def test_a_level_whose_change_has_no_effect_here_is_not_trained(params, monkeypatch):
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
+    probe.main()
+    train_stage.main("tf32")
+    result = json.loads(Path("results/levels/tf32/metrics.json").read_text())
+    reason = "`precision: tf32` has no effect on this device: TF32 is a mode of NVIDIA GPUs"
+    assert (result["status"], result["reason"], result["loss_last"]) == ("skipped", reason, None)
+    train_stage.main("fp32")
+    assert json.loads(Path("results/levels/fp32/metrics.json").read_text())["status"] == "trained"
+
+
+def test_a_training_leaves_out_a_switch_without_effect_and_notes_it(params):
     results = {}
-    for name in ("fp32", "tf32"):
-        train(params, name, Path(name))
+    for name, precision in (("plain", "fp32"), ("own", "tf32")):
+        train(params.model_copy(update={"precision": precision}), folder=Path(name))
         results[name] = json.loads(Path(name, "metrics.json").read_text())
-    assert {name: result["float32_matmul_precision"] for name, result in results.items()} == {
-        "fp32": "ieee",
-        "tf32": "tf32",
-    }
-    assert results["tf32"]["note"]
-    assert results["tf32"]["loss_last"] == results["fp32"]["loss_last"]
+    assert results["own"]["note"].startswith("`precision: tf32` has no effect on this device")
+    assert results["plain"]["note"] is None
+    for key in ("float32_matmul_precision", "loss_last"):
+        assert results["own"][key] == results["plain"][key]
 
 
 def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params):

@@ -57,6 +57,13 @@ def test_without_seconds_only_the_losses_are_compared(run):
     assert facts["not_compared"] == "other losses are expected with init"
 
 
+def test_a_trial_whose_change_has_no_effect_here_is_compared_but_not_measured(run):
+    numbers, facts = run(600, precision="tf32")
+    assert (facts["status"], facts["changes"], numbers["loss_apart"]) == ("trained", {"precision": "tf32"}, 0.0)
+    assert (numbers["gain"], facts["measurement"]) == (None, None)
+    assert facts["not_measured"].startswith("`precision: tf32` has no effect on this device: TF32 is a mode")
+
+
 def test_a_skipped_trial_has_six_empty_numbers_and_a_reason(run):
     write_json(ENVIRONMENT, {**read_json(ENVIRONMENT), "bf16": False})
     numbers, facts = run(1, precision="bf16")

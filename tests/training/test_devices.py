@@ -44,7 +44,6 @@ def test_the_caching_allocator_needs_glibc_on_a_cpu(monkeypatch):
     monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
     assert "needs glibc" in (devices.why_skipped(caching, environment(), False) or "")
     assert devices.why_skipped(caching, environment(device="cuda"), False) is None
-    assert "torch always caches a GPU's memory" in (devices.note_for(caching, environment(device="cuda")) or "")
     assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
 
 
@@ -108,6 +107,47 @@ print(sum([use() for _ in range(40)][-10:]))  # the heap grows during the first 
 def test_kept_memory_causes_no_page_faults():
     system, caching = map(int, processes.run(PAGE_FAULTS).split())
     assert system > 200_000 > 1_000 > caching  # 100 MiB are 25,600 pages of 4 KiB
+
+
+OLD_GPU = environment(device="cuda", bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "machine", "reason"),
+    [
+        ("precision", "tf32", environment(), "TF32 is a mode of NVIDIA GPUs"),
+        ("precision", "tf32", OLD_GPU, "this GPU has no TF32"),
+        ("precision", "tf32", environment(device="cuda"), None),
+        ("precision", "bf16", environment(), None),
+        ("allocator", "caching", environment(device="cuda"), "torch always keeps a GPU's freed memory"),
+        ("allocator", "caching", environment(), None),
+    ],
+)
+def test_a_switch_without_effect_on_a_device_is_left_out_with_a_reason(name, value, machine, reason):
+    chosen = switches(**{name: value})
+    reasons = devices.without_effect(chosen, machine)
+    assert devices.effective(chosen, machine) == (switches() if reason else chosen)
+    if reason:
+        assert reasons[name].startswith(f"`{name}: {value}` has no effect on this device: {reason}")
+    else:
+        assert reasons == {}
+
+
+def test_only_a_speed_level_that_would_repeat_the_level_above_is_without_effect():
+    levels = params_yaml.load(REPOSITORY / "params.yaml").levels
+    assert list(devices.rows_without_effect(levels, environment())) == ["tf32"]
+    assert list(devices.rows_without_effect(levels, environment(device="cuda"))) == ["allocator"]
+    assert list(devices.rows_without_effect(levels, OLD_GPU)) == ["tf32", "allocator"]
+    plain = levels["fp32"]
+    own = {
+        "fp32": plain,
+        "two": plain.model_copy(update={"precision": "tf32", "attention": "flash"}),  # one of its changes acts
+        "back": plain.model_copy(update={"attention": "flash"}),  # takes back a switch that does not act
+        "same": plain.model_copy(update={"attention": "flash"}),  # changes nothing: trained, as its row asks
+    }
+    assert list(devices.rows_without_effect(own, environment())) == ["back"]
+    quality = {name: level.model_copy(update={"group": "quality"}) for name, level in own.items()}
+    assert devices.rows_without_effect(quality, environment()) == {}
 
 
 def test_a_switch_without_effect_or_without_hardware_gets_a_note():

@@ -49,11 +49,12 @@ def measure(
     The trial's training may have changed how this process gets memory. Then BASELINE and the control use another one.
     """
     gc.collect()  # frees the trained network
-    baseline, device = params.levels[BASELINE], torch.device(environment.device)
+    device, rounds = torch.device(environment.device), list[Round]()
     devices.reset_peak_memory(device)
-    levels, rounds = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}, list[Round]()
+    baseline, own = (devices.effective(row, environment) for row in (params.levels[BASELINE], params.switches))
+    levels = {BASELINE: baseline, TRIAL: own, CONTROL: baseline}
     apart = len({devices.needs_own_process(switches, environment) for switches in levels.values()}) > 1
-    here = build(params, environment, micro_batch, {TRIAL: params.switches} if apart else levels)
+    here = build(params, environment, micro_batch, {TRIAL: own} if apart else levels)
     here[TRIAL] = follow_recipe(here[TRIAL], params)
     there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
@@ -102,8 +103,9 @@ def open_arm(params: str, environment: str, micro_batch: int, name: str) -> Arm:
 @cache
 def _open_arms(params: str, environment: str, micro_batch: int) -> dict[str, Arm]:
     settings = Params.model_validate_json(params)
-    levels = dict.fromkeys((BASELINE, CONTROL), settings.levels[BASELINE])
-    return build(settings, Environment.model_validate_json(environment), micro_batch, levels)
+    machine = Environment.model_validate_json(environment)
+    levels = dict.fromkeys((BASELINE, CONTROL), devices.effective(settings.levels[BASELINE], machine))
+    return build(settings, machine, micro_batch, levels)
 
 
 def judge(measurement: Measurement) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +57,17 @@ def run(
     micro_batch: int,
     keep: Callable[[GPT], None] = lambda model: None,
     start: Start | None = None,
+    reason: str | None = None,
 ) -> bool:
     """Train `job` from `start`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
-    On each device, `micro_batch` rows of a batch go through the network at a time. If this machine cannot train `job`,
-    write both files without numbers, with the reason in metrics.json, and return False.
+    On each device, `micro_batch` rows of a batch go through the network at a time. Switches without effect on this
+    machine are left out, and a note names them. If there is a `reason` not to train `job`, or this machine cannot train
+    it, write both files without numbers, with the reason in metrics.json, and return False.
     """
-    reason = devices.why_skipped(job.switches, environment, params.run_slow_levels)
-    note = devices.note_for(job.switches, environment)
+    reason = reason or devices.why_skipped(job.switches, environment, params.run_slow_levels)
+    note = None if reason else devices.note_for(job.switches, environment)
+    job = replace(job, switches=devices.effective(job.switches, environment))
     result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
     result |= {"environment": environment.fingerprint, "devices": job.devices}
     result |= {"start_sha256": start.sha256} if start else {}

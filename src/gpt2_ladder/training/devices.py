@@ -6,16 +6,20 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from typing import TypeVar
 
 import psutil
 import torch
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity
 
-from gpt2_ladder.config import Environment, Switches, UserError
+from gpt2_ladder.config import NO_EFFECT, Environment, Level, Switches, UserError
 from gpt2_ladder.training.runtime import PRECISIONS
 
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
+OFF = {"precision": "fp32", "allocator": "system"}  # values that stand for "without this switch"
+AnySwitches = TypeVar("AnySwitches", bound=Switches)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
 
@@ -222,16 +226,37 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
     return None if run_slow_levels else slow
 
 
+def without_effect(switches: Switches, environment: Environment) -> dict[str, str]:
+    """Return the switches that do nothing on this machine, by name, each with a sentence that gives the reason."""
+    cuda, reasons = environment.device == "cuda", dict[str, str]()
+    if PRECISIONS[switches.precision].tf32 and not (cuda and environment.bf16):
+        too_old = "this GPU has no TF32, which needs compute capability 8.0"
+        reasons["precision"] = too_old if cuda else "TF32 is a mode of NVIDIA GPUs"
+    if switches.allocator == "caching" and cuda:
+        reasons["allocator"] = "torch always keeps a GPU's freed memory"
+    setting = {name: f"`{name}: {getattr(switches, name)}`" for name in reasons}
+    return {name: f"{setting[name]} has {NO_EFFECT}: {reason}" for name, reason in reasons.items()}
+
+
+def effective(switches: AnySwitches, environment: Environment) -> AnySwitches:
+    """Return `switches` without those that do nothing on this machine: the ones to train and to measure with."""
+    return switches.model_copy(update={name: OFF[name] for name in without_effect(switches, environment)})
+
+
+def rows_without_effect(levels: Mapping[str, Level], environment: Environment) -> dict[str, str]:
+    """Return the speed levels that would repeat the level above on this machine, by name, each with the reason."""
+    rows, speed = dict[str, str](), {name: level for name, level in levels.items() if level.group == "speed"}
+    for above, (name, level) in zip(speed.values(), list(speed.items())[1:], strict=False):
+        if level != above and effective(level, environment) == effective(above, environment):
+            reasons = without_effect(above, environment) | without_effect(level, environment)
+            changed = [key for key in reasons if getattr(level, key) != getattr(above, key)]
+            rows[name] = "; ".join(reasons[key] for key in changed)
+    return rows
+
+
 def note_for(switches: Switches, environment: Environment) -> str | None:
     """Return a note for the report if a switch has no effect or is slow on this machine, or None."""
-    notes = []
-    precision = PRECISIONS[switches.precision]
-    if precision.tf32 and environment.device != "cuda":
-        notes.append("TF32 is a mode of NVIDIA GPUs: the switch has no effect here")
-    elif precision.tf32 and not environment.bf16:
-        notes.append("this GPU has no TF32, which needs compute capability 8.0: the switch has no effect here")
-    elif precision.autocast and not environment.bf16:
+    notes = list(without_effect(switches, environment).values())
+    if PRECISIONS[switches.precision].autocast and not environment.bf16:
         notes.append("no bfloat16 hardware: bf16 is emulated and slow")
-    if switches.allocator == "caching" and environment.device != "cpu":
-        notes.append("torch always caches a GPU's memory: allocator: caching has no effect here")
     return "; ".join(notes) or None
