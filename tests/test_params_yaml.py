@@ -52,7 +52,7 @@ def test_openais_weights_are_refused_for_a_size_that_is_not_downloaded(tmp_path)
 def test_the_ladder_has_its_twelve_levels_in_order():
     levels = params_yaml.load(PARAMS).levels
     seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
-    added = ["fused", "chunked", "allocator"]
+    added = ["fused", "allocator", "chunked"]
     assert list(levels)[:12] == seed + added  # your own levels come after them
     assert [levels[name].group for name in seed] == ["quality"] * 3 + ["speed"] * 6
     off = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}

@@ -41,7 +41,7 @@ class Strict(BaseModel):
 
 
 class Switches(Strict):
-    """The switches of the ladder. The last two are not in Karpathy's video."""
+    """The switches of the ladder. Those after `fused_adamw` are not in Karpathy's video."""
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]

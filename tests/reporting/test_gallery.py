@@ -120,6 +120,19 @@ def test_a_level_without_effect_is_named_so_and_the_next_one_is_compared_with_th
     assert machines.level_part("tf32", [climb]) == "Not measured yet on any machine."
 
 
+def test_levels_that_were_measured_in_the_earlier_order_are_marked():
+    times = {"fp32": [300.0] * 6, "fused": [200.0] * 6, "chunked": [250.0] * 6, "allocator": [125.0] * 6}
+    earlier = machines.Climb("x", parse(benchmark=measurement(**times).model_dump()))
+    rows = {row[0]: row[-1] for row in machines.ladder_table([earlier], {})}
+    assert (rows["`chunked`"][:4], rows["`allocator`"][:4]) == ("0.80", "2.00")
+    assert {name for name, cell in rows.items() if cell.endswith("†")} == {"`chunked`", "`allocator`"}
+    assert "over `chunked` | 250 → 125 |" in machines.level_part("allocator", [earlier])
+    for names in (("fp32", "fused", "allocator", "chunked"), ("fp32", "fused", "chunked")):
+        now = measurement(**{name: times[name] for name in names})
+        rows = machines.ladder_table([machines.Climb("x", parse(benchmark=now.model_dump()))], {})
+        assert not [row for row in rows if row[-1].endswith("†")]
+
+
 def test_the_readers_own_peak_does_not_change_other_machines(monkeypatch):
     expected = machines.Climb("x", parse()).cell("fp32", "mfu")
     mine = machines.PARAMS.model_copy(update={"peak_tflops": Peaks(fp32=82.6, tf32=None, bf16=None)})

@@ -50,7 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class RemoteArm:
-    """An arm in its own process, because one of its switches, the allocator, applies to a whole process."""
+    """An arm in another process, because one of its switches, the allocator, applies to a whole process."""
 
     name: str
     process: ProcessPoolExecutor  # with one worker
