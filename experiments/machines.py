@@ -122,7 +122,7 @@ def read() -> list[Climb]:
 
 
 def ladder_table(climbs: Sequence[Climb], remarks: Mapping[str, str]) -> tables.Table:
-    """Return one row a speed level: what changes, with `remarks`, and its gain over the level before on each machine."""
+    """Return one row a speed level: what changes, with `remarks`, and its gain on each machine."""
     rows = [["level", "what changes", *(climb.machine.title for climb in climbs)]]
     rates = (f"{climb.cell(BASELINE, 'tokens_per_second')} tokens/s" for climb in climbs)
     rows.append([f"`{BASELINE}`", "the baseline", *rates])
