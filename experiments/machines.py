@@ -27,7 +27,7 @@ NOISE = "*"  # marks a gain that noise may explain
 REORDERED = "†"  # marks a level that was measured in the EARLIER order
 OPERATORS = 4  # of a level and a machine, whose time changed most
 REMARKS = {"chunked": " (slower, saves memory)"}
-EARLIER = {"chunked": "fused", "allocator": "chunked"}  # level: the level before it until commit 82ba622
+EARLIER = {"chunked": "fused", "allocator": "chunked"}  # level: the level before it, in climbs until 2026-11-27
 PARAMS = params_yaml.load()
 NO_PEAKS = Peaks(fp32=None, tf32=None, bf16=None)  # those in params.yaml are of the reader's machine
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}

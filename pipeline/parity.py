@@ -4,6 +4,7 @@ The benchmark then measures the levels listed in results/parity.json.
 """
 
 import csv
+import math
 from dataclasses import asdict
 
 from gpt2_ladder import files, params_yaml
@@ -22,9 +23,14 @@ def main() -> None:
         raise UserError("parity: no speed level was trained; see `reason` in results/levels/*/metrics.json")
     loss_parity.check_one_environment(trained, environment)
     loss_parity.check_one_count(trained)
+    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
+    parts = math.ceil(params.shape("speed").batch_size / micro_batch)
+    repeated = devices.rows_without_effect(params.levels, environment, parts)
     baseline, levels = next(iter(trained)), {}
     for name, result in trained.items():
-        level = devices.effective(params.levels[name], environment)
+        if name in repeated:
+            continue
+        level = devices.effective(params.levels[name], environment, parts)
         check_matmul_precision(name, level, result["float32_matmul_precision"])
         tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
@@ -32,7 +38,6 @@ def main() -> None:
         largest = f"largest loss difference {parity.largest:.6f} nats at step {parity.largest_step}"
         print(f"{name:8}  {largest}, tolerance {tolerance}")
         levels[name] = {"switches": level.model_dump(), **asdict(parity)}
-    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
     content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}
     files.write_json(PARITY, {**content, "levels": levels})
 

@@ -5,6 +5,7 @@ All speed levels and the benchmark, which keeps all levels in memory, use the sa
 Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -43,9 +44,9 @@ def main() -> None:
         for name, level in params.levels.items()
         if level.group == "speed" and devices.why_skipped(level, environment, params.run_slow_levels) is None
     }
-    micro_batch = find_micro_batch(params, levels, device)
-    print(f"probe: {micro_batch} of the {params.shape('speed').batch_size} rows of a batch fit into memory", flush=True)
-    rows = devices.rows_without_effect(params.levels, environment)
+    micro_batch, batch_size = find_micro_batch(params, levels, device), params.shape("speed").batch_size
+    print(f"probe: {micro_batch} of the {batch_size} rows of a batch fit into memory", flush=True)
+    rows = devices.rows_without_effect(params.levels, environment, math.ceil(batch_size / micro_batch))
     files.write_json(PROBE, {"micro_batch": micro_batch, "without_effect": rows})
 
 

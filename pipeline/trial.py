@@ -4,6 +4,7 @@ Then compare it with the level fp32: take steps of both in turn, and compare the
 has the six numbers that tell experiments apart, and facts.json everything else.
 """
 
+import math
 import os
 import shutil
 from itertools import islice
@@ -71,10 +72,10 @@ def find_micro_batch(params: Params, switches: Switches, environment: Environmen
     return planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
 
 
-def without_effect(params: Params, environment: Environment) -> str | None:
+def without_effect(params: Params, environment: Environment, micro_batches: int) -> str | None:
     """Return why the trial's step is BASELINE's, if it differs only in switches that do nothing here; else None."""
     own = Level(group="speed", **params.switches.model_dump())
-    rows = devices.rows_without_effect({BASELINE: params.levels[BASELINE], "trial": own}, environment)
+    rows = devices.rows_without_effect({BASELINE: params.levels[BASELINE], "trial": own}, environment, micro_batches)
     return rows.get("trial") if params.recipe == Recipe() else None
 
 
@@ -115,7 +116,8 @@ def conclude(params: Params, environment: Environment) -> None:
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
     off = "" if seconds else f"trial.{params.machine}.seconds is 0"
-    reason = facts["reason"] or off or without_effect(params, environment)
+    parts = make_job(params).micro_batches(facts["micro_batch"] or 1)
+    reason = facts["reason"] or off or without_effect(params, environment, parts)
     rows = 0 if reason else find_micro_batch(params, params.levels[BASELINE], environment)
     if not rows:
         reason = reason or f"{BASELINE} does not fit into memory at the trial's size and shape"
@@ -124,7 +126,9 @@ def conclude(params: Params, environment: Environment) -> None:
         batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
         some = list(islice(batches, min(shape.steps, trials.MOST_ROUNDS)))
         rows = min(rows, facts["micro_batch"])
-        facts |= trials.judge(trials.measure(params, environment, rows, some, seconds))
+        own = devices.effective(params.switches, environment, max(parts, math.ceil(shape.batch_size / rows)))
+        measured = params.model_copy(update=own.model_dump())
+        facts |= trials.judge(trials.measure(measured, environment, rows, some, seconds))
     files.write_json(TRIAL_FACTS, facts)
     gain = facts["gain"] or dict.fromkeys(("ratio", "low", "high"))
     numbers = {"gain": gain["ratio"], "low": gain["low"], "high": gain["high"], "loss_apart": facts["loss_apart"]}

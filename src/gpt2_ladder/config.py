@@ -52,6 +52,14 @@ class Switches(Strict):
     fused_adamw: bool
     chunked_loss: bool
     allocator: Literal["system", "caching"]
+    autotune: bool
+    cuda_graphs: bool
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        for name in ("autotune", "cuda_graphs"):
+            require(self.compile or not getattr(self, name), name, "true", "needs a compiled network: compile: true")
+        return self
 
 
 class Level(Switches):

@@ -155,3 +155,9 @@ def test_a_bare_matrix_product_is_timed_in_every_round(arms, no_training, monkey
     monkeypatch.setattr(turns, "matmul_tflops", lambda precision, device: {"fp32": 1.0, "bf16": 2.0}[precision])
     rounds = measure(arms, rounds=3, matmuls=("fp32", "bf16"))
     assert [each.matmul_tflops for each in rounds] == [{"fp32": 1.0, "bf16": 2.0}] * 3
+
+
+@pytest.mark.parametrize(("level", "steps"), [("fused", 2), ("cuda_graphs", 3), ("chunked", 3)])
+def test_cuda_graphs_need_a_third_step_to_replay(level, steps):
+    levels = params_with().levels
+    assert turns.warm_up_steps([levels["fp32"], levels[level]]) == steps

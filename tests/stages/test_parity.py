@@ -44,6 +44,16 @@ def test_the_benchmark_gets_the_switches_that_have_an_effect_here(two_trained):
     assert (switches["precision"], switches["allocator"]) == ("bf16", "system")
 
 
+@pytest.mark.parametrize(("micro_batch", "measured"), [(2, ["fp32", "bf16", "cuda_graphs"]), (1, ["fp32", "bf16"])])
+def test_cuda_graphs_are_not_measured_if_the_benchmark_splits_its_batches(two_trained, micro_batch, measured):
+    for name in ("fp32", "bf16", "cuda_graphs"):
+        row = {**json.loads(metrics_of(name).read_text()), "status": "trained", "micro_batch": micro_batch}
+        write_json(metrics_of(name), row)
+    parity.main()
+    levels = json.loads(Path("results/parity.json").read_text())["levels"]
+    assert list(levels) == measured
+
+
 def test_losses_of_different_numbers_of_devices_or_machines_are_not_compared(two_trained):
     other = environment(device="cuda", threads=4).fingerprint
     for change, message in (

@@ -2,17 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.following import follow
-from gpt2_ladder.training import data, metrics
+from gpt2_ladder.training import data, devices, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
@@ -77,6 +78,29 @@ def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params)
     assert (whole["micro_batch"], halved["micro_batch"]) == (2, 1)
     assert halved["loss_last"] == pytest.approx(whole["loss_last"], abs=1e-4)
     assert halved["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+
+
+def test_a_training_with_cuda_graphs_is_not_continued_with_half_the_rows(params, monkeypatch):
+    monkeypatch.setattr(devices, "without_effect", lambda *_: {})  # as on a GPU
+    params.levels["fp32"] = params.levels["fp32"].model_copy(update={"cuda_graphs": True})  # not compiled: a CPU's test
+    with Capped(float("inf")) as memory:
+        train(params, "fp32", Path("whole"))
+    with (
+        Capped(memory.peak - 2**20),
+        pytest.raises(UserError, match=r"with 2 rows at a time .* set cuda_graphs: false"),
+    ):
+        train(params, "fp32", Path("stopped"))
+    assert not Path("stopped/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_step", "count", "micro_batch", "parts"),
+    [(None, 1, 2, 1), (None, 1, 1, 2), (64, 1, 2, 2), (64, 2, 2, 1)],
+)
+def test_a_device_trains_its_rows_of_a_step_in_parts(params, tokens_per_step, count, micro_batch, parts):
+    job = train_stage.make_job(params, "fp32")  # 2 x 16 tokens
+    job = replace(job, recipe=Recipe(tokens_per_step=tokens_per_step), devices=count)
+    assert job.micro_batches(micro_batch) == parts
 
 
 def test_a_training_that_cannot_continue_leaves_no_result(params):

@@ -121,21 +121,25 @@ OLD_GPU = environment(device="cuda", bf16=False)
         ("precision", "bf16", environment(), None),
         ("allocator", "caching", environment(device="cuda"), "torch always keeps a GPU's freed memory"),
         ("allocator", "caching", environment(), None),
+        ("autotune", True, environment(), "it chooses between kernels for GPUs"),
+        ("autotune", True, environment(device="cuda"), None),
+        ("cuda_graphs", True, environment(), "a CPU has no CUDA graphs"),
+        ("cuda_graphs", True, environment(device="cuda"), None),
     ],
 )
 def test_a_switch_without_effect_on_a_device_is_left_out_with_a_reason(name, value, machine, reason):
-    chosen = switches(**{name: value})
+    chosen = switches(**{"compile": True, name: value})
     reasons = devices.without_effect(chosen, machine)
-    assert devices.effective(chosen, machine) == (switches() if reason else chosen)
+    assert devices.effective(chosen, machine) == (switches(compile=True) if reason else chosen)
     if reason:
-        assert reasons[name].startswith(f"`{name}: {value}` has no effect on this device: {reason}")
+        assert reasons[name].startswith(f"`{name}: {str(value).lower()}` has no effect on this device: {reason}")
     else:
         assert reasons == {}
 
 
 def test_only_a_speed_level_that_would_repeat_the_level_above_is_without_effect():
     levels = params_yaml.load(REPOSITORY / "params.yaml").levels
-    assert list(devices.rows_without_effect(levels, environment())) == ["tf32"]
+    assert list(devices.rows_without_effect(levels, environment())) == ["tf32", "autotune", "cuda_graphs"]
     assert list(devices.rows_without_effect(levels, environment(device="cuda"))) == ["allocator"]
     assert list(devices.rows_without_effect(levels, OLD_GPU)) == ["tf32", "allocator"]
     plain = levels["fp32"]
@@ -148,6 +152,16 @@ def test_only_a_speed_level_that_would_repeat_the_level_above_is_without_effect(
     assert list(devices.rows_without_effect(own, environment())) == ["back"]
     quality = {name: level.model_copy(update={"group": "quality"}) for name, level in own.items()}
     assert devices.rows_without_effect(quality, environment()) == {}
+
+
+def test_cuda_graphs_are_left_out_of_all_levels_if_a_step_has_several_micro_batches():
+    levels, gpu = params_yaml.load(REPOSITORY / "params.yaml").levels, environment(device="cuda")
+    reason = "`cuda_graphs: true` is left out: a step has 2 micro-batches, and torch may keep the gradient of only one"
+    rows = devices.rows_without_effect(levels, gpu, 2)
+    assert list(rows) == ["allocator", "cuda_graphs"]
+    assert rows["cuda_graphs"].startswith(reason)
+    assert reason in (devices.note_for(levels["chunked"], gpu, 2) or "")
+    assert [devices.effective(levels["chunked"], gpu, parts).cuda_graphs for parts in (1, 2)] == [True, False]
 
 
 def test_a_switch_without_effect_or_without_hardware_gets_a_note():
@@ -173,6 +187,7 @@ def test_free_and_peak_memory_are_in_bytes_and_mib():
     before = devices.peak_memory_mib(CPU)
     torch.ones(int(before + 100) * 2**20, dtype=torch.uint8)
     assert before + 100 <= devices.peak_memory_mib(CPU) < 3 * (before + 100)
+    assert devices.peak_memory_reserved_mib(CPU) == devices.peak_memory_mib(CPU)
 
 
 def test_opening_a_device_seeds_the_random_generator():

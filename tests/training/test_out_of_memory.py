@@ -55,6 +55,19 @@ def assert_same(result, expected) -> None:
     torch.testing.assert_close(result[1], expected[1], rtol=0, atol=1e-4)
 
 
+def test_a_step_that_must_not_be_split_ends_the_training():
+    def step(rows: int) -> None:
+        tried.append(rows)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried: list[int] = []
+    with pytest.raises(
+        UserError, match=r"out of memory with 8 rows at a time .*; set cuda_graphs: false, or a smaller"
+    ):
+        loop.within_memory(step, 8, CPU, may_halve=False)
+    assert tried == [8]
+
+
 @pytest.mark.parametrize("micro_batch", [4, 3, 1])
 def test_accumulated_gradients_train_like_the_whole_batch(micro_batch):
     parts = train(micro_batch=micro_batch)

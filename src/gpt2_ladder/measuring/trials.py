@@ -51,15 +51,15 @@ def measure(
     gc.collect()  # frees the trained network
     device, rounds = torch.device(environment.device), list[Round]()
     devices.reset_peak_memory(device)
-    baseline, own = (devices.effective(row, environment) for row in (params.levels[BASELINE], params.switches))
-    levels = {BASELINE: baseline, TRIAL: own, CONTROL: baseline}
+    baseline = devices.effective(params.levels[BASELINE], environment)
+    levels = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}
     apart = len({devices.needs_own_process(switches, environment) for switches in levels.values()}) > 1
-    here = build(params, environment, micro_batch, {TRIAL: own} if apart else levels)
+    here = build(params, environment, micro_batch, {TRIAL: params.switches} if apart else levels)
     here[TRIAL] = follow_recipe(here[TRIAL], params)
     there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = [here.get(name) or RemoteArm(name, process, there) for name in levels]
-        for name in turns.warm_up(arms, batches[0], device, params.seed):
+        for name in turns.warm_up(arms, batches[0], device, params.seed, turns.warm_up_steps(levels.values())):
             print(f"trial: warming up {name}", flush=True)
         print(f"trial: measuring for {seconds:g} s", flush=True)
         start = time.perf_counter()

@@ -7,7 +7,7 @@ and the allocator's free lists, and so the time of the next step by up to 12 %.
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -105,9 +105,14 @@ def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.dev
     for name, switches in levels.items():
         model, optimizer = weights.build(params.gpt(switches), switches.fused_adamw)
         if switches.compile:
-            runtime.compile_model(model)
+            runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
         arms.append(Arm(name, model, optimizer, switches.precision, micro_batch))
     return arms
+
+
+def warm_up_steps(levels: Iterable[Switches]) -> int:
+    """Return how many untimed steps the arms of `levels` need: a CUDA graph runs, is recorded, and is replayed."""
+    return 3 if any(switches.cuda_graphs for switches in levels) else 2
 
 
 def warm_up(

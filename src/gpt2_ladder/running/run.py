@@ -61,13 +61,14 @@ def run(
 ) -> bool:
     """Train `job` from `start`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
-    On each device, `micro_batch` rows of a batch go through the network at a time. Switches without effect on this
-    machine are left out, and a note names them. If there is a `reason` not to train `job`, or this machine cannot train
+    On each device, `micro_batch` rows of a batch go through the network at a time. Switches that devices.without_effect
+    names are left out, with a note. If there is a `reason` not to train `job`, or this machine cannot train
     it, write both files without numbers, with the reason in metrics.json, and return False.
     """
     reason = reason or devices.why_skipped(job.switches, environment, params.run_slow_levels)
-    note = None if reason else devices.note_for(job.switches, environment)
-    job = replace(job, switches=devices.effective(job.switches, environment))
+    parts = job.micro_batches(micro_batch)
+    note = None if reason else devices.note_for(job.switches, environment, parts)
+    job = replace(job, switches=devices.effective(job.switches, environment, parts))
     result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
     result |= {"environment": environment.fingerprint, "devices": job.devices}
     result |= {"start_sha256": start.sha256} if start else {}
@@ -137,7 +138,7 @@ def build(job: Job, params: Params, environment: Environment, micro_batch: int) 
     devices.check_memory(device, need, f"training {params.model} with vocab_size {switches.vocab_size}")
     model = GPT(config, params.seed).to(device)
     if switches.compile:
-        runtime.compile_model(model)
+        runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
     size, fused = params.size, switches.fused_adamw
     optimizer = loop.make_optimizer(model, size.learning_rate, params.optimizer, fused, job.recipe.decay)
     kernel = None
@@ -197,6 +198,7 @@ def _train(
         first_step=first_step,
         learning_rate=rate,
         clip_norm=job.recipe.clip_norm,
+        may_halve=not job.switches.cuda_graphs,
     )
 
 
@@ -228,6 +230,7 @@ def _summarize(
     step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
     # of the device that needed most, and read before validation, which would add to it
     peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
+    peak_memory_reserved_mib = max(ranks.gather(devices.peak_memory_reserved_mib(built.device)))
     batches, text_bytes = validation
     if course.best:
         copy_weights(built.model, course.best)
@@ -244,6 +247,7 @@ def _summarize(
         "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if compiled else None,
         "compile_cache": runtime.compile_cache() if compiled else None,
         "peak_memory_mib": peak_memory_mib,
+        "peak_memory_reserved_mib": peak_memory_reserved_mib,
         "micro_batch": steps[-1].micro_batch,
         "attention_kernel": built.attention_kernel,
         "float32_matmul_precision": runtime.float32_matmul_precision(),

@@ -18,7 +18,8 @@ from gpt2_ladder.config import NO_EFFECT, Environment, Level, Switches, UserErro
 from gpt2_ladder.training.runtime import PRECISIONS
 
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
-OFF = {"precision": "fp32", "allocator": "system"}  # values that stand for "without this switch"
+# the values of switches that stand for "without this switch"
+OFF = {"precision": "fp32", "allocator": "system", "autotune": False, "cuda_graphs": False}
 AnySwitches = TypeVar("AnySwitches", bound=Switches)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
@@ -109,6 +110,11 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
+
+
+def peak_memory_reserved_mib(device: torch.device) -> float:
+    """Return the peak in MiB of what torch's allocator reserved on a GPU: a replayed CUDA graph allocates nothing."""
+    return torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else peak_memory_mib(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -226,37 +232,51 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
     return None if run_slow_levels else slow
 
 
-def without_effect(switches: Switches, environment: Environment) -> dict[str, str]:
-    """Return the switches that do nothing on this machine, by name, each with a sentence that gives the reason."""
+def without_effect(switches: Switches, environment: Environment, micro_batches: int = 1) -> dict[str, str]:
+    """Return the switches that are left out on this machine, by name, each with a sentence that gives the reason.
+
+    These are the switches that do nothing here, and CUDA graphs if a step has several `micro_batches`.
+    """
     cuda, reasons = environment.device == "cuda", dict[str, str]()
     if PRECISIONS[switches.precision].tf32 and not (cuda and environment.bf16):
         too_old = "this GPU has no TF32, which needs compute capability 8.0"
         reasons["precision"] = too_old if cuda else "TF32 is a mode of NVIDIA GPUs"
     if switches.allocator == "caching" and cuda:
         reasons["allocator"] = "torch always keeps a GPU's freed memory"
-    setting = {name: f"`{name}: {getattr(switches, name)}`" for name in reasons}
-    return {name: f"{setting[name]} has {NO_EFFECT}: {reason}" for name, reason in reasons.items()}
+    if switches.autotune and not cuda:
+        reasons["autotune"] = "it chooses between kernels for GPUs"
+    if switches.cuda_graphs and not cuda:
+        reasons["cuda_graphs"] = "a CPU has no CUDA graphs"
+    words = {name: f"has {NO_EFFECT}: {reason}" for name, reason in reasons.items()}
+    if switches.cuda_graphs and cuda and micro_batches > 1:
+        lost = "torch may keep the gradient of only one of them (pytorch#96693, #169545)"
+        words["cuda_graphs"] = f"is left out: a step has {micro_batches} micro-batches, and {lost}"
+    return {name: f"`{name}: {getattr(switches, name)}`".lower() + f" {text}" for name, text in words.items()}
 
 
-def effective(switches: AnySwitches, environment: Environment) -> AnySwitches:
-    """Return `switches` without those that do nothing on this machine: the ones to train and to measure with."""
-    return switches.model_copy(update={name: OFF[name] for name in without_effect(switches, environment)})
+def effective(switches: AnySwitches, environment: Environment, micro_batches: int = 1) -> AnySwitches:
+    """Return `switches` without those that are left out on this machine: the ones to train and to measure with."""
+    left_out = without_effect(switches, environment, micro_batches)
+    return switches.model_copy(update={name: OFF[name] for name in left_out})
 
 
-def rows_without_effect(levels: Mapping[str, Level], environment: Environment) -> dict[str, str]:
+def rows_without_effect(
+    levels: Mapping[str, Level], environment: Environment, micro_batches: int = 1
+) -> dict[str, str]:
     """Return the speed levels that would repeat the level above on this machine, by name, each with the reason."""
     rows, speed = dict[str, str](), {name: level for name, level in levels.items() if level.group == "speed"}
     for above, (name, level) in zip(speed.values(), list(speed.items())[1:], strict=False):
-        if level != above and effective(level, environment) == effective(above, environment):
-            reasons = without_effect(above, environment) | without_effect(level, environment)
-            changed = [key for key in reasons if getattr(level, key) != getattr(above, key)]
-            rows[name] = "; ".join(reasons[key] for key in changed)
+        same = effective(level, environment, micro_batches) == effective(above, environment, micro_batches)
+        if same and level != above:
+            reasons = [without_effect(row, environment, micro_batches) for row in (above, level)]
+            changed = [key for key in OFF if getattr(level, key) != getattr(above, key)]
+            rows[name] = "; ".join((reasons[0] | reasons[1])[key] for key in changed)
     return rows
 
 
-def note_for(switches: Switches, environment: Environment) -> str | None:
-    """Return a note for the report if a switch has no effect or is slow on this machine, or None."""
-    notes = list(without_effect(switches, environment).values())
+def note_for(switches: Switches, environment: Environment, micro_batches: int = 1) -> str | None:
+    """Return a note for the report if a switch is left out or slow on this machine, or None."""
+    notes = list(without_effect(switches, environment, micro_batches).values())
     if PRECISIONS[switches.precision].autocast and not environment.bf16:
         notes.append("no bfloat16 hardware: bf16 is emulated and slow")
     return "; ".join(notes) or None

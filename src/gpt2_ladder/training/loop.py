@@ -134,13 +134,14 @@ def train(
     first_step: int = 0,
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
+    may_halve: bool = True,
 ) -> Iterator[Step]:
     """Train one step on each batch, a pair of int64 (B, T), and yield its Step. Steps are numbered from `first_step`.
 
-    The caller's work between steps (logging, writing) is not timed. If memory runs out, the step is repeated with half
-    the micro-batch, and later steps keep it. On several ranks, `batches` has this rank's rows, but a Step describes the
-    whole batch. `learning_rate` maps a step's number to its learning rate; gradients are clipped to norm `clip_norm`.
-    Raise UserError if memory runs out with one row, or on one of several ranks.
+    The caller's work between steps (logging, writing) is not timed. If memory runs out and the micro-batch `may_halve`,
+    the step is repeated with half of it, and later steps keep it. On several ranks, `batches` has this rank's rows, but
+    a Step describes the whole batch. `learning_rate` maps a step's number to its learning rate; gradients are clipped
+    to norm `clip_norm`. Raise UserError if memory runs out with one row, or where the micro-batch cannot be halved.
     """
     model.train()
     for index, batch in enumerate(batches, first_step):
@@ -148,17 +149,20 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(index)
         step = partial(train_step, model, optimizer, batch, autocast, device, clip_norm=clip_norm)
-        (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device)
+        (loss, step_ms, norm), micro_batch = within_memory(step, micro_batch, device, may_halve)
         if norm is None:  # every level records it, outside the clock
             norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         rate = metrics.tokens_per_second(batch[0].numel() * ranks.count(), step_ms)
         yield Step(index, ranks.mean(loss.item()), step_ms, rate, norm.item(), micro_batch)
 
 
-def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch.device) -> tuple[Result, int]:
+def within_memory(
+    step: Callable[[int], Result], micro_batch: int, device: torch.device, may_halve: bool = True
+) -> tuple[Result, int]:
     """Call `step(micro_batch)`, halving micro_batch until memory suffices; return its result and the micro_batch.
 
-    Raise UserError if memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
+    Raise UserError if memory runs out with one row, on one of several ranks, which cannot repeat a step alone, or if
+    the micro-batch must not be halved: several micro-batches in a CUDA graph can lose gradients.
     """
     while True:
         try:
@@ -172,6 +176,9 @@ def within_memory(step: Callable[[int], Result], micro_batch: int, device: torch
                 f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); lower "
                 "machines.*.batch_size, because a rank cannot use fewer rows than the others"
             )
+        if not may_halve:
+            fix = "set cuda_graphs: false, or a smaller batch_size, because its step cannot be split"
+            raise UserError(f"out of memory with {micro_batch} rows at a time ({reason}); {fix}")
         if micro_batch == 1:
             fix = "set a smaller model (`make plan` shows what fits)"
             raise UserError(f"out of memory with one row at a time ({reason}); {fix}")
