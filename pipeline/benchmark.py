@@ -40,7 +40,7 @@ def main(*arguments: str) -> None:
     measured = []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
-        for name in turns.warm_up(arms, batches[0], device, seed, turns.warm_up_steps(levels.values())):
+        for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
             print(f"benchmark: warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
             measured.append(result)

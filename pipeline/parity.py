@@ -25,11 +25,10 @@ def main() -> None:
     loss_parity.check_one_count(trained)
     micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
     parts = math.ceil(params.shape("speed").batch_size / micro_batch)
-    repeated = devices.rows_without_effect(params.levels, environment, parts)
+    for name in devices.rows_without_effect(params.levels, environment, parts):
+        trained.pop(name, None)
     baseline, levels = next(iter(trained)), {}
     for name, result in trained.items():
-        if name in repeated:
-            continue
         level = devices.effective(params.levels[name], environment, parts)
         check_matmul_precision(name, level, result["float32_matmul_precision"])
         tolerance, steps = getattr(params.parity, level.precision), params.parity.steps

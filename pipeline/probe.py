@@ -1,6 +1,6 @@
 """Find the micro-batch: how many rows of a batch fit into memory at a time. Try one step of every speed level.
 
-Also list the levels whose only change has no effect on this device; they are not trained.
+The levels whose only change has no effect on this device are listed, too: they are not trained.
 All speed levels and the benchmark, which keeps all levels in memory, use the same micro-batch: the largest that fits.
 Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
 """
@@ -69,6 +69,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     for kind in (*reversed(first.values()), *names):
         available = free - (total - count_bytes(kind.network, 4))
         fits = partial(planning.fitting_rows, kind.network, kind.precision, cuda=cuda, free=available)
+        devices.attention_kernel(kind.network, kind.precision, micro_batch, shape.block_size, device)
         try:
             if not (micro_batch := fits(shape.batch_size, shape.block_size, most=micro_batch)):
                 raise UserError("one row is predicted not to fit")

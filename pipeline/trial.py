@@ -72,13 +72,6 @@ def find_micro_batch(params: Params, switches: Switches, environment: Environmen
     return planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
 
 
-def without_effect(params: Params, environment: Environment, micro_batches: int) -> str | None:
-    """Return why the trial's step is BASELINE's, if it differs only in switches that do nothing here; else None."""
-    own = Level(group="speed", **params.switches.model_dump())
-    rows = devices.rows_without_effect({BASELINE: params.levels[BASELINE], "trial": own}, environment, micro_batches)
-    return rows.get("trial") if params.recipe == Recipe() else None
-
-
 def load_start(params: Params) -> Start | None:
     """Return the weights that `recipe.start` names. Raise UserError if they are random or of another size."""
     if (start := params.recipe.start) is None:
@@ -117,7 +110,9 @@ def conclude(params: Params, environment: Environment) -> None:
     facts |= trials.compare_losses(params, facts["changes"], *losses)
     off = "" if seconds else f"trial.{params.machine}.seconds is 0"
     parts = make_job(params).micro_batches(facts["micro_batch"] or 1)
-    reason = facts["reason"] or off or without_effect(params, environment, parts)
+    levels = {BASELINE: params.levels[BASELINE], "trial": Level(group="speed", **params.switches.model_dump())}
+    same = devices.rows_without_effect(levels, environment, parts) if params.recipe == Recipe() else {}
+    reason = facts["reason"] or off or same.get("trial")
     rows = 0 if reason else find_micro_batch(params, params.levels[BASELINE], environment)
     if not rows:
         reason = reason or f"{BASELINE} does not fit into memory at the trial's size and shape"

@@ -17,6 +17,7 @@ MOST_STEPS = 2**31
 MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "small", "tiny"]
+Attention = Literal["eager", "flash", "cudnn", "efficient"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Tokens = Annotated[int, Field(gt=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -47,7 +48,7 @@ class Switches(Strict):
     init: Literal["pytorch", "gpt2"]
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
-    attention: Literal["eager", "flash"]
+    attention: Attention
     vocab_size: Annotated[int, Field(ge=GPT2_VOCAB_SIZE)]
     fused_adamw: bool
     chunked_loss: bool
@@ -106,7 +107,7 @@ class GPTConfig(Size):
     vocab_size: Count = GPT2_VOCAB_SIZE
     tie_weights: bool = True
     init: Literal["pytorch", "gpt2"] = "gpt2"
-    attention: Literal["eager", "flash"] = "eager"
+    attention: Attention = "eager"
     chunked_loss: bool = False
     activation_checkpointing: bool = False
 

@@ -103,6 +103,12 @@ def test_a_device_trains_its_rows_of_a_step_in_parts(params, tokens_per_step, co
     assert job.micro_batches(micro_batch) == parts
 
 
+def test_a_training_with_an_attention_kernel_that_the_device_lacks_is_refused(params):
+    with pytest.raises(UserError, match=r"attention: efficient, but torch has no efficient kernel .* on a CPU: set"):
+        train(params.model_copy(update={"attention": "efficient"}))
+    assert not Path("results/metrics.json").exists()
+
+
 def test_a_training_that_cannot_continue_leaves_no_result(params):
     # the weights, 1.6 MB, fit, twice while they are drawn; the logits of a row, 3.2 MB, and their logarithms do not
     with Capped(6e6), pytest.raises(UserError, match="out of memory with one row at a time"):

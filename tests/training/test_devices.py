@@ -14,7 +14,7 @@ from gpt2_ladder.config import Switches, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.training import devices
 from helpers import processes
-from helpers.common import REPOSITORY, environment
+from helpers.common import REPOSITORY, environment, tiny
 from pipeline import ENVIRONMENT, TRIAL, read_environment
 from pipeline import environment as environment_stage
 
@@ -187,7 +187,7 @@ def test_free_and_peak_memory_are_in_bytes_and_mib():
     before = devices.peak_memory_mib(CPU)
     torch.ones(int(before + 100) * 2**20, dtype=torch.uint8)
     assert before + 100 <= devices.peak_memory_mib(CPU) < 3 * (before + 100)
-    assert devices.peak_memory_reserved_mib(CPU) == devices.peak_memory_mib(CPU)
+    assert devices.peak_memory_mib(CPU, reserved=True) == devices.peak_memory_mib(CPU)
 
 
 def test_opening_a_device_seeds_the_random_generator():
@@ -234,22 +234,55 @@ def test_the_error_of_a_cpu_that_runs_out_of_memory_is_recognized():
 
 
 def test_the_reported_attention_kernel_is_the_one_that_torch_chooses():
-    q = torch.empty(2, 2, 16, 8, requires_grad=True)
-    assert devices.attention_kernel(q) == "FLASH_ATTENTION"
+    flash = tiny(attention="flash")
+    assert devices.attention_kernel(flash, "fp32", 2, 16, CPU) == "FLASH_ATTENTION"
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
-        assert devices.attention_kernel(q) == "MATH"
+        assert devices.attention_kernel(flash, "fp32", 2, 16, CPU) == "MATH"
+    assert devices.attention_kernel(tiny(), "fp32", 2, 16, CPU) is None
 
 
-def test_the_math_kernel_is_refused_on_a_gpu(monkeypatch):
-    class OnGpu:
-        device, shape, dtype = torch.device("cuda"), (16, 12, 1024, 64), torch.bfloat16
-
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that sets what torch chooses on a GPU that does not exist."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla X")
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 1)
-    assert devices.attention_kernel(OnGpu()) == "FLASH_ATTENTION"
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
-    with pytest.raises(UserError, match=r"only its math kernel for \(16, 12, 1024, 64\) in torch.bfloat16 on Tesla X"):
-        devices.attention_kernel(OnGpu())
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    return lambda number: monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: number)
+
+
+@pytest.mark.parametrize(
+    ("attention", "choice", "kernel"),
+    [
+        ("flash", 1, "FLASH_ATTENTION"),
+        ("flash", 3, "CUDNN_ATTENTION"),
+        ("cudnn", 3, "CUDNN_ATTENTION"),
+        ("efficient", 2, "EFFICIENT_ATTENTION"),
+        (
+            "flash",
+            0,
+            r"attention: flash, but torch has only its math kernel for \(16, 2, 1024, 8\) in torch.bfloat16 on Te",
+        ),
+        (
+            "cudnn",
+            -1,
+            r"attention: cudnn, but torch has no cudnn kernel for .* on Tesla X: set attention: flash, torch's",
+        ),
+    ],
+)
+def test_a_gpus_attention_kernel_is_recorded_or_refused(choose, attention, choice, kernel):
+    choose(choice)
+    refused = " " in kernel
+    with pytest.raises(UserError, match=kernel) if refused else nullcontext():
+        found = devices.attention_kernel(tiny(attention=attention), "bf16", 16, 1024, torch.device("cuda"))
+    assert refused or found == kernel
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "efficient"])
+def test_a_cpu_refuses_a_kernel_of_a_gpu(attention):
+    message = (
+        rf"attention: {attention}, but torch has no {attention} kernel for \(2, 2, 16, 8\) in torch.float32 on a CPU"
+    )
+    with pytest.raises(UserError, match=message):
+        devices.attention_kernel(tiny(attention=attention), "fp32", 2, 16, CPU)
 
 
 DEVICES = {"cpu", "cuda"}

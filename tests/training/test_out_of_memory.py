@@ -163,6 +163,12 @@ def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch)
 
 
 @pytest.mark.slow
+def test_the_probe_refuses_an_attention_kernel_that_the_device_lacks():
+    levels = {"mine": LEVELS["fp32"].model_copy(update={"attention": "cudnn"})}
+    with pytest.raises(UserError, match=r"attention: cudnn, but torch has no cudnn kernel .* on a CPU"):
+        probe.find_micro_batch(tiny_params(), levels, CPU)
+
+
 def test_a_failed_probe_reports_the_block_size_that_would_fit(monkeypatch):
     for free, fix in (
         (need(1, 32), "set machines.cpu.block_size: 32, which fits"),

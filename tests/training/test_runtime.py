@@ -42,7 +42,7 @@ def test_an_unknown_precision_is_refused():
     ("switches", "options"),
     [
         ({}, None),
-        ({"autotune": True}, {"max_autotune": True}),
+        ({"autotune": True}, {"max_autotune": True, "triton.cudagraphs": False}),
         ({"autotune": True, "cuda_graphs": True}, {"max_autotune": True, "triton.cudagraphs": True}),
     ],
 )

@@ -49,17 +49,16 @@ def measure(
     The trial's training may have changed how this process gets memory. Then BASELINE and the control use another one.
     """
     gc.collect()  # frees the trained network
-    device, rounds = torch.device(environment.device), list[Round]()
+    baseline, device = params.levels[BASELINE], torch.device(environment.device)
     devices.reset_peak_memory(device)
-    baseline = devices.effective(params.levels[BASELINE], environment)
-    levels = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}
+    levels, rounds = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}, list[Round]()
     apart = len({devices.needs_own_process(switches, environment) for switches in levels.values()}) > 1
     here = build(params, environment, micro_batch, {TRIAL: params.switches} if apart else levels)
     here[TRIAL] = follow_recipe(here[TRIAL], params)
     there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = [here.get(name) or RemoteArm(name, process, there) for name in levels]
-        for name in turns.warm_up(arms, batches[0], device, params.seed, turns.warm_up_steps(levels.values())):
+        for name in turns.warm_up(arms, batches[0], device, params.seed, params.cuda_graphs):
             print(f"trial: warming up {name}", flush=True)
         print(f"trial: measuring for {seconds:g} s", flush=True)
         start = time.perf_counter()
@@ -77,7 +76,8 @@ def build(params: Params, environment: Environment, micro_batch: int, levels: Ma
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     if any(devices.needs_own_process(switches, environment) for switches in levels.values()):
         devices.keep_freed_memory(device)
-    return {arm.name: arm for arm in turns.build_arms(params, levels, device, micro_batch)}
+    acting = {name: devices.effective(switches, environment) for name, switches in levels.items()}
+    return {arm.name: arm for arm in turns.build_arms(params, acting, device, micro_batch)}
 
 
 def follow_recipe(arm: Arm, params: Params) -> Arm:
@@ -103,9 +103,8 @@ def open_arm(params: str, environment: str, micro_batch: int, name: str) -> Arm:
 @cache
 def _open_arms(params: str, environment: str, micro_batch: int) -> dict[str, Arm]:
     settings = Params.model_validate_json(params)
-    machine = Environment.model_validate_json(environment)
-    levels = dict.fromkeys((BASELINE, CONTROL), devices.effective(settings.levels[BASELINE], machine))
-    return build(settings, machine, micro_batch, levels)
+    levels = dict.fromkeys((BASELINE, CONTROL), settings.levels[BASELINE])
+    return build(settings, Environment.model_validate_json(environment), micro_batch, levels)
 
 
 def judge(measurement: Measurement) -> dict[str, Any]:

@@ -7,7 +7,7 @@ and the allocator's free lists, and so the time of the next step by up to 12 %.
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -110,17 +110,15 @@ def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.dev
     return arms
 
 
-def warm_up_steps(levels: Iterable[Switches]) -> int:
-    """Return how many untimed steps the arms of `levels` need: a CUDA graph runs, is recorded, and is replayed."""
-    return 3 if any(switches.cuda_graphs for switches in levels) else 2
-
-
 def warm_up(
-    arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, steps: int = 2
+    arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, cuda_graphs: bool = False
 ) -> Iterator[str]:
-    """Take `steps` untimed steps of every arm, in random order. Yield the arm's name before each step."""
+    """Take two untimed steps of every arm, in random order. Yield the arm's name before each step.
+
+    With `cuda_graphs`, take three: the first runs a network, the second records its graphs, the third replays them.
+    """
     generator = random.Random(seed)
-    for _ in range(steps):
+    for _ in range(3 if cuda_graphs else 2):
         for arm in generator.sample(arms, len(arms)):
             yield arm.name
             arm.run(Arm.step, batch, device)

@@ -126,7 +126,7 @@ def skip(job: Job, result: Mapping[str, Any]) -> None:
 def build(job: Job, params: Params, environment: Environment, micro_batch: int) -> Built:
     """Open the device (each rank opens its own) and build the network and its optimizer on it.
 
-    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or if there is no flash kernel.
+    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or without attention's kernel.
     """
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     if job.devices > 1:
@@ -141,11 +141,7 @@ def build(job: Job, params: Params, environment: Environment, micro_batch: int) 
         runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
     size, fused = params.size, switches.fused_adamw
     optimizer = loop.make_optimizer(model, size.learning_rate, params.optimizer, fused, job.recipe.decay)
-    kernel = None
-    if switches.attention == "flash":
-        shape = (micro_batch, size.n_head, job.shape.block_size, size.n_embd // size.n_head)  # (B, H, T, D)
-        dtype = runtime.PRECISIONS[switches.precision].dtype
-        kernel = devices.attention_kernel(torch.empty(shape, dtype=dtype, device=device, requires_grad=True))
+    kernel = devices.attention_kernel(config, switches.precision, micro_batch, job.shape.block_size, device)
     return Built(device, model, optimizer, runtime.set_precision(switches.precision, device), kernel)
 
 
@@ -229,8 +225,7 @@ def _summarize(
     shape, compiled = job.shape, job.switches.compile
     step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
     # of the device that needed most, and read before validation, which would add to it
-    peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
-    peak_memory_reserved_mib = max(ranks.gather(devices.peak_memory_reserved_mib(built.device)))
+    allocated, reserved = (max(ranks.gather(devices.peak_memory_mib(built.device, kind))) for kind in (False, True))
     batches, text_bytes = validation
     if course.best:
         copy_weights(built.model, course.best)
@@ -246,8 +241,8 @@ def _summarize(
         "tokens_per_second": metrics.tokens_per_second(job.tokens_per_step, step_ms),
         "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if compiled else None,
         "compile_cache": runtime.compile_cache() if compiled else None,
-        "peak_memory_mib": peak_memory_mib,
-        "peak_memory_reserved_mib": peak_memory_reserved_mib,
+        "peak_memory_mib": allocated,
+        "peak_memory_reserved_mib": reserved,
         "micro_batch": steps[-1].micro_batch,
         "attention_kernel": built.attention_kernel,
         "float32_matmul_precision": runtime.float32_matmul_precision(),

@@ -7,14 +7,17 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import TypeVar
 
 import psutil
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
-from gpt2_ladder.config import NO_EFFECT, Environment, Level, Switches, UserError
+from gpt2_ladder.config import NO_EFFECT, Environment, GPTConfig, Level, Switches, UserError
+from gpt2_ladder.model import KERNELS
 from gpt2_ladder.training.runtime import PRECISIONS
 
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
@@ -104,17 +107,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the peak memory in MiB: of torch's allocator on a GPU, of the whole process on a CPU."""
+def peak_memory_mib(device: torch.device, reserved: bool = False) -> float:
+    """Return the peak memory in MiB: of torch's allocator on a GPU, of the whole process on a CPU.
+
+    If `reserved`, it is what the allocator holds, since the replay of a CUDA graph allocates nothing.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated)(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
-
-
-def peak_memory_reserved_mib(device: torch.device) -> float:
-    """Return the peak in MiB of what torch's allocator reserved on a GPU: a replayed CUDA graph allocates nothing."""
-    return torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else peak_memory_mib(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -166,20 +167,27 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def attention_kernel(q: torch.Tensor) -> str:
-    """Return the kernel of causal `scaled_dot_product_attention` for q, k and v like `q`, (B, H, T, D).
+def attention_kernel(config: GPTConfig, precision: str, rows: int, block_size: int, device: torch.device) -> str | None:
+    """Return the kernel of attention for (rows, block_size) ids, a name in torch.nn.attention.SDPBackend; eager: None.
 
-    It is a name in torch.nn.attention.SDPBackend. Raise UserError if a GPU would use the math kernel, which writes the
-    (B, H, T, T) matrix as `eager` does.
+    Raise UserError if the device lacks the kernel that `config` names, or if a GPU would use the math kernel, which
+    writes the (B, H, T, T) matrix as `eager` does.
     """
-    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
-    if kernel == "MATH" and q.device.type == "cuda":
-        raise UserError(
-            f"attention: flash, but torch has only its math kernel for {tuple(q.shape)} in {q.dtype} on "
-            f"{torch.cuda.get_device_name(q.device)}: set attention: eager in params.yaml, "
-            "or enable a kernel with torch.backends.cuda"
-        )
-    return kernel
+    if config.attention == "eager":
+        return None
+    shape, dtype = (rows, config.n_head, block_size, config.n_embd // config.n_head), PRECISIONS[precision].dtype
+    q, named = torch.empty(shape, dtype=dtype, device=device, requires_grad=True), KERNELS.get(config.attention)
+    try:
+        with sdpa_kernel(named) if named else nullcontext():
+            kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    except RuntimeError:  # the named kernel cannot compute this
+        kernel = "ERROR"
+    if kernel != "ERROR" and not (kernel == "MATH" and device.type == "cuda"):
+        return kernel
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    lacks = f"torch has no {config.attention} kernel" if named else "torch has only its math kernel"
+    fix = "set attention: flash, torch's own choice" if named else "set attention: eager"
+    raise UserError(f"attention: {config.attention}, but {lacks} for {shape} in {dtype} on {place}: {fix}")
 
 
 def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
@@ -233,10 +241,7 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
 
 
 def without_effect(switches: Switches, environment: Environment, micro_batches: int = 1) -> dict[str, str]:
-    """Return the switches that are left out on this machine, by name, each with a sentence that gives the reason.
-
-    These are the switches that do nothing here, and CUDA graphs if a step has several `micro_batches`.
-    """
+    """Return the switches that do nothing here, and CUDA graphs if they lose gradients, each with the reason."""
     cuda, reasons = environment.device == "cuda", dict[str, str]()
     if PRECISIONS[switches.precision].tf32 and not (cuda and environment.bf16):
         too_old = "this GPU has no TF32, which needs compute capability 8.0"
@@ -264,13 +269,11 @@ def rows_without_effect(
     levels: Mapping[str, Level], environment: Environment, micro_batches: int = 1
 ) -> dict[str, str]:
     """Return the speed levels that would repeat the level above on this machine, by name, each with the reason."""
-    rows, speed = dict[str, str](), {name: level for name, level in levels.items() if level.group == "speed"}
-    for above, (name, level) in zip(speed.values(), list(speed.items())[1:], strict=False):
-        same = effective(level, environment, micro_batches) == effective(above, environment, micro_batches)
-        if same and level != above:
-            reasons = [without_effect(row, environment, micro_batches) for row in (above, level)]
-            changed = [key for key in OFF if getattr(level, key) != getattr(above, key)]
-            rows[name] = "; ".join((reasons[0] | reasons[1])[key] for key in changed)
+    rows, here = dict[str, str](), (environment, micro_batches)
+    for (_, above), (name, level) in pairwise((name, row) for name, row in levels.items() if row.group == "speed"):
+        if level != above and effective(level, *here) == effective(above, *here):
+            reasons = without_effect(above, *here) | without_effect(level, *here)
+            rows[name] = "; ".join(reasons[key] for key in OFF if getattr(level, key) != getattr(above, key))
     return rows
 
 

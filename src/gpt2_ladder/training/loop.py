@@ -161,8 +161,7 @@ def within_memory(
 ) -> tuple[Result, int]:
     """Call `step(micro_batch)`, halving micro_batch until memory suffices; return its result and the micro_batch.
 
-    Raise UserError if memory runs out with one row, on one of several ranks, which cannot repeat a step alone, or if
-    the micro-batch must not be halved: several micro-batches in a CUDA graph can lose gradients.
+    Raise UserError with one row, on one of several ranks, which cannot repeat a step alone, or without `may_halve`.
     """
     while True:
         try:

@@ -64,9 +64,8 @@ def compile_model(model: nn.Module, autotune: bool = False, cuda_graphs: bool = 
     forward and of backward at the second step, and later steps replay them. The model is compiled in place, because
     `torch.compile(model)` renames every parameter to `_orig_mod.*`.
     """
-    options = {"max_autotune": autotune, "triton.cudagraphs": cuda_graphs}
-    chosen = {name: True for name, on in options.items() if on}
-    model.compile(dynamic=False, fullgraph=True, options=chosen or None)
+    options = {"max_autotune": autotune, "triton.cudagraphs": cuda_graphs} if autotune or cuda_graphs else None
+    model.compile(dynamic=False, fullgraph=True, options=options)
 
 
 def compile_cache() -> str:
