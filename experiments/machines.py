@@ -22,7 +22,7 @@ from gpt2_ladder.reporting.gallery import Machine
 README, MACHINES, LEVELS, PICTURES = map(Path, ("README.md", "docs/machines.md", "docs/levels", "docs/machines"))
 FIRST = "h100-sxm"  # the machine in the README's picture
 IN_README = (FIRST, "xeon-amx", "epyc-avx512")
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NOTHING = "not measured", "no effect"
 NOISE = "*"  # marks a gain that noise may explain
 REORDERED = "†"  # marks a level that was measured in the EARLIER order
 OPERATORS = 4  # of a level and a machine, whose time changed most
@@ -76,12 +76,12 @@ class Climb:
         return max(self.gains["levels"], key=lambda level: self.gains["levels"][level]["tokens_per_second"])
 
     def cell(self, level: str, column: str) -> str:
-        """Format one number of `level`; NOT_MEASURED if it is missing, or over another level than here."""
+        """Format one number of `level`; NOT_MEASURED if it is missing or over another level than here."""
         value = self.gains["levels"].get(level, {}).get(column)
         if value is None:
             value = getattr(self.machine.levels.get(level), column, None)
         if value is None and self.has_no_effect(level):
-            return NO_EFFECT
+            return NOTHING
         if value is None or (column == "over_previous" and value["over"] != self.previous(level)):
             return NOT_MEASURED
         return FORMATS.get(column, "{:,.0f}".format)(value)
@@ -191,7 +191,7 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
         rows = [[climb.machine.title, *(climb.cell(level, column) for column in columns)] for climb in climbs]
         return tables.markdown_table([["machine", *columns.values()], *rows], text_columns=1)
     rows = [["machine", f"gain over `{PREVIOUS[level]}`", "ms a step", "peak memory, MiB", "loss difference"]]
-    measured = [climb for climb in climbs if climb.cell(level, "over_previous") not in (NOT_MEASURED, NO_EFFECT)]
+    measured = [climb for climb in climbs if climb.cell(level, "over_previous") not in (NOT_MEASURED, NOTHING)]
     for climb in measured:
         previous = climb.previous(level)
         over = "" if previous == PREVIOUS[level] else f" over `{previous}`"
