@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments import pages
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, Peaks
+from gpt2_ladder.config import BASELINE, NO_EFFECT, Peaks
 from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Gain
 from gpt2_ladder.reporting import charts, facts, gallery, tables
@@ -22,9 +22,12 @@ from gpt2_ladder.reporting.gallery import Machine
 README, MACHINES, LEVELS, PICTURES = map(Path, ("README.md", "docs/machines.md", "docs/levels", "docs/machines"))
 FIRST = "h100-sxm"  # the machine in the README's picture
 IN_README = (FIRST, "xeon-amx", "epyc-avx512")
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NOTHING = "not measured", "no effect"
 NOISE = "*"  # marks a gain that noise may explain
+REORDERED = "†"  # marks a level that was measured in the EARLIER order
 OPERATORS = 4  # of a level and a machine, whose time changed most
+REMARKS = {"chunked": " (slower, saves memory)"}
+EARLIER = {"chunked": "fused", "allocator": "chunked"}  # level: the level before it, in climbs until 2026-11-27
 PARAMS = params_yaml.load()
 NO_PEAKS = Peaks(fp32=None, tf32=None, bf16=None)  # those in params.yaml are of the reader's machine
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
@@ -73,13 +76,34 @@ class Climb:
         return max(self.gains["levels"], key=lambda level: self.gains["levels"][level]["tokens_per_second"])
 
     def cell(self, level: str, column: str) -> str:
-        """Format one number of `level`; NOT_MEASURED if it is missing, or over another level than here."""
+        """Format one number of `level`; NOT_MEASURED if it is missing or over another level than here."""
         value = self.gains["levels"].get(level, {}).get(column)
         if value is None:
             value = getattr(self.machine.levels.get(level), column, None)
-        if value is None or (column == "over_previous" and value["over"] != PREVIOUS[level]):
+        if value is None and self.has_no_effect(level):
+            return NOTHING
+        if value is None or (column == "over_previous" and value["over"] != self.previous(level)):
             return NOT_MEASURED
         return FORMATS.get(column, "{:,.0f}".format)(value)
+
+    def has_no_effect(self, level: str) -> bool:
+        """Return whether the machine skipped `level` because its change has no effect there."""
+        training = self.machine.levels.get(level, gallery.Training())
+        return not training.losses and NO_EFFECT in (training.note or "")
+
+    def is_earlier(self, level: str) -> bool:
+        """Return whether the machine measured `level` in the EARLIER order, in which it also has a single cause."""
+        over = self.gains["levels"].get(level, {}).get("over_previous") or {"over": None}
+        return "allocator" in self.gains["levels"] and over["over"] == EARLIER.get(level, "")
+
+    def previous(self, level: str) -> str:
+        """Return the level above `level` in params.yaml, or in the EARLIER order, that has an effect on the machine."""
+        above = EARLIER[level] if self.is_earlier(level) else PREVIOUS[level]
+        return self.previous(above) if self.has_no_effect(above) else above
+
+    def marked(self, level: str, text: str) -> str:
+        """Return `text` with a mark if the machine measured `level` in the EARLIER order."""
+        return text + REORDERED * self.is_earlier(level)
 
     def change(self, previous: str, level: str, column: str) -> str:
         """Format one number of the level before and of `level`, as `before → after`."""
@@ -97,14 +121,15 @@ def read() -> list[Climb]:
     return sorted(climbs, key=rank)
 
 
-def ladder_table(climbs: Sequence[Climb]) -> tables.Table:
-    """Return one row a speed level: what changes, and its gain over the level before on every machine."""
+def ladder_table(climbs: Sequence[Climb], remarks: Mapping[str, str]) -> tables.Table:
+    """Return one row a speed level: what changes, with `remarks`, and its gain on each machine."""
     rows = [["level", "what changes", *(climb.machine.title for climb in climbs)]]
     rates = (f"{climb.cell(BASELINE, 'tokens_per_second')} tokens/s" for climb in climbs)
     rows.append([f"`{BASELINE}`", "the baseline", *rates])
     for level, previous in PREVIOUS.items():
-        change = f"`{tables.switch_that_changes(ROWS[level], ROWS[previous])}`"
-        rows.append([f"`{level}`", change, *(climb.cell(level, "over_previous") for climb in climbs)])
+        change = f"`{tables.switch_that_changes(ROWS[level], ROWS[previous])}`{remarks.get(level, '')}"
+        gains = (climb.marked(level, climb.cell(level, "over_previous")) for climb in climbs)
+        rows.append([f"`{level}`", change, *gains])
     fastest = (climb.cell(climb.fastest, "over_baseline") if climb.fastest != BASELINE else "none" for climb in climbs)
     rows.append([f"best over `{BASELINE}`", "", *fastest])
     rows.append(["control", f"`{BASELINE}` again", *(str(Gain(**climb.gains["control"])) for climb in climbs)])
@@ -113,10 +138,11 @@ def ladder_table(climbs: Sequence[Climb]) -> tables.Table:
 
 def readme_part(climbs: Sequence[Climb]) -> str:
     """Return the README's table: the ladder on some machines, and the memory that the first one needs."""
-    rows = ladder_table(climbs)
+    rows = ladder_table(climbs, {})
     for row in rows[1:]:
-        training = climbs[0].machine.levels.get(row[0].strip("`"), gallery.Training())
-        row.append(f"{training.peak_memory_mib / 1024:.1f}" if training.peak_memory_mib else "")
+        level = row[0].strip("`")
+        peak = climbs[0].machine.levels.get(level, gallery.Training()).peak_memory_mib
+        row.append(climbs[0].marked(level, f"{peak / 1024:.1f}") if peak else "")
     return tables.markdown_table([[*rows[0], "H100 GiB"], *rows[1:]])
 
 
@@ -141,7 +167,9 @@ def machines_part(climbs: Sequence[Climb]) -> str:
         rows.append(row)
     summary_table = [list(rows[0]), *(list(row.values()) for row in rows)]
     sections = [section(climb) for climb in climbs]
-    return "\n\n".join([tables.markdown_table(summary_table), tables.markdown_table(ladder_table(climbs)), *sections])
+    return "\n\n".join(
+        [tables.markdown_table(summary_table), tables.markdown_table(ladder_table(climbs, REMARKS)), *sections]
+    )
 
 
 def section(climb: Climb) -> str:
@@ -162,17 +190,20 @@ def level_part(level: str, climbs: Sequence[Climb]) -> str:
         columns["peak_memory_mib"] = "peak memory, MiB"
         rows = [[climb.machine.title, *(climb.cell(level, column) for column in columns)] for climb in climbs]
         return tables.markdown_table([["machine", *columns.values()], *rows], text_columns=1)
-    previous = PREVIOUS[level]
-    rows = [["machine", f"gain over `{previous}`", "ms a step", "peak memory, MiB", "loss difference"]]
-    measured = [climb for climb in climbs if level in climb.gains["levels"]]
+    rows = [["machine", f"gain over `{PREVIOUS[level]}`", "ms a step", "peak memory, MiB", "loss difference"]]
+    measured = [climb for climb in climbs if climb.cell(level, "over_previous") not in (NOT_MEASURED, NOTHING)]
     for climb in measured:
+        previous = climb.previous(level)
+        over = "" if previous == PREVIOUS[level] else f" over `{previous}`"
         changes = (climb.change(previous, level, column) for column in ("step_ms", "peak_memory_mib"))
-        rows.append([climb.machine.title, climb.cell(level, "over_previous"), *changes])
+        rows.append([climb.machine.title, climb.cell(level, "over_previous") + over, *changes])
         rows[-1].append(climb.cell(level, "loss_difference"))
-    lines = [line for climb in measured if (line := operators_line(climb, previous, level))]
+    if not measured:
+        return "Not measured yet on any machine."
+    lines = [line for climb in measured if (line := operators_line(climb, climb.previous(level), level))]
     heading = "Operators whose time changed most, in ms, scaled to the median step (0.0: less than 0.5 %):\n\n"
     table = tables.markdown_table(rows, text_columns=1)
-    if f"{NOISE} |" in table:
+    if f"]{NOISE} " in table:
         table += f"\n\n\\{NOISE} Noise may explain this difference ([numbers.md](../numbers.md))."
     return table + ("\n\n" + heading + "\n".join(lines) if lines else "")
 

@@ -51,7 +51,7 @@ def main(*arguments: str) -> None:
     measured = []
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
-        for name in turns.warm_up(arms, batches[0], device, seed):
+        for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
             print(f"benchmark: warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
             measured.append(result)
@@ -90,21 +90,26 @@ def place_arms(
     micro_batch: int,
     process: ProcessPoolExecutor,
 ) -> list[Arm | RemoteArm]:
-    """Return one arm per level. An arm that would change how other levels allocate memory runs in `process`."""
+    """Return one arm per level. Arms that keep freed memory run in `process`, because they would change the others."""
     remote = {name for name, switches in levels.items() if devices.needs_own_process(switches, environment)}
     local = {name: switches for name, switches in levels.items() if name not in remote}
     arms = {arm.name: arm for arm in turns.build_arms(params, local, device, micro_batch)}
     return [RemoteArm(name, process, open_arm) if name in remote else arms[name] for name in levels]
 
 
-@cache
 def open_arm(name: str) -> Arm:
     """Return the arm of level `name`, built at the first call. This changes the allocator of the process."""
+    return _open_arms()[name]
+
+
+@cache
+def _open_arms() -> dict[str, Arm]:
     params, environment = params_yaml.load(), read_environment()
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     devices.keep_freed_memory(device)
-    return turns.build_arms(params, {name: levels[name]}, device, micro_batch)[0]
+    remote = {name: row for name, row in levels.items() if devices.needs_own_process(row, environment)}
+    return {arm.name: arm for arm in turns.build_arms(params, remote, device, micro_batch)}  # they share their weights
 
 
 def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device) -> None:

@@ -4,11 +4,13 @@ The benchmark then measures the levels listed in results/parity.json.
 """
 
 import csv
+import math
 from dataclasses import asdict
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Level, UserError
 from gpt2_ladder.measuring import loss_parity
+from gpt2_ladder.training import devices
 from gpt2_ladder.training.runtime import PRECISIONS
 from pipeline import PARITY, RESULTS, read_environment, read_metrics, run
 
@@ -21,9 +23,13 @@ def main() -> None:
         raise UserError("parity: no speed level was trained; see `reason` in results/levels/*/metrics.json")
     loss_parity.check_one_environment(trained, environment)
     loss_parity.check_one_count(trained)
+    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
+    parts = math.ceil(params.shape("speed").batch_size / micro_batch)
+    for name in devices.rows_without_effect(params.levels, environment, parts):
+        trained.pop(name, None)
     baseline, levels = next(iter(trained)), {}
     for name, result in trained.items():
-        level = params.levels[name]
+        level = devices.effective(params.levels[name], environment, parts)
         check_matmul_precision(name, level, result["float32_matmul_precision"])
         tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
@@ -31,7 +37,6 @@ def main() -> None:
         largest = f"largest loss difference {parity.largest:.6f} nats at step {parity.largest_step}"
         print(f"{name:8}  {largest}, tolerance {tolerance}")
         levels[name] = {"switches": level.model_dump(), **asdict(parity)}
-    micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
     content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}
     files.write_json(PARITY, {**content, "levels": levels})
 

@@ -1,9 +1,11 @@
 """Find the micro-batch: how many rows of a batch fit into memory at a time. Try one step of every speed level.
 
+The levels whose only change has no effect on this device are listed, too: they are not trained.
 All speed levels and the benchmark, which keeps all levels in memory, use the same micro-batch: the largest that fits.
 Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,9 +44,10 @@ def main() -> None:
         for name, level in params.levels.items()
         if level.group == "speed" and devices.why_skipped(level, environment, params.run_slow_levels) is None
     }
-    micro_batch = find_micro_batch(params, levels, device)
-    print(f"probe: {micro_batch} of the {params.shape('speed').batch_size} rows of a batch fit into memory", flush=True)
-    files.write_json(PROBE, {"micro_batch": micro_batch})
+    micro_batch, batch_size = find_micro_batch(params, levels, device), params.shape("speed").batch_size
+    print(f"probe: {micro_batch} of the {batch_size} rows of a batch fit into memory", flush=True)
+    rows = devices.rows_without_effect(params.levels, environment, math.ceil(batch_size / micro_batch))
+    files.write_json(PROBE, {"micro_batch": micro_batch, "without_effect": rows})
 
 
 def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: torch.device) -> int:
@@ -66,6 +69,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     for kind in (*reversed(first.values()), *names):
         available = free - (total - count_bytes(kind.network, 4))
         fits = partial(planning.fitting_rows, kind.network, kind.precision, cuda=cuda, free=available)
+        devices.attention_kernel(kind.network, kind.precision, micro_batch, shape.block_size, device)
         try:
             if not (micro_batch := fits(shape.batch_size, shape.block_size, most=micro_batch)):
                 raise UserError("one row is predicted not to fit")

@@ -18,9 +18,10 @@ def main(*names: str) -> None:
     environment = read_environment()
     devices.check_machine(params.machine, params.rehearsal, environment)
     job = make_job(params, name)
-    quality = params.levels[name].group == "quality"
-    micro_batch = job.shape.batch_size if quality else read_json(PROBE)["micro_batch"]
-    run_job(job, params, environment, Inputs(*TRAINING_INPUTS), micro_batch)
+    quality, probe = params.levels[name].group == "quality", read_json(PROBE)
+    micro_batch = job.shape.batch_size if quality else probe["micro_batch"]
+    reason = probe["without_effect"].get(name)
+    run_job(job, params, environment, Inputs(*TRAINING_INPUTS), micro_batch, reason=reason)
 
 
 def make_job(params: Params, name: str) -> Job:

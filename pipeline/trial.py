@@ -4,13 +4,14 @@ Then compare it with the level fp32: take steps of both in turn, and compare the
 has the six numbers that tell experiments apart, and facts.json everything else.
 """
 
+import math
 import os
 import shutil
 from itertools import islice
 from pathlib import Path
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Size, Switches, UserError
+from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Level, Recipe, Size, Switches, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
@@ -107,17 +108,22 @@ def conclude(params: Params, environment: Environment) -> None:
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
-    trained = facts["status"] == "trained"
-    rows = find_micro_batch(params, params.levels[BASELINE], environment) if trained and seconds else 0
+    off = "" if seconds else f"trial.{params.machine}.seconds is 0"
+    parts = make_job(params).micro_batches(facts["micro_batch"] or 1)
+    levels = {BASELINE: params.levels[BASELINE], "trial": Level(group="speed", **params.switches.model_dump())}
+    same = devices.rows_without_effect(levels, environment, parts) if params.recipe == Recipe() else {}
+    reason = facts["reason"] or off or same.get("trial")
+    rows = 0 if reason else find_micro_batch(params, params.levels[BASELINE], environment)
     if not rows:
-        fits = f"{BASELINE} does not fit into memory at the trial's size and shape"
-        reason = facts["reason"] or (fits if seconds else f"trial.{params.machine}.seconds is 0")
+        reason = reason or f"{BASELINE} does not fit into memory at the trial's size and shape"
         facts |= {"measurement": None, "gain": None, "not_measured": reason}
     else:
         batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
         some = list(islice(batches, min(shape.steps, trials.MOST_ROUNDS)))
         rows = min(rows, facts["micro_batch"])
-        facts |= trials.judge(trials.measure(params, environment, rows, some, seconds))
+        own = devices.effective(params.switches, environment, max(parts, math.ceil(shape.batch_size / rows)))
+        measured = params.model_copy(update=own.model_dump())
+        facts |= trials.judge(trials.measure(measured, environment, rows, some, seconds))
     files.write_json(TRIAL_FACTS, facts)
     gain = facts["gain"] or dict.fromkeys(("ratio", "low", "high"))
     numbers = {"gain": gain["ratio"], "low": gain["low"], "high": gain["high"], "loss_apart": facts["loss_apart"]}

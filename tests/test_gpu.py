@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from statistics import median
+from unittest import mock
 
 import pytest
 import torch
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import CONTROL, Switches
+from gpt2_ladder.config import CONTROL, Switches, UserError
 from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
@@ -48,27 +49,38 @@ class Machine:
         self.params: Params = params.model_copy(update={"model": model, "machine": "gpu", "machines": shapes})
         self.shape = self.params.shape("speed")
         self.device = devices.open_device(self.environment.device, self.environment.threads, params.seed, False)
+        self.repeated = devices.rows_without_effect(params.levels, self.environment)
         self.levels: dict[str, Switches] = {
-            name: level.model_copy(update={"compile": level.compile and not rehearsal})
+            name: self.acting(level)
             for name, level in params.levels.items()
             if level.group == "speed"
             and (not rehearsal or name in REHEARSED)
+            and name not in self.repeated
             and devices.why_skipped(level, self.environment, rehearsal) is None
         }
+
+    def acting(self, level: Switches, parts: int = 1) -> Switches:
+        """Return the switches that a training of `level` uses here; a rehearsal does not compile."""
+        compiled = level.compile and not self.rehearsal
+        return devices.effective(level, self.environment, parts).model_copy(update={"compile": compiled})
 
     def batches(self, count: int) -> list[loop.Batch]:
         shape = (self.shape.batch_size, self.shape.block_size, 50257)
         return [(random_ids(*shape, seed=i), random_ids(*shape, seed=100 + i)) for i in range(count)]
 
+    def build(self, switches: Switches) -> tuple[GPT, torch.optim.Optimizer]:
+        """Return a new network and its optimizer."""
+        model = GPT(self.params.gpt(switches), self.params.seed).to(self.device)
+        if switches.compile:
+            runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
+        settings = self.params.size.learning_rate, self.params.optimizer, switches.fused_adamw
+        return model, loop.make_optimizer(model, *settings)
+
     def losses(self, switches: Switches, steps: int, micro_batch: int, deterministic: bool = False) -> list[float]:
         """Train a new network and return its losses."""
         devices.set_deterministic(deterministic)
         try:
-            model = GPT(self.params.gpt(switches), self.params.seed).to(self.device)
-            if switches.compile:
-                runtime.compile_model(model)
-            settings = self.params.size.learning_rate, self.params.optimizer, switches.fused_adamw
-            optimizer = loop.make_optimizer(model, *settings)
+            model, optimizer = self.build(switches)
             autocast = runtime.set_precision(switches.precision, self.device)
             trained = loop.train(model, optimizer, self.batches(steps), autocast, self.device, micro_batch)
             return [step.loss for step in trained]
@@ -87,14 +99,19 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 @pytest.fixture(scope="module")
 def micro_batch(machine: Machine) -> int:
-    return probe.find_micro_batch(machine.params, machine.levels, machine.device)
+    rows = probe.find_micro_batch(machine.params, machine.levels, machine.device)
+    if rows < machine.shape.batch_size and "cuda_graphs" in machine.levels:  # left out, as in a climb
+        del machine.levels["cuda_graphs"]
+        machine.levels.update({name: machine.acting(level, 2) for name, level in machine.levels.items()})
+    return rows
 
 
 @pytest.fixture(scope="module")
 def arms(machine: Machine, micro_batch: int) -> list[Arm]:
     levels = {**machine.levels, CONTROL: next(iter(machine.levels.values()))}
     made = turns.build_arms(machine.params, levels, machine.device, micro_batch)
-    list(turns.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed))
+    graphs = any(switches.cuda_graphs for switches in levels.values())
+    list(turns.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed, graphs))
     return made
 
 
@@ -127,7 +144,7 @@ def test_matrix_products_are_as_exact_as_their_precision(machine, report):
     assert errors["fp32"] < 1e-6 < 1e-3 < errors["bf16"] < 1e-2  # 24 and 8 bits
     if machine.rehearsal:
         assert errors["tf32"] == errors["fp32"]
-    elif devices.note_for(machine.params.levels["tf32"], machine.environment) is None:
+    elif "tf32" not in machine.repeated:
         assert 1e-5 < errors["tf32"] < errors["bf16"]  # 11 bits
 
 
@@ -186,8 +203,9 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
         # the weights of all arms are allocated before, so only the growth counts
         weights_mib = 12 * sum(parameter.numel() for parameter in arm.model.parameters()) / 2**20
         predicted = before + step.peak_bytes / 2**20 - weights_mib
-        report[arm.name]["peak MiB, predicted"] = f"{measured:,.0f}, {predicted:,.0f}"
-        if not machine.rehearsal:
+        reserved = devices.peak_memory_mib(machine.device, reserved=True)
+        report[arm.name]["peak MiB, predicted, reserved"] = f"{measured:,.0f}, {predicted:,.0f}, {reserved:,.0f}"
+        if not machine.rehearsal and not switches.cuda_graphs:  # their memory is allocated once, when they are recorded
             assert measured < 1.05 * predicted
             assert switches.compile or measured > 0.9 * predicted
 
@@ -203,7 +221,8 @@ def test_only_flash_levels_run_a_fused_attention_kernel(machine, arms, report, t
             f"{operator.name} {operator.self_ms:,.1f} ms" for operator in operators[:4]
         )
         report[arm.name]["attention"] = ", ".join(sorted(attention)) or "written out"
-        assert bool(attention) == (machine.levels[arm.name].attention == "flash")
+        switches = machine.levels[arm.name]
+        assert switches.cuda_graphs or bool(attention) == (switches.attention == "flash")  # a replay has no operators
 
 
 @pytest.mark.gpu
@@ -226,6 +245,7 @@ def test_no_operation_of_a_step_waits_for_the_gpu(machine, arms):
         try:
             if not machine.rehearsal:
                 torch.cuda.set_sync_debug_mode("error")
+            arm.optimizer.zero_grad()  # the next replay overwrites the gradients of this one
             loop.accumulate(arm.model, batch, autocast, machine.device, arm.micro_batch)
             arm.optimizer.step()
         finally:
@@ -242,6 +262,75 @@ def test_deterministic_runs_have_the_same_bits(machine, micro_batch, report):
         }
         report[name]["same bits with and without deterministic"] = ", ".join(str(a == b) for a, b in runs.values())
         assert runs[True][0] == runs[True][1]
+
+
+# The three tests below were written without a GPU. A rehearsal only shows that they run; on a CPU nothing is recorded.
+
+
+@pytest.mark.gpu
+def test_every_step_after_the_warm_up_replays_its_cuda_graphs(machine, arms, report):
+    """Also if two arms with graphs share their weights, and other arms step between them."""
+    replay, capture = torch.cuda.CUDAGraph.replay, torch.cuda.CUDAGraph.capture_begin
+    for batch in machine.batches(2):
+        for arm in arms:
+            with (
+                mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay) as replayed,
+                mock.patch.object(
+                    torch.cuda.CUDAGraph, "capture_begin", autospec=True, side_effect=capture
+                ) as recorded,
+            ):
+                turns.step_as_compiled(arm, batch, machine.device)
+            expects = arm.name in machine.levels and machine.levels[arm.name].cuda_graphs
+            report["all"][f"graphs replayed in a step of {arm.name}"] = str(replayed.call_count)
+            assert (replayed.call_count >= 2) if expects else (replayed.call_count == 0)  # forward and backward
+            assert recorded.call_count == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_gradients_have_the_same_bits_with_and_without_cuda_graphs(machine, micro_batch, report, parts):
+    """With several micro-batches the graphs are left out; with one they are used from the third step on."""
+    level, rows = machine.params.levels["cuda_graphs"], machine.shape.batch_size // parts
+    if rows > micro_batch or devices.why_skipped(level, machine.environment, machine.rehearsal):
+        return
+    level = level.model_copy(update={"autotune": False})  # it may choose other kernels for the second network
+    acting, gradients = machine.acting(level, parts), []
+    assert acting.cuda_graphs == (parts == 1 and not machine.rehearsal)
+    devices.set_deterministic(True)
+    try:
+        for switches in (acting, acting.model_copy(update={"cuda_graphs": False})):
+            model, optimizer = machine.build(switches)
+            autocast = runtime.set_precision(switches.precision, machine.device)
+            for batch in machine.batches(4):
+                loop.train_step(model, optimizer, batch, autocast, machine.device, rows)
+            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    finally:
+        runtime.set_precision("fp32", machine.device)
+        devices.set_deterministic(False)
+    differ = [name for name, gradient in gradients[0].items() if not torch.equal(gradient, gradients[1][name])]
+    report["all"][f"gradients that differ with CUDA graphs, {parts} micro-batches"] = str(len(differ))
+    assert differ == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["cudnn", "efficient"])
+def test_a_named_attention_kernel_runs_alone_or_is_refused(machine, micro_batch, report, tmp_path, attention):
+    switches = machine.levels["flash"].model_copy(update={"attention": attention})
+    network = machine.params.gpt(switches)
+    try:
+        devices.attention_kernel(network, switches.precision, micro_batch, machine.shape.block_size, machine.device)
+    except UserError as error:
+        report["all"][f"attention: {attention}"] = str(error)
+        assert machine.rehearsal or "H100" not in machine.environment.device_name
+        return
+    (arm,) = turns.build_arms(machine.params, {attention: switches}, machine.device, micro_batch)
+    batch = machine.batches(1)[0]
+    list(turns.warm_up([arm], batch, machine.device, 0))
+    step = partial(arm.step, batch, machine.device)
+    operators = profiling.profile_step(step, devices.profiler_activities(machine.device), tmp_path / "trace.json.gz")
+    used = {word for word in ATTENTION if any(word in operator.name for operator in operators)}
+    report["all"][f"attention: {attention}"] = ", ".join(sorted(used))
+    assert used == {f"_{attention}_attention"}
 
 
 @contextmanager

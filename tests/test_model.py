@@ -1,15 +1,19 @@
 """The network against arithmetic by hand and PyTorch's own modules."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, KERNELS
 from helpers.common import REPOSITORY, random_ids, tiny
 
 
@@ -167,3 +171,31 @@ def test_activation_checkpointing_computes_blocks_twice_with_the_same_gradients(
         atol = 1e-6 if compiled else 0
         torch.testing.assert_close(checkpointed.get_parameter(name).grad, parameter.grad, rtol=0, atol=atol)
     assert len(calls) == (0 if compiled else 2)  # a hook would break the compiled graph
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("kernel", "operator"), [("FLASH_ATTENTION", "flash_attention"), ("MATH", "softmax")])
+def test_a_named_attention_kernel_is_pinned_also_in_a_compiled_graph(monkeypatch, compiled, kernel, operator):
+    """A CPU has two kernels, which stand for a GPU's."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), options=None):
+            seen.append(str(function))
+            return function(*args, **(options or {}))
+
+    def record(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    seen: list[str] = []
+    monkeypatch.setitem(KERNELS, "cudnn", SDPBackend.__members__[kernel])
+    network = GPT(tiny(attention="cudnn"))
+    if compiled:
+        network.compile(fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    with nullcontext() if compiled else Operators():
+        network(random_ids(), random_ids(seed=1))[1].backward()
+    found = {
+        name for name in ("flash_attention", "softmax") if any(name in each and "log" not in each for each in seen)
+    }
+    assert found == {operator}
+    torch._dynamo.reset()

@@ -49,13 +49,13 @@ def test_openais_weights_are_refused_for_a_size_that_is_not_downloaded(tmp_path)
         load_with(tmp_path, ("  model:    ", "  model: tiny #"), ("  start:    ", "  start: openai #"))
 
 
-def test_the_ladder_has_its_twelve_levels_in_order():
+def test_the_ladder_has_its_fourteen_levels_in_order():
     levels = params_yaml.load(PARAMS).levels
     seed = ["untied", "tied", "init", "fp32", "tf32", "bf16", "compile", "flash", "padded"]
-    added = ["fused", "chunked", "allocator"]
-    assert list(levels)[:12] == seed + added  # your own levels come after them
+    added = ["fused", "allocator", "autotune", "cuda_graphs", "chunked"]
+    assert list(levels)[:14] == seed + added  # your own levels come after them
     assert [levels[name].group for name in seed] == ["quality"] * 3 + ["speed"] * 6
-    off = {"fused_adamw": False, "chunked_loss": False, "allocator": "system"}
+    off = {"fused_adamw": False, "chunked_loss": False, "allocator": "system", "autotune": False, "cuda_graphs": False}
     assert all(levels[name].model_dump(include=set(off)) == off for name in seed)
 
 
@@ -152,6 +152,8 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
         ),
         ("  fp32: {}", "  fp32: 5", "levels.fp32 = 5: Input should be a valid dictionary"),
         ("defaults:", "default:", "defaults: this key is missing"),
+        ("autotune: false  #", "autotune: true  #", "{}: autotune = true: needs a compiled network: compile: true"),
+        ("  fp32: {}", "  fp32:\n    cuda_graphs: true", "levels.fp32.cuda_graphs = true: needs a compiled network"),
         ("seed: 1337", "seed: " + "9" * 5000, "{}: '99999999999999999999'... is longer than 1000 characters"),
         ("seed: 1337", "seed: " + "[" * 1500, "{}: maps and lists are nested more than 8 deep"),  # overflowed the stack
         ("seed: 1337", "seed: [" + "1," * 1000 + "1]", "{}: seed = [1, 1, 1"),

@@ -12,10 +12,12 @@ GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
 CORPUS = "data/input.txt"  # tiny Shakespeare
 CONTROL = "control"  # the benchmark's second arm of the baseline
 BASELINE = "fp32"  # the level that the trial is compared with
+NO_EFFECT = "no effect on this device"  # a level whose only change has none is neither trained nor measured
 MOST_STEPS = 2**31
 MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "small", "tiny"]
+Attention = Literal["eager", "flash", "cudnn", "efficient"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Tokens = Annotated[int, Field(gt=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -40,17 +42,25 @@ class Strict(BaseModel):
 
 
 class Switches(Strict):
-    """The switches of the ladder. The last two are not in Karpathy's video."""
+    """The switches of the ladder. Those after `fused_adamw` are not in Karpathy's video."""
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
-    attention: Literal["eager", "flash"]
+    attention: Attention
     vocab_size: Annotated[int, Field(ge=GPT2_VOCAB_SIZE)]
     fused_adamw: bool
     chunked_loss: bool
     allocator: Literal["system", "caching"]
+    autotune: bool
+    cuda_graphs: bool
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        for name in ("autotune", "cuda_graphs"):
+            require(self.compile or not getattr(self, name), name, "true", "needs a compiled network: compile: true")
+        return self
 
 
 class Level(Switches):
@@ -97,7 +107,7 @@ class GPTConfig(Size):
     vocab_size: Count = GPT2_VOCAB_SIZE
     tie_weights: bool = True
     init: Literal["pytorch", "gpt2"] = "gpt2"
-    attention: Literal["eager", "flash"] = "eager"
+    attention: Attention = "eager"
     chunked_loss: bool = False
     activation_checkpointing: bool = False
 

@@ -8,14 +8,17 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, GPTConfig
 
+KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}  # flash: torch's choice
 CHUNKS = 4  # parts of a chunked loss; each further chunk saves less memory and adds a sum over the head's gradient
 
 
@@ -60,8 +63,9 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # 3 x (B, H, T, D)
-        if self.attention == "flash":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D); builds no (T, T) matrix
+        if self.attention != "eager":
+            with sdpa_kernel(KERNELS[self.attention]) if self.attention in KERNELS else nullcontext():
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D); builds no (T, T) matrix
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
             scores = scores.masked_fill(self.future[:T, :T], float("-inf"))  # (B, H, T, T)

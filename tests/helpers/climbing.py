@@ -10,7 +10,7 @@ from pathlib import Path
 from dvc.utils.serialize import modify_yaml
 
 REPOSITORY = Path(__file__).parents[2]
-LEVELS = ("untied", "init", "fp32", "bf16", "allocator")  # two quality levels, baseline, cast, every switch at once
+LEVELS = ("untied", "init", "fp32", "bf16", "chunked")  # two quality levels, baseline, cast, every switch at once
 SECRET = "5ec2e7" * 7  # as long as a W&B key
 ADDRESS = f"https://user:{SECRET}@127.0.0.1:9/ladder.git"
 NO_SECRET = "a note in the environment that may be recorded"

@@ -29,6 +29,7 @@ TRAINED = {
     "compile_seconds": None,
     "compile_cache": None,
     "peak_memory_mib": 2048.0,
+    "peak_memory_reserved_mib": 2100.0,
     "micro_batch": 2,
     "attention_kernel": None,
     "float32_matmul_precision": "ieee",

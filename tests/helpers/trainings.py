@@ -25,7 +25,7 @@ def prepare(bpe_files: tuple[Path, Path]) -> Params:
     It takes 12 steps and saves a checkpoint after every second one.
     """
     write_json(ENVIRONMENT, {**environment.describe().model_dump(), "threads": 1})
-    write_json(PROBE, {"micro_batch": 2})
+    write_json(PROBE, {"micro_batch": 2, "without_effect": {}})
     for shard, seed in ((INPUTS.train, 0), (INPUTS.val, 1)):
         data.write_shard(shard, np.random.default_rng(seed).integers(0, 50257, 2000))
     link_encoding(bpe_files)

@@ -58,6 +58,10 @@ def test_live_storages_are_counted_once_until_they_are_freed():
     assert len(moved) in (3, 4)  # zeros may be recorded as empty and zero_
 
 
+def test_a_named_attention_kernel_needs_the_memory_of_flash():
+    assert gpt2_step(attention="cudnn").peak_bytes == gpt2_step(attention="flash").peak_bytes
+
+
 @pytest.mark.parametrize("attention", ["eager", "flash"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(

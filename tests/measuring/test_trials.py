@@ -93,6 +93,29 @@ def test_the_seconds_begin_after_the_warm_up(monkeypatch):
     assert sorted(events[: events.index("look")]) == sorted(2 * ["control", "fp32", "trial"])
 
 
+def test_a_trial_with_cuda_graphs_takes_three_steps_before_it_is_measured(monkeypatch):
+    def steps(*arguments: object) -> list[str]:
+        taken.append(arguments[-1])
+        return []
+
+    taken: list[object] = []
+    monkeypatch.setattr(trials.turns, "warm_up", steps)
+    monkeypatch.setattr(Arm, "step", lambda *_: 1.0)  # nothing is compiled
+    for changes in ({}, {"compile": True, "cuda_graphs": True}):
+        trials.measure(small(**changes), environment(threads=1), 2, batches(), 1e-9)
+    assert taken == [False, True]
+
+
+def test_a_switch_without_effect_is_not_measured(monkeypatch):
+    compiled: list[tuple[bool, ...]] = []
+    monkeypatch.setattr(trials.turns.runtime, "compile_model", lambda _, *options: compiled.append(options))
+    params = small(compile=True, autotune=True)
+    for device, expected in (("cpu", (False, False)), ("cuda", (True, False))):
+        monkeypatch.setattr(trials.devices, "open_device", lambda *_: torch.device("cpu"))
+        trials.build(params, environment(device=device, threads=1), 2, {"trial": params.switches})
+        assert compiled.pop() == expected
+
+
 def test_fp32_has_a_process_of_its_own_if_the_trial_has_set_the_allocator(monkeypatch):
     remote: set[str] = set()
     monkeypatch.setattr(trials.devices, "keep_freed_memory", lambda _: None)

@@ -155,3 +155,10 @@ def test_a_bare_matrix_product_is_timed_in_every_round(arms, no_training, monkey
     monkeypatch.setattr(turns, "matmul_tflops", lambda precision, device: {"fp32": 1.0, "bf16": 2.0}[precision])
     rounds = measure(arms, rounds=3, matmuls=("fp32", "bf16"))
     assert [each.matmul_tflops for each in rounds] == [{"fp32": 1.0, "bf16": 2.0}] * 3
+
+
+@pytest.mark.parametrize(("cuda_graphs", "steps"), [(False, 2), (True, 3)])
+def test_cuda_graphs_need_a_third_step_to_replay(monkeypatch, cuda_graphs, steps):
+    monkeypatch.setattr(Arm, "step", lambda *_: 1.0)
+    arms = [Arm(name, *[None] * 4) for name in "ab"]
+    assert sorted(turns.warm_up(arms, BATCHES[0], CPU, 0, cuda_graphs)) == sorted("ab" * steps)

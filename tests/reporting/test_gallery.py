@@ -108,6 +108,31 @@ def test_a_gain_over_another_level_than_the_one_before_is_not_shown():
     assert climb.cell("flash", "over_previous") == machines.NOT_MEASURED
 
 
+def test_a_level_without_effect_is_named_so_and_the_next_one_is_compared_with_the_level_above_it():
+    run = measurement(fp32=[300.0] * 6, bf16=[150.0] * 6)
+    skipped = {"tf32": {"note": "`precision: tf32` has no effect on this device: TF32 is a mode of NVIDIA GPUs"}}
+    climb = machines.Climb("x", parse(benchmark=run.model_dump(), levels=skipped))
+    assert climb.cell("tf32", "over_previous") == climb.cell("tf32", "step_ms") == "no effect"
+    assert climb.cell("bf16", "over_previous").startswith("2.00")
+    row = machines.level_part("bf16", [climb]).splitlines()[2]
+    assert "over `fp32`" in row
+    assert "300 → 150" in row
+    assert machines.level_part("tf32", [climb]) == "Not measured yet on any machine."
+
+
+def test_levels_that_were_measured_in_the_earlier_order_are_marked():
+    times = {"fp32": [300.0] * 6, "fused": [200.0] * 6, "chunked": [250.0] * 6, "allocator": [125.0] * 6}
+    earlier = machines.Climb("x", parse(benchmark=measurement(**times).model_dump()))
+    rows = {row[0]: row[-1] for row in machines.ladder_table([earlier], {})}
+    assert (rows["`chunked`"][:4], rows["`allocator`"][:4]) == ("0.80", "2.00")
+    assert {name for name, cell in rows.items() if cell.endswith("†")} == {"`chunked`", "`allocator`"}
+    assert "over `chunked` | 250 → 125 |" in machines.level_part("allocator", [earlier])
+    for names in (("fp32", "fused", "allocator", "chunked"), ("fp32", "fused", "chunked")):
+        now = measurement(**{name: times[name] for name in names})
+        rows = machines.ladder_table([machines.Climb("x", parse(benchmark=now.model_dump()))], {})
+        assert not [row for row in rows if row[-1].endswith("†")]
+
+
 def test_the_readers_own_peak_does_not_change_other_machines(monkeypatch):
     expected = machines.Climb("x", parse()).cell("fp32", "mfu")
     mine = machines.PARAMS.model_copy(update={"peak_tflops": Peaks(fp32=82.6, tf32=None, bf16=None)})

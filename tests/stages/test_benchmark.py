@@ -15,14 +15,32 @@ from helpers.common import REPOSITORY, environment, params_with
 from pipeline import PROFILE, TRACES, benchmark
 
 
-def test_the_allocator_level_is_measured_in_its_own_process_only_on_a_cpu():
+def test_levels_that_keep_freed_memory_are_measured_in_another_process_only_on_a_cpu():
     params, device = params_with(model="tiny"), torch.device("cpu")
-    levels = {name: params.levels[name] for name in ("chunked", "allocator")}
+    levels = {name: params.levels[name] for name in ("fused", "allocator", "chunked")}
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # never started: it gets no work
-        for kind, arm_types in (("cpu", [Arm, RemoteArm]), ("cuda", [Arm, Arm])):
+        for kind, arm_types in (("cpu", [Arm, RemoteArm, RemoteArm]), ("cuda", [Arm, Arm, Arm])):
             arms = benchmark.place_arms(params, levels, environment(device=kind), device, 2, process)
-            assert [arm.name for arm in arms] == ["chunked", "allocator"]
+            assert [arm.name for arm in arms] == list(levels)
             assert [type(arm) for arm in arms] == arm_types
+
+
+def test_the_arms_of_the_other_process_share_their_weights(monkeypatch):
+    params = params_with(model="tiny")
+    levels = {name: params.levels[name] for name in ("fp32", "allocator", "chunked")}
+    monkeypatch.setattr(benchmark, "read_levels", lambda: (levels, 2))
+    monkeypatch.setattr(benchmark, "read_environment", environment)
+    monkeypatch.setattr(benchmark.params_yaml, "load", lambda: params)
+    kept = []
+    monkeypatch.setattr(benchmark.devices, "keep_freed_memory", kept.append)
+    arms = [benchmark.open_arm(name) for name in ("allocator", "chunked", "allocator")]
+    benchmark._open_arms.cache_clear()
+    assert [(arm.name, arm.model.config.chunked_loss) for arm in arms[:2]] == [("allocator", False), ("chunked", True)]
+    assert arms[0] is arms[2]
+    assert arms[0].model.wte.weight is arms[1].model.wte.weight
+    assert len(kept) == 1
+    with pytest.raises(KeyError):
+        benchmark.open_arm("fp32")
 
 
 def test_each_level_but_the_control_is_profiled_and_leaves_a_trace(tmp_path, monkeypatch):

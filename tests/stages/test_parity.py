@@ -20,7 +20,8 @@ def metrics_of(level: str) -> Path:
 def two_trained(tmp_path, monkeypatch):
     """A folder in which 8 devices have trained fp32, with two rows at a time, and bf16, with one."""
     monkeypatch.chdir(tmp_path)
-    params, machine = params_with(), environment()
+    params, machine = params_with(), environment(device="cuda")
+    params.levels["bf16"] = params.levels["bf16"].model_copy(update={"allocator": "caching"})
     monkeypatch.setattr(params_yaml, "load", lambda: params)
     write_json(ENVIRONMENT, machine.model_dump())
     same = {"environment": machine.fingerprint, "devices": 8, "float32_matmul_precision": "ieee"}
@@ -37,8 +38,24 @@ def test_all_levels_are_measured_with_the_smallest_micro_batch(two_trained):
     assert json.loads(Path("results/parity.json").read_text())["micro_batch"] == 1
 
 
+def test_the_benchmark_gets_the_switches_that_have_an_effect_here(two_trained):
+    parity.main()
+    switches = json.loads(Path("results/parity.json").read_text())["levels"]["bf16"]["switches"]
+    assert (switches["precision"], switches["allocator"]) == ("bf16", "system")
+
+
+@pytest.mark.parametrize(("micro_batch", "measured"), [(2, ["fp32", "bf16", "cuda_graphs"]), (1, ["fp32", "bf16"])])
+def test_cuda_graphs_are_not_measured_if_the_benchmark_splits_its_batches(two_trained, micro_batch, measured):
+    for name in ("fp32", "bf16", "cuda_graphs"):
+        row = {**json.loads(metrics_of(name).read_text()), "status": "trained", "micro_batch": micro_batch}
+        write_json(metrics_of(name), row)
+    parity.main()
+    levels = json.loads(Path("results/parity.json").read_text())["levels"]
+    assert list(levels) == measured
+
+
 def test_losses_of_different_numbers_of_devices_or_machines_are_not_compared(two_trained):
-    other = environment(threads=4).fingerprint
+    other = environment(device="cuda", threads=4).fingerprint
     for change, message in (
         ({"devices": 1}, "trained on different numbers of devices: fp32 on 8, bf16 on 1; run `dvc repro`"),
         ({"environment": other}, f"the results of bf16 are from environment {other}"),

@@ -83,7 +83,7 @@ def test_bits_per_byte_count_the_bytes_of_the_predicted_tokens(clone, encoding):
     tokens = [json.loads((clone / f"data/{name}.json").read_text())["tokens"] for name in ("train", "val")]
     assert tokens == [301_966, 36_059]  # as in nanoGPT
     predicted = np.fromfile(clone / "data/val.bin", dtype="<u2")[1 : 512 + 1].tolist()
-    for name in ("trial", "levels/allocator"):
+    for name in ("trial", "levels/chunked"):
         result = read_metrics(clone, name)
         bits = result["val_loss"] / math.log(2) * 512
         assert result["bits_per_byte"] == pytest.approx(bits / len(encoding.decode_bytes(predicted)))
@@ -216,7 +216,7 @@ def test_the_page_with_dvcs_plots_loads_nothing_from_a_server(clone):
     page = (clone / "dvc_plots/index.html").read_text()
     assert 'src="http' not in page
     assert "vegaEmbed" in page
-    assert '"level": "allocator"' in page
+    assert '"level": "chunked"' in page
     assert call(clone, "git", "status", "--porcelain") == ""
 
 

@@ -2,22 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import UserError
+from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.following import follow
-from gpt2_ladder.training import data, metrics
+from gpt2_ladder.training import data, devices, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
 from helpers.trainings import train
-from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit
+from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, probe
 from pipeline import train as train_stage
 
 
@@ -46,17 +47,26 @@ def test_epochs_seen_counts_the_passes_of_the_loader(params, monkeypatch, tokens
     assert loaders[0].position == {"epoch": epochs, "batch": 0}
 
 
-def test_tf32_is_set_and_changes_no_loss_on_a_cpu(params):
+def test_a_level_whose_change_has_no_effect_here_is_not_trained(params, monkeypatch):
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
+    probe.main()
+    train_stage.main("tf32")
+    result = json.loads(Path("results/levels/tf32/metrics.json").read_text())
+    reason = "`precision: tf32` has no effect on this device: TF32 is a mode of NVIDIA GPUs"
+    assert (result["status"], result["reason"], result["loss_last"]) == ("skipped", reason, None)
+    train_stage.main("fp32")
+    assert json.loads(Path("results/levels/fp32/metrics.json").read_text())["status"] == "trained"
+
+
+def test_a_training_leaves_out_a_switch_without_effect_and_notes_it(params):
     results = {}
-    for name in ("fp32", "tf32"):
-        train(params, name, Path(name))
+    for name, precision in (("plain", "fp32"), ("own", "tf32")):
+        train(params.model_copy(update={"precision": precision}), folder=Path(name))
         results[name] = json.loads(Path(name, "metrics.json").read_text())
-    assert {name: result["float32_matmul_precision"] for name, result in results.items()} == {
-        "fp32": "ieee",
-        "tf32": "tf32",
-    }
-    assert results["tf32"]["note"]
-    assert results["tf32"]["loss_last"] == results["fp32"]["loss_last"]
+    assert results["own"]["note"].startswith("`precision: tf32` has no effect on this device")
+    assert results["plain"]["note"] is None
+    for key in ("float32_matmul_precision", "loss_last"):
+        assert results["own"][key] == results["plain"][key]
 
 
 def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params):
@@ -68,6 +78,35 @@ def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params)
     assert (whole["micro_batch"], halved["micro_batch"]) == (2, 1)
     assert halved["loss_last"] == pytest.approx(whole["loss_last"], abs=1e-4)
     assert halved["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+
+
+def test_a_training_with_cuda_graphs_is_not_continued_with_half_the_rows(params, monkeypatch):
+    monkeypatch.setattr(devices, "without_effect", lambda *_: {})  # as on a GPU
+    params.levels["fp32"] = params.levels["fp32"].model_copy(update={"cuda_graphs": True})  # not compiled: a CPU's test
+    with Capped(float("inf")) as memory:
+        train(params, "fp32", Path("whole"))
+    with (
+        Capped(memory.peak - 2**20),
+        pytest.raises(UserError, match=r"with 2 rows at a time .* set cuda_graphs: false"),
+    ):
+        train(params, "fp32", Path("stopped"))
+    assert not Path("stopped/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_step", "count", "micro_batch", "parts"),
+    [(None, 1, 2, 1), (None, 1, 1, 2), (64, 1, 2, 2), (64, 2, 2, 1)],
+)
+def test_a_device_trains_its_rows_of_a_step_in_parts(params, tokens_per_step, count, micro_batch, parts):
+    job = train_stage.make_job(params, "fp32")  # 2 x 16 tokens
+    job = replace(job, recipe=Recipe(tokens_per_step=tokens_per_step), devices=count)
+    assert job.micro_batches(micro_batch) == parts
+
+
+def test_a_training_with_an_attention_kernel_that_the_device_lacks_is_refused(params):
+    with pytest.raises(UserError, match=r"attention: efficient, but torch has no efficient kernel .* on a CPU: set"):
+        train(params.model_copy(update={"attention": "efficient"}))
+    assert not Path("results/metrics.json").exists()
 
 
 def test_a_training_that_cannot_continue_leaves_no_result(params):

@@ -13,8 +13,9 @@ from gpt2_ladder.measuring import trials
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
 from gpt2_ladder.sources import downloads, hub_format
-from gpt2_ladder.training import data
+from gpt2_ladder.training import data, metrics
 from helpers import trainings
+from helpers.common import environment
 from pipeline import ENVIRONMENT, TRIAL, TRIAL_FACTS, read_json, trial
 
 NUMBERS = ["gain", "low", "high", "loss_apart", "loss", "val"]
@@ -55,6 +56,28 @@ def test_without_seconds_only_the_losses_are_compared(run):
     assert numbers["loss"] == facts["loss_last"] > 0
     assert (facts["not_measured"], facts["measurement"]) == ("trial.cpu.seconds is 0", None)
     assert facts["not_compared"] == "other losses are expected with init"
+
+
+def test_a_trial_whose_change_has_no_effect_here_is_compared_but_not_measured(run):
+    numbers, facts = run(600, precision="tf32")
+    assert (facts["status"], facts["changes"], numbers["loss_apart"]) == ("trained", {"precision": "tf32"}, 0.0)
+    assert (numbers["gain"], facts["measurement"]) == (None, None)
+    assert facts["not_measured"].startswith("`precision: tf32` has no effect on this device: TF32 is a mode")
+
+
+def test_a_trial_that_splits_its_batches_is_measured_without_cuda_graphs(params, monkeypatch):
+    changes = {"compile": True, "cuda_graphs": True, "recipe": Recipe().model_dump()}
+    graphs = Params.model_validate(params.model_dump() | changes)
+    for folder in (trial.FOLDER, Path("results/levels/fp32")):
+        files.write(folder / "steps.csv", metrics.HEADER)
+    measured: list[bool] = []
+    monkeypatch.setattr(trials, "measure", lambda own, *_: measured.append(own.cuda_graphs))
+    monkeypatch.setattr(trials, "judge", lambda _: {"gain": None})
+    for rows in (2, 1):
+        facts = {"status": "trained", "reason": None, "micro_batch": rows, "loss_last": 1.0, "val_loss": 1.0}
+        write_json(trial.METRICS, facts)
+        trial.conclude(graphs, environment(device="cuda"))
+    assert measured == [True, False]
 
 
 def test_a_skipped_trial_has_six_empty_numbers_and_a_reason(run):

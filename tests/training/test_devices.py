@@ -14,7 +14,7 @@ from gpt2_ladder.config import Switches, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.training import devices, runtime
 from helpers import processes
-from helpers.common import REPOSITORY, environment
+from helpers.common import REPOSITORY, environment, tiny
 from pipeline import ENVIRONMENT, TRIAL, read_environment
 from pipeline import environment as environment_stage
 
@@ -44,7 +44,6 @@ def test_the_caching_allocator_needs_glibc_on_a_cpu(monkeypatch):
     monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
     assert "needs glibc" in (devices.why_skipped(caching, environment(), False) or "")
     assert devices.why_skipped(caching, environment(device="cuda"), False) is None
-    assert "torch always caches a GPU's memory" in (devices.note_for(caching, environment(device="cuda")) or "")
     assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
 
 
@@ -110,6 +109,61 @@ def test_kept_memory_causes_no_page_faults():
     assert system > 200_000 > 1_000 > caching  # 100 MiB are 25,600 pages of 4 KiB
 
 
+OLD_GPU = environment(device="cuda", bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "machine", "reason"),
+    [
+        ("precision", "tf32", environment(), "TF32 is a mode of NVIDIA GPUs"),
+        ("precision", "tf32", OLD_GPU, "this GPU has no TF32"),
+        ("precision", "tf32", environment(device="cuda"), None),
+        ("precision", "bf16", environment(), None),
+        ("allocator", "caching", environment(device="cuda"), "torch always keeps a GPU's freed memory"),
+        ("allocator", "caching", environment(), None),
+        ("autotune", True, environment(), "it chooses between kernels for GPUs"),
+        ("autotune", True, environment(device="cuda"), None),
+        ("cuda_graphs", True, environment(), "a CPU has no CUDA graphs"),
+        ("cuda_graphs", True, environment(device="cuda"), None),
+    ],
+)
+def test_a_switch_without_effect_on_a_device_is_left_out_with_a_reason(name, value, machine, reason):
+    chosen = switches(**{"compile": True, name: value})
+    reasons = devices.without_effect(chosen, machine)
+    assert devices.effective(chosen, machine) == (switches(compile=True) if reason else chosen)
+    if reason:
+        assert reasons[name].startswith(f"`{name}: {str(value).lower()}` has no effect on this device: {reason}")
+    else:
+        assert reasons == {}
+
+
+def test_only_a_speed_level_that_would_repeat_the_level_above_is_without_effect():
+    levels = params_yaml.load(REPOSITORY / "params.yaml").levels
+    assert list(devices.rows_without_effect(levels, environment())) == ["tf32", "autotune", "cuda_graphs"]
+    assert list(devices.rows_without_effect(levels, environment(device="cuda"))) == ["allocator"]
+    assert list(devices.rows_without_effect(levels, OLD_GPU)) == ["tf32", "allocator"]
+    plain = levels["fp32"]
+    own = {
+        "fp32": plain,
+        "two": plain.model_copy(update={"precision": "tf32", "attention": "flash"}),  # one of its changes acts
+        "back": plain.model_copy(update={"attention": "flash"}),  # takes back a switch that does not act
+        "same": plain.model_copy(update={"attention": "flash"}),  # changes nothing: trained, as its row asks
+    }
+    assert list(devices.rows_without_effect(own, environment())) == ["back"]
+    quality = {name: level.model_copy(update={"group": "quality"}) for name, level in own.items()}
+    assert devices.rows_without_effect(quality, environment()) == {}
+
+
+def test_cuda_graphs_are_left_out_of_all_levels_if_a_step_has_several_micro_batches():
+    levels, gpu = params_yaml.load(REPOSITORY / "params.yaml").levels, environment(device="cuda")
+    reason = "`cuda_graphs: true` is left out: a step has 2 micro-batches, and torch may keep the gradient of only one"
+    rows = devices.rows_without_effect(levels, gpu, 2)
+    assert list(rows) == ["allocator", "cuda_graphs"]
+    assert rows["cuda_graphs"].startswith(reason)
+    assert reason in (devices.note_for(levels["chunked"], gpu, 2) or "")
+    assert [devices.effective(levels["chunked"], gpu, parts).cuda_graphs for parts in (1, 2)] == [True, False]
+
+
 def test_a_switch_without_effect_or_without_hardware_gets_a_note():
     assert "no effect" in (devices.note_for(switches(precision="tf32"), environment()) or "")
     assert "emulated" in (devices.note_for(switches(precision="bf16"), environment(bf16=False)) or "")
@@ -133,6 +187,7 @@ def test_free_and_peak_memory_are_in_bytes_and_mib():
     before = devices.peak_memory_mib(CPU)
     torch.ones(int(before + 100) * 2**20, dtype=torch.uint8)
     assert before + 100 <= devices.peak_memory_mib(CPU) < 3 * (before + 100)
+    assert devices.peak_memory_mib(CPU, reserved=True) == devices.peak_memory_mib(CPU)
 
 
 def test_opening_a_device_seeds_the_random_generator():
@@ -179,22 +234,55 @@ def test_the_error_of_a_cpu_that_runs_out_of_memory_is_recognized():
 
 
 def test_the_reported_attention_kernel_is_the_one_that_torch_chooses():
-    q = torch.empty(2, 2, 16, 8, requires_grad=True)
-    assert devices.attention_kernel(q) == "FLASH_ATTENTION"
+    flash = tiny(attention="flash")
+    assert devices.attention_kernel(flash, "fp32", 2, 16, CPU) == "FLASH_ATTENTION"
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
-        assert devices.attention_kernel(q) == "MATH"
+        assert devices.attention_kernel(flash, "fp32", 2, 16, CPU) == "MATH"
+    assert devices.attention_kernel(tiny(), "fp32", 2, 16, CPU) is None
 
 
-def test_the_math_kernel_is_refused_on_a_gpu(monkeypatch):
-    class OnGpu:
-        device, shape, dtype = torch.device("cuda"), (16, 12, 1024, 64), torch.bfloat16
-
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that sets what torch chooses on a GPU that does not exist."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla X")
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 1)
-    assert devices.attention_kernel(OnGpu()) == "FLASH_ATTENTION"
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 0)
-    with pytest.raises(UserError, match=r"only its math kernel for \(16, 12, 1024, 64\) in torch.bfloat16 on Tesla X"):
-        devices.attention_kernel(OnGpu())
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    return lambda number: monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: number)
+
+
+@pytest.mark.parametrize(
+    ("attention", "choice", "kernel"),
+    [
+        ("flash", 1, "FLASH_ATTENTION"),
+        ("flash", 3, "CUDNN_ATTENTION"),
+        ("cudnn", 3, "CUDNN_ATTENTION"),
+        ("efficient", 2, "EFFICIENT_ATTENTION"),
+        (
+            "flash",
+            0,
+            r"attention: flash, but torch has only its math kernel for \(16, 2, 1024, 8\) in torch.bfloat16 on Te",
+        ),
+        (
+            "cudnn",
+            -1,
+            r"attention: cudnn, but torch has no cudnn kernel for .* on Tesla X: set attention: flash, torch's",
+        ),
+    ],
+)
+def test_a_gpus_attention_kernel_is_recorded_or_refused(choose, attention, choice, kernel):
+    choose(choice)
+    refused = " " in kernel
+    with pytest.raises(UserError, match=kernel) if refused else nullcontext():
+        found = devices.attention_kernel(tiny(attention=attention), "bf16", 16, 1024, torch.device("cuda"))
+    assert refused or found == kernel
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "efficient"])
+def test_a_cpu_refuses_a_kernel_of_a_gpu(attention):
+    message = (
+        rf"attention: {attention}, but torch has no {attention} kernel for \(2, 2, 16, 8\) in torch.float32 on a CPU"
+    )
+    with pytest.raises(UserError, match=message):
+        devices.attention_kernel(tiny(attention=attention), "fp32", 2, 16, CPU)
 
 
 @pytest.mark.parametrize(

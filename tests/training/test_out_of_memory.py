@@ -59,6 +59,19 @@ def assert_same(result, expected) -> None:
     torch.testing.assert_close(result[1], expected[1], rtol=0, atol=1e-4)
 
 
+def test_a_step_that_must_not_be_split_ends_the_training():
+    def step(rows: int) -> None:
+        tried.append(rows)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried: list[int] = []
+    with pytest.raises(
+        UserError, match=r"out of memory with 8 rows at a time .*; set cuda_graphs: false, or a smaller"
+    ):
+        loop.within_memory(step, 8, CPU, may_halve=False)
+    assert tried == [8]
+
+
 @pytest.mark.parametrize("micro_batch", [4, 3, 1])
 def test_accumulated_gradients_train_like_the_whole_batch(micro_batch):
     parts = train(micro_batch=micro_batch)
@@ -164,6 +177,12 @@ def test_the_probe_does_not_try_a_step_that_is_predicted_not_to_fit(monkeypatch)
 
 
 @pytest.mark.slow
+def test_the_probe_refuses_an_attention_kernel_that_the_device_lacks():
+    levels = {"mine": LEVELS["fp32"].model_copy(update={"attention": "cudnn"})}
+    with pytest.raises(UserError, match=r"attention: cudnn, but torch has no cudnn kernel .* on a CPU"):
+        probe.find_micro_batch(tiny_params(), levels, CPU)
+
+
 def test_a_failed_probe_reports_the_block_size_that_would_fit(monkeypatch):
     for free, fix in (
         (need(1, 32), "set machines.cpu.block_size: 32, which fits"),

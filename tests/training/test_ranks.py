@@ -53,7 +53,7 @@ def prepare(folder: Path, bpe_files: tuple[Path, Path]) -> Params:
     """Prepare `folder` for a trial on two ranks of 8 rows a step; a rank takes its four rows one by one."""
     with contextlib.chdir(folder):
         document = trainings.prepare(bpe_files).model_dump()
-        write_json(PROBE, {"micro_batch": 1})
+        write_json(PROBE, {"micro_batch": 1, "without_effect": {}})
     document["devices"] = 2
     document["machines"]["cpu"] |= {"batch_size": 4, "steps": STEPS, "eval_tokens": 128}
     document["recipe"]["tokens_per_step"] = 128

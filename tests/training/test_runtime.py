@@ -1,5 +1,7 @@
 """Precision and compilation act as their names say."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -34,6 +36,21 @@ def test_a_precision_sets_matmul_mode_and_dtype_after_any_other(before, precisio
 def test_an_unknown_precision_is_refused():
     with pytest.raises(KeyError, match="fp8"):
         runtime.set_precision("fp8", CPU)
+
+
+@pytest.mark.parametrize(
+    ("switches", "options"),
+    [
+        ({}, None),
+        ({"autotune": True}, {"max_autotune": True, "triton.cudagraphs": False}),
+        ({"autotune": True, "cuda_graphs": True}, {"max_autotune": True, "triton.cudagraphs": True}),
+    ],
+)
+def test_each_switch_of_the_compiler_is_one_option_that_torch_knows(switches, options):
+    network = torch.nn.Linear(2, 2)
+    with mock.patch.object(network, "compile", wraps=network.compile) as compiling:
+        runtime.compile_model(network, **switches)  # torch refuses an unknown option
+    compiling.assert_called_once_with(dynamic=False, fullgraph=True, options=options)
 
 
 @pytest.mark.slow

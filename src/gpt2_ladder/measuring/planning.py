@@ -95,6 +95,8 @@ def trace_step(
     If `cuda`, trace the step as it runs on an NVIDIA GPU: AdamW updates all parameters at once and needs a temporary
     copy of them. Raise UserError if the step needs more than LARGEST bytes.
     """
+    if config.attention != "eager":
+        config = config.model_copy(update={"attention": "flash"})  # a CPU lacks the named kernels
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:

@@ -58,7 +58,7 @@ def measure(
     there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = [here.get(name) or RemoteArm(name, process, there) for name in levels]
-        for name in turns.warm_up(arms, batches[0], device, params.seed):
+        for name in turns.warm_up(arms, batches[0], device, params.seed, params.cuda_graphs):
             print(f"trial: warming up {name}", flush=True)
         print(f"trial: measuring for {seconds:g} s", flush=True)
         start = time.perf_counter()
@@ -76,7 +76,8 @@ def build(params: Params, environment: Environment, micro_batch: int, levels: Ma
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     if any(devices.needs_own_process(switches, environment) for switches in levels.values()):
         devices.keep_freed_memory(device)
-    return {arm.name: arm for arm in turns.build_arms(params, levels, device, micro_batch)}
+    acting = {name: devices.effective(switches, environment) for name, switches in levels.items()}
+    return {arm.name: arm for arm in turns.build_arms(params, acting, device, micro_batch)}
 
 
 def follow_recipe(arm: Arm, params: Params) -> Arm:

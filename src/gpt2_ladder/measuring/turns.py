@@ -50,7 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class RemoteArm:
-    """An arm in its own process, because one of its switches, the allocator, applies to a whole process."""
+    """An arm in another process, because one of its switches, the allocator, applies to a whole process."""
 
     name: str
     process: ProcessPoolExecutor  # with one worker
@@ -105,17 +105,20 @@ def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.dev
     for name, switches in levels.items():
         model, optimizer = weights.build(params.gpt(switches), switches.fused_adamw)
         if switches.compile:
-            runtime.compile_model(model)
+            runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
         arms.append(Arm(name, model, optimizer, switches.precision, micro_batch))
     return arms
 
 
 def warm_up(
-    arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, steps: int = 2
+    arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, cuda_graphs: bool = False
 ) -> Iterator[str]:
-    """Take `steps` untimed steps of every arm, in random order. Yield the arm's name before each step."""
+    """Take two untimed steps of every arm, in random order. Yield the arm's name before each step.
+
+    With `cuda_graphs`, take three: the first runs a network, the second records its graphs, the third replays them.
+    """
     generator = random.Random(seed)
-    for _ in range(steps):
+    for _ in range(3 if cuda_graphs else 2):
         for arm in generator.sample(arms, len(arms)):
             yield arm.name
             arm.run(Arm.step, batch, device)

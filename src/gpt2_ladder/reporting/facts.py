@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from gpt2_ladder.config import Environment
+from gpt2_ladder.config import NO_EFFECT, Environment
 from gpt2_ladder.measuring.cost import KNOWN_PEAKS
 from gpt2_ladder.measuring.gains import NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
@@ -26,7 +26,7 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
 )
 templates.filters["gain_cell"] = gain_cell
-templates.globals["table"] = markdown_table
+templates.globals |= {"table": markdown_table, "no_effect": NO_EFFECT}
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:

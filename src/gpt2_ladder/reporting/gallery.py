@@ -26,6 +26,7 @@ class Training(Strict):
     val_loss: float | None = None
     loss_difference: float | None = None  # the largest difference to the baseline's losses, in nats
     peak_memory_mib: float | None = None
+    peak_memory_reserved_mib: float | None = None
     compile_seconds: float | None = None
     compile_cache: str | None = None  # "cold" or "warm"
     attention_kernel: str | None = None

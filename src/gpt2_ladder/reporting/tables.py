@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpt2_ladder.config import Level, Switches
+from gpt2_ladder.config import NO_EFFECT, Level, Switches
 from gpt2_ladder.measuring.gains import NO_GAIN, Gain, Measurement
 
 Metrics = Mapping[str, Any]
@@ -38,11 +38,13 @@ def training_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], 
 
 
 def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gains: Metrics, parity: Metrics) -> Table:
-    """Return one row per speed level with gains, throughput and memory; a skipped level has dashes."""
+    """Return one row per speed level with gains, throughput and memory; a skipped level has dashes or NO_EFFECT."""
     rows: list[dict[str, str]] = []
     for name, change in _changes(levels).items():
         if levels[name].group == "speed":
             rows.append({"level": name, "switch that changes": change})
+            if NO_EFFECT in (results[name]["reason"] or ""):
+                rows[-1]["over the previous level"] = NO_EFFECT
         if gain := gains["levels"].get(name):
             result, difference = results[name], f"{parity['levels'][name]['largest']:.4f}"
             share = gain.get("mfu_of_product")  # older results have none

@@ -1,5 +1,6 @@
 """Describe one training: what to train, and where its results go."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,3 +23,7 @@ class Job:
     def tokens_per_step(self) -> int:
         """The number of tokens whose gradients are summed for one step."""
         return self.recipe.tokens_per_step or self.shape.batch_size * self.shape.block_size
+
+    def micro_batches(self, micro_batch: int) -> int:
+        """Return in how many parts of `micro_batch` rows each device trains its rows of one step."""
+        return math.ceil(self.tokens_per_step / self.shape.block_size / self.devices / micro_batch)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
@@ -57,14 +58,18 @@ def run(
     micro_batch: int,
     keep: Callable[[GPT], None] = lambda model: None,
     start: Start | None = None,
+    reason: str | None = None,
 ) -> bool:
     """Train `job` from `start`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
-    On each device, `micro_batch` rows of a batch go through the network at a time. If this machine cannot train `job`,
-    write both files without numbers, with the reason in metrics.json, and return False.
+    On each device, `micro_batch` rows of a batch go through the network at a time. Switches that devices.without_effect
+    names are left out, with a note. If there is a `reason` not to train `job`, or this machine cannot train
+    it, write both files without numbers, with the reason in metrics.json, and return False.
     """
-    reason = devices.why_skipped(job.switches, environment, params.run_slow_levels)
-    note = devices.note_for(job.switches, environment)
+    reason = reason or devices.why_skipped(job.switches, environment, params.run_slow_levels)
+    parts = job.micro_batches(micro_batch)
+    note = None if reason else devices.note_for(job.switches, environment, parts)
+    job = replace(job, switches=devices.effective(job.switches, environment, parts))
     result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
     result |= {"environment": environment.fingerprint, "devices": job.devices}
     result |= {"start_sha256": start.sha256} if start else {}
@@ -124,7 +129,7 @@ def skip(job: Job, result: Mapping[str, Any]) -> None:
 def build(job: Job, params: Params, environment: Environment, micro_batch: int) -> Built:
     """Open the device (each rank opens its own) and build the network and its optimizer on it.
 
-    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or if there is no flash kernel.
+    Raise UserError if weights, gradients and AdamW's state do not fit into memory, or without attention's kernel.
     """
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     if job.devices > 1:
@@ -136,14 +141,10 @@ def build(job: Job, params: Params, environment: Environment, micro_batch: int) 
     devices.check_memory(device, need, f"training {params.model} with vocab_size {switches.vocab_size}")
     model = GPT(config, params.seed).to(device)
     if switches.compile:
-        runtime.compile_model(model)
+        runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
     size, fused = params.size, switches.fused_adamw
     optimizer = loop.make_optimizer(model, size.learning_rate, params.optimizer, fused, job.recipe.decay)
-    kernel = None
-    if switches.attention == "flash":
-        shape = (micro_batch, size.n_head, job.shape.block_size, size.n_embd // size.n_head)  # (B, H, T, D)
-        dtype = runtime.PRECISIONS[switches.precision].dtype
-        kernel = devices.attention_kernel(torch.empty(shape, dtype=dtype, device=device, requires_grad=True))
+    kernel = devices.attention_kernel(config, switches.precision, micro_batch, job.shape.block_size, device)
     return Built(device, model, optimizer, runtime.set_precision(switches.precision, device), kernel)
 
 
@@ -204,6 +205,7 @@ def _train(
         learning_rate=rate,
         clip_norm=job.recipe.clip_norm,
         settle=used,
+        may_halve=not job.switches.cuda_graphs,
     )
 
 
@@ -234,7 +236,7 @@ def _summarize(
     shape, compiled = job.shape, job.switches.compile
     step_ms = metrics.median_step_ms(steps, shape.warmup_steps)
     # of the device that needed most, and read before validation, which would add to it
-    peak_memory_mib = max(ranks.gather(devices.peak_memory_mib(built.device)))
+    allocated, reserved = (max(ranks.gather(devices.peak_memory_mib(built.device, kind))) for kind in (False, True))
     batches, text_bytes = validation
     if course.best:
         copy_weights(built.model, course.best)
@@ -250,7 +252,8 @@ def _summarize(
         "tokens_per_second": metrics.tokens_per_second(job.tokens_per_step, step_ms),
         "compile_seconds": metrics.compile_seconds(steps, shape.warmup_steps) if compiled else None,
         "compile_cache": runtime.compile_cache() if compiled else None,
-        "peak_memory_mib": peak_memory_mib,
+        "peak_memory_mib": allocated,
+        "peak_memory_reserved_mib": reserved,
         "micro_batch": steps[-1].micro_batch,
         "attention_kernel": built.attention_kernel,
         "float32_matmul_precision": runtime.float32_matmul_precision(),

@@ -6,18 +6,26 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import TypeVar
 
 import psutil
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
-from gpt2_ladder.config import Environment, Switches, UserError
+from gpt2_ladder.config import NO_EFFECT, Environment, GPTConfig, Level, Switches, UserError
+from gpt2_ladder.model import KERNELS
 from gpt2_ladder.training.runtime import DEFAULT, PRECISIONS, set_precision
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # the ids of a batch and the ids that follow, int64 (B, T) each
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
 PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}  # keep two cores busy for 0.05 to 0.1 s, an H100 for 1 to 22 ms
+# the values of switches that stand for "without this switch"
+OFF = {"precision": "fp32", "allocator": "system", "autotune": False, "cuda_graphs": False}
+AnySwitches = TypeVar("AnySwitches", bound=Switches)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
 
@@ -143,10 +151,13 @@ def send(batch: Batch, device: torch.device) -> Batch:
     return batch[0].pin_memory().to(device, non_blocking=True), batch[1].pin_memory().to(device, non_blocking=True)
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the peak memory in MiB: of torch's allocator on a GPU, of the whole process on a CPU."""
+def peak_memory_mib(device: torch.device, reserved: bool = False) -> float:
+    """Return the peak memory in MiB: of torch's allocator on a GPU, of the whole process on a CPU.
+
+    If `reserved`, it is what the allocator holds, since the replay of a CUDA graph allocates nothing.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated)(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
 
@@ -200,20 +211,27 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def attention_kernel(q: torch.Tensor) -> str:
-    """Return the kernel of causal `scaled_dot_product_attention` for q, k and v like `q`, (B, H, T, D).
+def attention_kernel(config: GPTConfig, precision: str, rows: int, block_size: int, device: torch.device) -> str | None:
+    """Return the kernel of attention for (rows, block_size) ids, a name in torch.nn.attention.SDPBackend; eager: None.
 
-    It is a name in torch.nn.attention.SDPBackend. Raise UserError if a GPU would use the math kernel, which writes the
-    (B, H, T, T) matrix as `eager` does.
+    Raise UserError if the device lacks the kernel that `config` names, or if a GPU would use the math kernel, which
+    writes the (B, H, T, T) matrix as `eager` does.
     """
-    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
-    if kernel == "MATH" and q.device.type == "cuda":
-        raise UserError(
-            f"attention: flash, but torch has only its math kernel for {tuple(q.shape)} in {q.dtype} on "
-            f"{torch.cuda.get_device_name(q.device)}: set attention: eager in params.yaml, "
-            "or enable a kernel with torch.backends.cuda"
-        )
-    return kernel
+    if config.attention == "eager":
+        return None
+    shape, dtype = (rows, config.n_head, block_size, config.n_embd // config.n_head), PRECISIONS[precision].dtype
+    q, named = torch.empty(shape, dtype=dtype, device=device, requires_grad=True), KERNELS.get(config.attention)
+    try:
+        with sdpa_kernel(named) if named else nullcontext():
+            kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    except RuntimeError:  # the named kernel cannot compute this
+        kernel = "ERROR"
+    if kernel != "ERROR" and not (kernel == "MATH" and device.type == "cuda"):
+        return kernel
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    lacks = f"torch has no {config.attention} kernel" if named else "torch has only its math kernel"
+    fix = "set attention: flash, torch's own choice" if named else "set attention: eager"
+    raise UserError(f"attention: {config.attention}, but {lacks} for {shape} in {dtype} on {place}: {fix}")
 
 
 def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
@@ -269,16 +287,46 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
     return None if run_slow_levels else slow
 
 
-def note_for(switches: Switches, environment: Environment) -> str | None:
-    """Return a note for the report if a switch has no effect or is slow on this machine, or None."""
-    notes = []
-    precision = PRECISIONS[switches.precision]
-    if precision.tf32 and environment.device != "cuda":
-        notes.append("TF32 is a mode of NVIDIA GPUs: the switch has no effect here")
-    elif precision.tf32 and not environment.bf16:
-        notes.append("this GPU has no TF32, which needs compute capability 8.0: the switch has no effect here")
-    elif precision.autocast and not environment.bf16:
+def without_effect(switches: Switches, environment: Environment, micro_batches: int = 1) -> dict[str, str]:
+    """Return the switches that do nothing here, and CUDA graphs if they lose gradients, each with the reason."""
+    cuda, reasons = environment.device == "cuda", dict[str, str]()
+    if PRECISIONS[switches.precision].tf32 and not (cuda and environment.bf16):
+        too_old = "this GPU has no TF32, which needs compute capability 8.0"
+        reasons["precision"] = too_old if cuda else "TF32 is a mode of NVIDIA GPUs"
+    if switches.allocator == "caching" and cuda:
+        reasons["allocator"] = "torch always keeps a GPU's freed memory"
+    if switches.autotune and not cuda:
+        reasons["autotune"] = "it chooses between kernels for GPUs"
+    if switches.cuda_graphs and not cuda:
+        reasons["cuda_graphs"] = "a CPU has no CUDA graphs"
+    words = {name: f"has {NO_EFFECT}: {reason}" for name, reason in reasons.items()}
+    if switches.cuda_graphs and cuda and micro_batches > 1:
+        lost = "torch may keep the gradient of only one of them (pytorch#96693, #169545)"
+        words["cuda_graphs"] = f"is left out: a step has {micro_batches} micro-batches, and {lost}"
+    return {name: f"`{name}: {getattr(switches, name)}`".lower() + f" {text}" for name, text in words.items()}
+
+
+def effective(switches: AnySwitches, environment: Environment, micro_batches: int = 1) -> AnySwitches:
+    """Return `switches` without those that are left out on this machine: the ones to train and to measure with."""
+    left_out = without_effect(switches, environment, micro_batches)
+    return switches.model_copy(update={name: OFF[name] for name in left_out})
+
+
+def rows_without_effect(
+    levels: Mapping[str, Level], environment: Environment, micro_batches: int = 1
+) -> dict[str, str]:
+    """Return the speed levels that would repeat the level above on this machine, by name, each with the reason."""
+    rows, here = dict[str, str](), (environment, micro_batches)
+    for (_, above), (name, level) in pairwise((name, row) for name, row in levels.items() if row.group == "speed"):
+        if level != above and effective(level, *here) == effective(above, *here):
+            reasons = without_effect(above, *here) | without_effect(level, *here)
+            rows[name] = "; ".join(reasons[key] for key in OFF if getattr(level, key) != getattr(above, key))
+    return rows
+
+
+def note_for(switches: Switches, environment: Environment, micro_batches: int = 1) -> str | None:
+    """Return a note for the report if a switch is left out or slow on this machine, or None."""
+    notes = list(without_effect(switches, environment, micro_batches).values())
+    if PRECISIONS[switches.precision].autocast and not environment.bf16:
         notes.append("no bfloat16 hardware: bf16 is emulated and slow")
-    if switches.allocator == "caching" and environment.device != "cpu":
-        notes.append("torch always caches a GPU's memory: allocator: caching has no effect here")
     return "; ".join(notes) or None

@@ -168,6 +168,7 @@ def train(
     learning_rate: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
     settle: Callable[[int], bool] = lambda steps: False,
+    may_halve: bool = True,
 ) -> Iterator[Step]:
     """Train one step on each batch, a pair of int64 (B, T), and yield its Step. Steps are numbered from `first_step`.
 
@@ -175,10 +176,10 @@ def train(
     `settle(n)` is true, the first n steps are yielded before the next one is launched: the caller sees the weights
     after n steps. An error comes after all steps before it.
 
-    If memory runs out, the step is repeated with half the micro-batch, and later steps keep it. On several ranks,
-    `batches` has this rank's rows, but a Step describes the whole batch. `learning_rate` maps a step's number to its
-    learning rate; gradients are clipped to norm `clip_norm`. Raise UserError if memory runs out with one row, or on one
-    of several ranks.
+    If memory runs out and the micro-batch `may_halve`, the step is repeated with half of it, and later steps keep it.
+    On several ranks, `batches` has this rank's rows, but a Step describes the whole batch. `learning_rate` maps a
+    step's number to its learning rate; gradients are clipped to norm `clip_norm`. Raise UserError if memory runs out
+    with one row, or where the micro-batch cannot be halved.
     """
     model.train()
     begin, outstanding = Moment(device), list[Launched]()
@@ -196,7 +197,7 @@ def train(
                 except (RuntimeError, MemoryError) as error:
                     reason = why_out_of_memory(error)
                 yield from _read(outstanding)
-                micro_batch = halve(micro_batch, reason, device)
+                micro_batch = halve(micro_batch, reason, device, may_halve)
             if norm is None:  # every level records it
                 norm = get_total_norm(
                     [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -238,16 +239,19 @@ def why_out_of_memory(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def halve(micro_batch: int, reason: str, device: torch.device) -> int:
+def halve(micro_batch: int, reason: str, device: torch.device, may_halve: bool = True) -> int:
     """Return half of `micro_batch`, with which memory ran out, and release the device's cached memory.
 
-    Raise UserError if memory ran out with one row, or on one of several ranks, which cannot repeat a step alone.
+    Raise UserError with one row, on one of several ranks, which cannot repeat a step alone, or without `may_halve`.
     """
     if ranks.count() > 1:
         raise UserError(
             f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); lower "
             "machines.*.batch_size, because a rank cannot use fewer rows than the others"
         )
+    if not may_halve:
+        fix = "set cuda_graphs: false, or a smaller batch_size, because its step cannot be split"
+        raise UserError(f"out of memory with {micro_batch} rows at a time ({reason}); {fix}")
     if micro_batch == 1:
         fix = "set a smaller model (`make plan` shows what fits)"
         raise UserError(f"out of memory with one row at a time ({reason}); {fix}")

@@ -38,6 +38,7 @@ MEASURED = (
     "compile_seconds",
     "compile_cache",
     "peak_memory_mib",
+    "peak_memory_reserved_mib",
     "micro_batch",
     "attention_kernel",
     "float32_matmul_precision",

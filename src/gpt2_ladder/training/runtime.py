@@ -57,12 +57,15 @@ def float32_matmul_precision() -> str:
     return str(torch.backends.cuda.matmul.fp32_precision)
 
 
-def compile_model(model: nn.Module) -> None:
+def compile_model(model: nn.Module, autotune: bool = False, cuda_graphs: bool = False) -> None:
     """Compile `model` at its first call, as one graph for one shape. That call raises if this is impossible.
 
-    The model is compiled in place, because `torch.compile(model)` renames every parameter to `_orig_mod.*`.
+    `autotune` times several kernels for each matrix product and takes the fastest. `cuda_graphs` records the kernels of
+    forward and of backward at the second step, and later steps replay them. The model is compiled in place, because
+    `torch.compile(model)` renames every parameter to `_orig_mod.*`.
     """
-    model.compile(dynamic=False, fullgraph=True)
+    options = {"max_autotune": autotune, "triton.cudagraphs": cuda_graphs} if autotune or cuda_graphs else None
+    model.compile(dynamic=False, fullgraph=True, options=options)
 
 
 def compile_cache() -> str:
