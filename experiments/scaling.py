@@ -29,7 +29,7 @@ from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Size
 from gpt2_ladder.measuring import cost, gains
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
-from gpt2_ladder.training import devices, loop, runtime
+from gpt2_ladder.training import capabilities, devices, loop, runtime
 from pipeline import environment
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def measure_batch_curve(level: str, rounds: int, rehearsal: bool, folder: Path) 
         raise SystemExit(f"error: --level {level}: no such speed level; choose from {', '.join(speed)}")
     if machine.device != "cuda" and not rehearsal:
         raise SystemExit(f"error: --batch-curve needs an NVIDIA GPU, but this is {machine.device_name}; add --rehearse")
-    if reason := devices.why_skipped(params.levels[level], machine, run_slow_levels=True):
+    if reason := capabilities.why_skipped(params.levels[level], machine, run_slow_levels=True):
         raise SystemExit(f"error: --level {level}: {reason}; choose another level")
     plan = batch_curve.rehearse(level, rounds) if rehearsal else batch_curve.Plan(level, rounds)
     model = {"model": "tiny"} if rehearsal else {}

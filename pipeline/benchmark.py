@@ -17,7 +17,7 @@ from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import data, devices, loop
+from gpt2_ladder.training import capabilities, data, devices, loop
 from pipeline import (
     BENCHMARK,
     DEVICE_TIME,
@@ -35,7 +35,7 @@ from pipeline import (
 
 def main(*arguments: str) -> None:
     params, environment = params_yaml.load(), read_environment()
-    devices.check_machine(params.machine, params.rehearsal, environment)
+    capabilities.check_machine(params.machine, params.rehearsal, environment)
     limits, shape, seed = params.benchmark[params.machine], params.shape("speed"), params.seed
     parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, metavar="N", help="measure N rounds, without a time limit")
@@ -91,7 +91,7 @@ def place_arms(
     process: ProcessPoolExecutor,
 ) -> list[Arm | RemoteArm]:
     """Return one arm per level. Arms that keep freed memory run in `process`, because they would change the others."""
-    remote = {name for name, switches in levels.items() if devices.needs_own_process(switches, environment)}
+    remote = {name for name, switches in levels.items() if capabilities.needs_own_process(switches, environment)}
     local = {name: switches for name, switches in levels.items() if name not in remote}
     arms = {arm.name: arm for arm in turns.build_arms(params, local, device, micro_batch)}
     return [RemoteArm(name, process, open_arm) if name in remote else arms[name] for name in levels]
@@ -108,7 +108,7 @@ def _open_arms() -> dict[str, Arm]:
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     devices.keep_freed_memory(device)
-    remote = {name: row for name, row in levels.items() if devices.needs_own_process(row, environment)}
+    remote = {name: row for name, row in levels.items() if capabilities.needs_own_process(row, environment)}
     return {arm.name: arm for arm in turns.build_arms(params, remote, device, micro_batch)}  # they share their weights
 
 

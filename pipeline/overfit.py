@@ -8,7 +8,7 @@ from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.running.following import follow
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.run import build, describe, open_tracker
-from gpt2_ladder.training import data, devices, loop
+from gpt2_ladder.training import capabilities, data, loop
 from pipeline import RESULTS, TRAIN_SHARD, read_environment, run
 
 LEVEL = "untied"
@@ -17,7 +17,7 @@ FIRST_LOSS_TOLERANCE = 0.3  # PyTorch's default init is a little worse than unif
 
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
-    devices.check_machine(params.machine, params.rehearsal, environment)
+    capabilities.check_machine(params.machine, params.rehearsal, environment)
     level, shape = params.levels[LEVEL], params.quality
     job = Job("overfit", "overfit", level, shape, Recipe(), 1, RESULTS / "overfit")
     built = build(job, params, environment, shape.batch_size)

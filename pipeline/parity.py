@@ -10,7 +10,7 @@ from dataclasses import asdict
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Level, UserError
 from gpt2_ladder.measuring import loss_parity
-from gpt2_ladder.training import devices
+from gpt2_ladder.training import capabilities
 from gpt2_ladder.training.runtime import PRECISIONS
 from pipeline import PARITY, RESULTS, read_environment, read_metrics, run
 
@@ -25,11 +25,11 @@ def main() -> None:
     loss_parity.check_one_count(trained)
     micro_batch = min(result["micro_batch"] for result in trained.values())  # the benchmark uses it for all levels
     parts = math.ceil(params.shape("speed").batch_size / micro_batch)
-    for name in devices.rows_without_effect(params.levels, environment, parts):
+    for name in capabilities.rows_without_effect(params.levels, environment, parts):
         trained.pop(name, None)
     baseline, levels = next(iter(trained)), {}
     for name, result in trained.items():
-        level = devices.effective(params.levels[name], environment, parts)
+        level = capabilities.effective(params.levels[name], environment, parts)
         check_matmul_precision(name, level, result["float32_matmul_precision"])
         tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)

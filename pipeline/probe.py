@@ -17,7 +17,7 @@ from gpt2_ladder.config import GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import devices, loop, runtime
+from gpt2_ladder.training import capabilities, devices, loop, runtime
 from pipeline import PROBE, read_environment, run
 
 
@@ -37,16 +37,16 @@ class Kind:
 
 def main() -> None:
     params, environment = params_yaml.load(), read_environment()
-    devices.check_machine(params.machine, params.rehearsal, environment)
+    capabilities.check_machine(params.machine, params.rehearsal, environment)
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     levels = {
         name: level
         for name, level in params.levels.items()
-        if level.group == "speed" and devices.why_skipped(level, environment, params.run_slow_levels) is None
+        if level.group == "speed" and capabilities.why_skipped(level, environment, params.run_slow_levels) is None
     }
     micro_batch, batch_size = find_micro_batch(params, levels, device), params.shape("speed").batch_size
     print(f"probe: {micro_batch} of the {batch_size} rows of a batch fit into memory", flush=True)
-    rows = devices.rows_without_effect(params.levels, environment, math.ceil(batch_size / micro_batch))
+    rows = capabilities.rows_without_effect(params.levels, environment, math.ceil(batch_size / micro_batch))
     files.write_json(PROBE, {"micro_batch": micro_batch, "without_effect": rows})
 
 

@@ -6,7 +6,7 @@ from gpt2_ladder.params import Params
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.run import Inputs
 from gpt2_ladder.running.run import run as run_job
-from gpt2_ladder.training import devices
+from gpt2_ladder.training import capabilities
 from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_environment, read_json, run
 
 
@@ -16,7 +16,7 @@ def main(*names: str) -> None:
         known = ", ".join(params.levels)
         raise UserError(f"level '{name}' is not in params.yaml: run python -m pipeline.train LEVEL with one of {known}")
     environment = read_environment()
-    devices.check_machine(params.machine, params.rehearsal, environment)
+    capabilities.check_machine(params.machine, params.rehearsal, environment)
     job = make_job(params, name)
     quality, probe = params.levels[name].group == "quality", read_json(PROBE)
     micro_batch = job.shape.batch_size if quality else probe["micro_batch"]

@@ -19,7 +19,7 @@ from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.run import Inputs, Start
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import downloads, hub_format
-from gpt2_ladder.training import data, devices, metrics, runtime
+from gpt2_ladder.training import capabilities, data, devices, metrics, runtime
 from pipeline import (
     PROBE,
     RESULTS,
@@ -40,7 +40,7 @@ METRICS = FOLDER / "metrics.json"
 
 def main() -> None:
     params, environment = params_yaml.load().for_trial(), read_environment()
-    devices.check_machine(params.machine, params.rehearsal, environment)
+    capabilities.check_machine(params.machine, params.rehearsal, environment)
     start, micro_batch = load_start(params), find_micro_batch(params, params.switches, environment)
     if not micro_batch:
         row = f"one row of recipe.block_size tokens ({params.shape('speed').block_size})"
@@ -111,7 +111,7 @@ def conclude(params: Params, environment: Environment) -> None:
     off = "" if seconds else f"trial.{params.machine}.seconds is 0"
     parts = make_job(params).micro_batches(facts["micro_batch"] or 1)
     levels = {BASELINE: params.levels[BASELINE], "trial": Level(group="speed", **params.switches.model_dump())}
-    same = devices.rows_without_effect(levels, environment, parts) if params.recipe == Recipe() else {}
+    same = capabilities.rows_without_effect(levels, environment, parts) if params.recipe == Recipe() else {}
     reason = facts["reason"] or off or same.get("trial")
     rows = 0 if reason else find_micro_batch(params, params.levels[BASELINE], environment)
     if not rows:
@@ -121,7 +121,7 @@ def conclude(params: Params, environment: Environment) -> None:
         batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
         some = list(islice(batches, min(shape.steps, trials.MOST_ROUNDS)))
         rows = min(rows, facts["micro_batch"])
-        own = devices.effective(params.switches, environment, max(parts, math.ceil(shape.batch_size / rows)))
+        own = capabilities.effective(params.switches, environment, max(parts, math.ceil(shape.batch_size / rows)))
         measured = params.model_copy(update=own.model_dump())
         facts |= trials.judge(trials.measure(measured, environment, rows, some, seconds))
     files.write_json(TRIAL_FACTS, facts)

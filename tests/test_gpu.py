@@ -22,7 +22,7 @@ from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import devices, loop, runtime
+from gpt2_ladder.training import capabilities, devices, loop, runtime
 from helpers.climbing import call
 from helpers.common import REPOSITORY, random_ids
 from helpers.memory import Capped
@@ -49,20 +49,20 @@ class Machine:
         self.params: Params = params.model_copy(update={"model": model, "machine": "gpu", "machines": shapes})
         self.shape = self.params.shape("speed")
         self.device = devices.open_device(self.environment.device, self.environment.threads, params.seed, False)
-        self.repeated = devices.rows_without_effect(params.levels, self.environment)
+        self.repeated = capabilities.rows_without_effect(params.levels, self.environment)
         self.levels: dict[str, Switches] = {
             name: self.acting(level)
             for name, level in params.levels.items()
             if level.group == "speed"
             and (not rehearsal or name in REHEARSED)
             and name not in self.repeated
-            and devices.why_skipped(level, self.environment, rehearsal) is None
+            and capabilities.why_skipped(level, self.environment, rehearsal) is None
         }
 
     def acting(self, level: Switches, parts: int = 1) -> Switches:
         """Return the switches that a training of `level` uses here; a rehearsal does not compile."""
         compiled = level.compile and not self.rehearsal
-        return devices.effective(level, self.environment, parts).model_copy(update={"compile": compiled})
+        return capabilities.effective(level, self.environment, parts).model_copy(update={"compile": compiled})
 
     def batches(self, count: int) -> list[loop.Batch]:
         shape = (self.shape.batch_size, self.shape.block_size, 50257)
@@ -291,7 +291,7 @@ def test_every_step_after_the_warm_up_replays_its_cuda_graphs(machine, arms, rep
 def test_gradients_have_the_same_bits_with_and_without_cuda_graphs(machine, micro_batch, report, parts):
     """With several micro-batches the graphs are left out; with one they are used from the third step on."""
     level, rows = machine.params.levels["cuda_graphs"], machine.shape.batch_size // parts
-    if rows > micro_batch or devices.why_skipped(level, machine.environment, machine.rehearsal):
+    if rows > micro_batch or capabilities.why_skipped(level, machine.environment, machine.rehearsal):
         return
     level = level.model_copy(update={"autotune": False})  # it may choose other kernels for the second network
     acting, gradients = machine.acting(level, parts), []

@@ -13,7 +13,7 @@ from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.following import follow
-from gpt2_ladder.training import data, devices, metrics
+from gpt2_ladder.training import capabilities, data, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
@@ -81,7 +81,7 @@ def test_a_training_that_runs_out_of_memory_continues_with_half_the_rows(params)
 
 
 def test_a_training_with_cuda_graphs_is_not_continued_with_half_the_rows(params, monkeypatch):
-    monkeypatch.setattr(devices, "without_effect", lambda *_: {})  # as on a GPU
+    monkeypatch.setattr(capabilities, "without_effect", lambda *_: {})  # as on a GPU
     params.levels["fp32"] = params.levels["fp32"].model_copy(update={"cuda_graphs": True})  # not compiled: a CPU's test
     with Capped(float("inf")) as memory:
         train(params, "fp32", Path("whole"))

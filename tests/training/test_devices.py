@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Switches, UserError
 from gpt2_ladder.files import write_json
-from gpt2_ladder.training import devices, runtime
+from gpt2_ladder.training import capabilities, devices, runtime
 from helpers import processes
 from helpers.common import REPOSITORY, environment, tiny
 from pipeline import ENVIRONMENT, TRIAL, read_environment
@@ -26,25 +26,28 @@ def switches(**changes: object) -> Switches:
 
 
 def test_a_level_is_skipped_only_if_the_machine_cannot_run_it():
-    assert devices.why_skipped(switches(precision="bf16", compile=True), environment(), False) is None
+    assert capabilities.why_skipped(switches(precision="bf16", compile=True), environment(), False) is None
     without_compiler = environment(compile_problem="no C++ compiler")
-    assert "no C++ compiler" in (devices.why_skipped(switches(compile=True), without_compiler, True) or "")
-    assert devices.why_skipped(switches(), without_compiler, False) is None
+    assert "no C++ compiler" in (capabilities.why_skipped(switches(compile=True), without_compiler, True) or "")
+    assert capabilities.why_skipped(switches(), without_compiler, False) is None
     old_cpu, old_gpu = environment(bf16=False), environment(bf16=False, device="cuda")
-    assert "bfloat16" in (devices.why_skipped(switches(precision="bf16"), old_cpu, False) or "")
-    assert devices.why_skipped(switches(precision="bf16"), old_cpu, True) is None
-    assert devices.why_skipped(switches(precision="bf16"), old_gpu, False) is None
+    assert "bfloat16" in (capabilities.why_skipped(switches(precision="bf16"), old_cpu, False) or "")
+    assert capabilities.why_skipped(switches(precision="bf16"), old_cpu, True) is None
+    assert capabilities.why_skipped(switches(precision="bf16"), old_gpu, False) is None
     compiled = switches(precision="bf16", compile=True)
-    assert "compute capability 8.0" in (devices.why_skipped(compiled, old_gpu, True) or "")
+    assert "compute capability 8.0" in (capabilities.why_skipped(compiled, old_gpu, True) or "")
 
 
 def test_the_caching_allocator_needs_glibc_on_a_cpu(monkeypatch):
     caching = switches(allocator="caching")
-    assert devices.why_skipped(caching, environment(), False) is None
-    monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
-    assert "needs glibc" in (devices.why_skipped(caching, environment(), False) or "")
-    assert devices.why_skipped(caching, environment(device="cuda"), False) is None
-    assert [devices.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [True, False]
+    assert capabilities.why_skipped(caching, environment(), False) is None
+    monkeypatch.setattr(capabilities.platform, "libc_ver", lambda: ("", ""))
+    assert "needs glibc" in (capabilities.why_skipped(caching, environment(), False) or "")
+    assert capabilities.why_skipped(caching, environment(device="cuda"), False) is None
+    assert [capabilities.needs_own_process(caching, environment(device=name)) for name in ("cpu", "cuda")] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_the_caching_allocator_needs_glibc_on_a_cpu(monkeypatch):
 )
 def test_the_row_of_the_other_machine_is_refused_unless_it_is_a_rehearsal(machine, rehearsal, device, message):
     with pytest.raises(UserError, match=message) if message else nullcontext():
-        devices.check_machine(machine, rehearsal, environment(device=device))
+        capabilities.check_machine(machine, rehearsal, environment(device=device))
 
 
 @pytest.mark.parametrize("stage", ["overfit", "probe", "train untied", "train fp32", "trial", "benchmark"])
@@ -92,7 +95,7 @@ def test_a_rehearsal_is_part_of_the_devices_name(tmp_path, monkeypatch):
 PAGE_FAULTS = """
 import resource
 import torch
-from gpt2_ladder.training import devices, runtime
+from gpt2_ladder.training import capabilities, devices, runtime
 def use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(100 * 2**20, dtype=torch.uint8)  # freed immediately
@@ -129,8 +132,8 @@ OLD_GPU = environment(device="cuda", bf16=False)
 )
 def test_a_switch_without_effect_on_a_device_is_left_out_with_a_reason(name, value, machine, reason):
     chosen = switches(**{"compile": True, name: value})
-    reasons = devices.without_effect(chosen, machine)
-    assert devices.effective(chosen, machine) == (switches(compile=True) if reason else chosen)
+    reasons = capabilities.without_effect(chosen, machine)
+    assert capabilities.effective(chosen, machine) == (switches(compile=True) if reason else chosen)
     if reason:
         assert reasons[name].startswith(f"`{name}: {str(value).lower()}` has no effect on this device: {reason}")
     else:
@@ -139,9 +142,9 @@ def test_a_switch_without_effect_on_a_device_is_left_out_with_a_reason(name, val
 
 def test_only_a_speed_level_that_would_repeat_the_level_above_is_without_effect():
     levels = params_yaml.load(REPOSITORY / "params.yaml").levels
-    assert list(devices.rows_without_effect(levels, environment())) == ["tf32", "autotune", "cuda_graphs"]
-    assert list(devices.rows_without_effect(levels, environment(device="cuda"))) == ["allocator"]
-    assert list(devices.rows_without_effect(levels, OLD_GPU)) == ["tf32", "allocator"]
+    assert list(capabilities.rows_without_effect(levels, environment())) == ["tf32", "autotune", "cuda_graphs"]
+    assert list(capabilities.rows_without_effect(levels, environment(device="cuda"))) == ["allocator"]
+    assert list(capabilities.rows_without_effect(levels, OLD_GPU)) == ["tf32", "allocator"]
     plain = levels["fp32"]
     own = {
         "fp32": plain,
@@ -149,27 +152,29 @@ def test_only_a_speed_level_that_would_repeat_the_level_above_is_without_effect(
         "back": plain.model_copy(update={"attention": "flash"}),  # takes back a switch that does not act
         "same": plain.model_copy(update={"attention": "flash"}),  # changes nothing: trained, as its row asks
     }
-    assert list(devices.rows_without_effect(own, environment())) == ["back"]
+    assert list(capabilities.rows_without_effect(own, environment())) == ["back"]
     quality = {name: level.model_copy(update={"group": "quality"}) for name, level in own.items()}
-    assert devices.rows_without_effect(quality, environment()) == {}
+    assert capabilities.rows_without_effect(quality, environment()) == {}
 
 
 def test_cuda_graphs_are_left_out_of_all_levels_if_a_step_has_several_micro_batches():
     levels, gpu = params_yaml.load(REPOSITORY / "params.yaml").levels, environment(device="cuda")
     reason = "`cuda_graphs: true` is left out: a step has 2 micro-batches, and torch may keep the gradient of only one"
-    rows = devices.rows_without_effect(levels, gpu, 2)
+    rows = capabilities.rows_without_effect(levels, gpu, 2)
     assert list(rows) == ["allocator", "cuda_graphs"]
     assert rows["cuda_graphs"].startswith(reason)
-    assert reason in (devices.note_for(levels["chunked"], gpu, 2) or "")
-    assert [devices.effective(levels["chunked"], gpu, parts).cuda_graphs for parts in (1, 2)] == [True, False]
+    assert reason in (capabilities.note_for(levels["chunked"], gpu, 2) or "")
+    assert [capabilities.effective(levels["chunked"], gpu, parts).cuda_graphs for parts in (1, 2)] == [True, False]
 
 
 def test_a_switch_without_effect_or_without_hardware_gets_a_note():
-    assert "no effect" in (devices.note_for(switches(precision="tf32"), environment()) or "")
-    assert "emulated" in (devices.note_for(switches(precision="bf16"), environment(bf16=False)) or "")
-    assert devices.note_for(switches(precision="tf32"), environment(device="cuda")) is None
-    assert "no TF32" in (devices.note_for(switches(precision="tf32"), environment(device="cuda", bf16=False)) or "")
-    assert devices.note_for(switches(precision="bf16"), environment()) is None
+    assert "no effect" in (capabilities.note_for(switches(precision="tf32"), environment()) or "")
+    assert "emulated" in (capabilities.note_for(switches(precision="bf16"), environment(bf16=False)) or "")
+    assert capabilities.note_for(switches(precision="tf32"), environment(device="cuda")) is None
+    assert "no TF32" in (
+        capabilities.note_for(switches(precision="tf32"), environment(device="cuda", bf16=False)) or ""
+    )
+    assert capabilities.note_for(switches(precision="bf16"), environment()) is None
 
 
 def test_a_gpu_that_only_nvidia_smi_or_only_torch_sees_is_an_error(monkeypatch):
@@ -325,9 +330,9 @@ def asks_for_a_device(source: str) -> list[int]:
     return lines
 
 
-def test_only_devices_py_asks_which_device_it_is():
+def test_two_modules_ask_which_device_it_is():
     for path in [*(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "pipeline").rglob("*.py")]:
-        assert bool(asks_for_a_device(path.read_text())) == (path.name == "devices.py"), path
+        assert bool(asks_for_a_device(path.read_text())) == (path.name in ("devices.py", "capabilities.py")), path
     assert asks_for_a_device("x = 1 if device.type == 'cpu' else 2")
     assert asks_for_a_device("torch.cuda.synchronize()")
 

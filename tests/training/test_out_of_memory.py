@@ -60,16 +60,14 @@ def assert_same(result, expected) -> None:
 
 
 def test_a_step_that_must_not_be_split_ends_the_training():
-    def step(rows: int) -> None:
-        tried.append(rows)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    tried: list[int] = []
-    with pytest.raises(
-        UserError, match=r"out of memory with 8 rows at a time .*; set cuda_graphs: false, or a smaller"
+    model, memory = GPT(tiny()), Capped(peak(8) / 2)
+    steps = loop.train(model, torch.optim.SGD(model.parameters()), BATCHES, nullcontext(), CPU, 8, may_halve=False)
+    with (
+        memory,
+        pytest.raises(UserError, match=r"out of memory with 8 rows at a time .*; set cuda_graphs: false, or a smaller"),
     ):
-        loop.within_memory(step, 8, CPU, may_halve=False)
-    assert tried == [8]
+        list(steps)
+    assert memory.refused == 1
 
 
 @pytest.mark.parametrize("micro_batch", [4, 3, 1])

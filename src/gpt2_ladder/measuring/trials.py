@@ -18,7 +18,7 @@ from gpt2_ladder.measuring import loss_parity, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import devices, loop
+from gpt2_ladder.training import capabilities, devices, loop
 
 TRIAL = "trial"
 ONLY_LONGER = ("recipe.steps", "recipe.minutes", "recipe.eval_every")  # these leave the first losses as they are
@@ -52,7 +52,7 @@ def measure(
     baseline, device = params.levels[BASELINE], torch.device(environment.device)
     devices.reset_peak_memory(device)
     levels, rounds = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}, list[Round]()
-    apart = len({devices.needs_own_process(switches, environment) for switches in levels.values()}) > 1
+    apart = len({capabilities.needs_own_process(switches, environment) for switches in levels.values()}) > 1
     here = build(params, environment, micro_batch, {TRIAL: params.switches} if apart else levels)
     here[TRIAL] = follow_recipe(here[TRIAL], params)
     there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
@@ -74,9 +74,9 @@ def measure(
 def build(params: Params, environment: Environment, micro_batch: int, levels: Mapping[str, Switches]) -> dict[str, Arm]:
     """Return the arms of `levels` by name; set up this process for them."""
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    if any(devices.needs_own_process(switches, environment) for switches in levels.values()):
+    if any(capabilities.needs_own_process(switches, environment) for switches in levels.values()):
         devices.keep_freed_memory(device)
-    acting = {name: devices.effective(switches, environment) for name, switches in levels.items()}
+    acting = {name: capabilities.effective(switches, environment) for name, switches in levels.items()}
     return {arm.name: arm for arm in turns.build_arms(params, acting, device, micro_batch)}
 
 

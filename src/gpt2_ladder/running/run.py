@@ -20,7 +20,7 @@ from gpt2_ladder.running.checkpoints import Checkpoints, Course, copy_weights
 from gpt2_ladder.running.following import FIRST_STEPS, follow, settle
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.tracking import Tracker
-from gpt2_ladder.training import data, devices, loop, metrics, ranks, runtime, tokenizer
+from gpt2_ladder.training import capabilities, data, devices, loop, metrics, ranks, runtime, tokenizer
 from gpt2_ladder.training.metrics import Step
 
 
@@ -62,14 +62,14 @@ def run(
 ) -> bool:
     """Train `job` from `start`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
-    On each device, `micro_batch` rows of a batch go through the network at a time. Switches that devices.without_effect
-    names are left out, with a note. If there is a `reason` not to train `job`, or this machine cannot train
-    it, write both files without numbers, with the reason in metrics.json, and return False.
+    On each device, `micro_batch` rows of a batch go through the network at a time. Switches without effect here are
+    left out, with a note. If there is a `reason` not to train `job`, or this machine cannot train it, write both files
+    without numbers, with the reason in metrics.json, and return False.
     """
-    reason = reason or devices.why_skipped(job.switches, environment, params.run_slow_levels)
+    reason = reason or capabilities.why_skipped(job.switches, environment, params.run_slow_levels)
     parts = job.micro_batches(micro_batch)
-    note = None if reason else devices.note_for(job.switches, environment, parts)
-    job = replace(job, switches=devices.effective(job.switches, environment, parts))
+    note = None if reason else capabilities.note_for(job.switches, environment, parts)
+    job = replace(job, switches=capabilities.effective(job.switches, environment, parts))
     result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
     result |= {"environment": environment.fingerprint, "devices": job.devices}
     result |= {"start_sha256": start.sha256} if start else {}
