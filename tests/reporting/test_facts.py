@@ -8,7 +8,7 @@ import pytest
 from gpt2_ladder.config import UserError
 from gpt2_ladder.reporting import facts, tables
 from helpers.common import environment, measurement
-from helpers.results import LEVELS, RUN, SKIPPED, TRAINED, TRIAL, content, gains, ladder, profiled
+from helpers.results import LEVELS, PARITY, RUN, SKIPPED, TRAINED, TRIAL, content, gains, profiled
 
 SVG = "<svg><text>1.2</text></svg>"
 EVEN = measurement(fp32=[300.0] * 4, tf32=[300.0] * 4, bf16=[330.0] * 4)  # no level is faster
@@ -267,7 +267,7 @@ def test_a_level_without_effect_is_named_so_in_the_table_and_in_the_notes(page):
     run = measurement(fp32=[300.0] * 4, bf16=[150.0] * 4)
     reason = "it has no effect on this device: TF32 is a mode of NVIDIA GPUs"
     results = {**dict.fromkeys(LEVELS, TRAINED), "tf32": {**SKIPPED, "reason": reason}}
-    parity = {**ladder().parity, "levels": {name: ladder().parity["levels"][name] for name in run.levels}}
+    parity = {**PARITY, "levels": {name: PARITY["levels"][name] for name in run.levels}}
     text = page(content(gains=gains(run), parity=parity, results=results))
     assert text.count("no effect on this device") == 2
     assert reason in text
