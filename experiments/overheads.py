@@ -30,7 +30,7 @@ NEEDED = [Path("params.yaml"), ENVIRONMENT, PROBE, ENCODER_JSON, *SHARDS]
 
 def recording_ms() -> list[float]:
     """Return the milliseconds of recording each of STEPS steps: CSV, W&B offline and the progress line."""
-    steps = [Step(index, 9.0, STEP_MS, 5120.0, 1.0, 2) for index in range(STEPS)]
+    steps = [Step(index, 9.0, STEP_MS, 5120.0, 1.0, 2, 0.0) for index in range(STEPS)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder}
         run = tracking.start_run({}, name="overheads")

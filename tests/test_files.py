@@ -34,7 +34,7 @@ def picture() -> alt.Chart:
 
 def record(folder: Path) -> None:
     with Tracker(folder / "steps.csv", None, 1) as tracker:
-        tracker.log(Step(0, 10.9, 500.0, 256.0, 1.5, 4))
+        tracker.log(Step(0, 10.9, 500.0, 256.0, 1.5, 4, 0.5))
 
 
 def skip(folder: Path) -> None:

@@ -151,7 +151,7 @@ def train_and_save(folder: Path) -> None:
     checkpoints = training(folder)
     checkpoints.model(random_ids(), random_ids())[1].backward()
     checkpoints.optimizer.step()
-    checkpoints.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2)])
+    checkpoints.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2, 1.0)])
 
 
 READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
