@@ -145,6 +145,31 @@ def test_nothing_is_saved_from_a_step_that_is_not_finite_on(params, monkeypatch,
     assert path.stem == f"{nan_at // every * every:08}"
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_training_that_ran_out_of_memory_resumes_with_the_same_bits(params, monkeypatch, every):
+    step, calls, stop_at = loop.train_step, [], 0
+
+    def train_step(*args, **options):
+        calls.append(args)
+        if len(calls) == 5:  # step 4 does not fit with both rows
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    train(params.model_copy(update={"checkpoint_every": None}), keep=KEEP)
+    expected = result()
+    assert [row.split(",")[3] for row in expected[0][1:]] == 4 * ["2"] + 8 * ["1"]
+    calls.clear()
+    stop_at = 9
+    params = params.model_copy(update={"checkpoint_every": every})
+    with pytest.raises(UserError, match="trial: stopped by SIGTERM"):
+        train(params, keep=KEEP)
+    train(params, keep=KEEP)
+    assert result() == expected
+
+
 def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):
     """No level draws random numbers while it trains: only a network with dropout would show a mistake."""
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,14 @@ from gpt2_ladder.measuring.gains import NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting.gallery import Machine
-from gpt2_ladder.reporting.tables import Metrics, Table, gain_cell, markdown_table, speed_table, training_table
+from gpt2_ladder.reporting.tables import (
+    Metrics,
+    device_time_table,
+    gain_cell,
+    markdown_table,
+    speed_table,
+    training_table,
+)
 
 FAST_BF16 = 1.2  # bfloat16 counts as fast if its gain over the baseline is at least this
 WEIGHTS = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
@@ -54,16 +61,6 @@ def reasons(gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> list[
             step_ms = f"{gains['levels'][over['over']]['step_ms']:,.0f} -> {measured['step_ms']:,.0f} ms a step"
             lines.append(f"`{name}`: {step_ms}; {changed}")
     return lines
-
-
-def device_time_table(device_time: Mapping[str, Metrics]) -> Table:
-    """Return one row per level of `device_time`, the content of device_time.json; only a header for a CPU."""
-    titles = ["level", "busy ms", "idle ms", "idle in gaps over 5 us", "idle in shorter gaps"]
-    rows = [titles]
-    for name, row in device_time.items():
-        parts = row["busy_ms"], row["idle_ms"], row["long_gaps_ms"], row["idle_ms"] - row["long_gaps_ms"]
-        rows.append([name, *(f"{ms:.2f}" for ms in parts)])
-    return rows
 
 
 def operator_ms(level: str, gains: Metrics, operators: Mapping[str, Sequence[Metrics]]) -> defaultdict[str, float]:

@@ -63,6 +63,16 @@ def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gai
     return [titles, *([row.get(title, MISSING) for title in titles] for row in rows)]
 
 
+def device_time_table(device_time: Mapping[str, Metrics]) -> Table:
+    """Return one row per level of `device_time`, the content of device_time.json; only a header for a CPU."""
+    titles = ["level", "busy ms", "idle ms", "idle in gaps over 5 us", "idle in shorter gaps"]
+    rows = [titles]
+    for name, row in device_time.items():
+        parts = row["busy_ms"], row["idle_ms"], row["long_gaps_ms"], row["idle_ms"] - row["long_gaps_ms"]
+        rows.append([name, *(f"{ms:.2f}" for ms in parts)])
+    return rows
+
+
 def side_by_side(here: Measurement, there: Measurement) -> Table:
     """Return one row per level with its step time and gain on two machines; gains compare levels, not machines."""
     places = ("here", here), ("there", there)

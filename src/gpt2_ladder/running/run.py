@@ -80,6 +80,21 @@ def run(
         return True
     if note:
         print(f"{job.name}: {note}", flush=True)
+    _run_here(job, params, environment, inputs, micro_batch, keep, start, result)
+    return True
+
+
+def _run_here(
+    job: Job,
+    params: Params,
+    environment: Environment,
+    inputs: Inputs,
+    micro_batch: int,
+    keep: Callable[[GPT], None],
+    start: Start | None,
+    result: dict[str, Any],
+) -> None:
+    """Train `job` in this process, which may be one of several ranks; complete `result` and write it."""
     corpus, shape = data.open_shards(inputs.train, inputs.shards), job.shape
     batches = data.Batches(corpus, shape.batch_size, shape.block_size, params.seed if params.data.shuffle else None)
     validation = _open_validation(inputs, shape)
@@ -96,7 +111,7 @@ def run(
     if earlier:
         micro_batch = earlier[-1].micro_batch
         interrupted = f"resumed after step {earlier[-1].step}: times and memory are those of several processes"
-        result["note"] = "; ".join(filter(None, [note, interrupted]))
+        result["note"] = "; ".join(filter(None, [result["note"], interrupted]))
 
     def validate(step: int, rows: int) -> None:
         course.validated(step, _validate(job, built, validation[0], rows or micro_batch), built.model)
@@ -116,7 +131,6 @@ def run(
         if saved:
             saved.forget()
     ranks.leave()
-    return True
 
 
 def skip(job: Job, result: Mapping[str, Any]) -> None:

@@ -143,7 +143,7 @@ class Launched:
 
     index: int
     micro_batch: int
-    batch: Batch  # on the host, kept until the step is read: the device may still copy it
+    tokens: int  # of this rank
     begin: Moment  # of the loop
     start: Moment  # the end of the step before, or the launch if the device was idle
     numbers: Reading  # the loss and the gradient's norm
@@ -151,9 +151,9 @@ class Launched:
     def read(self) -> Step:
         """Wait for the end of this step, but not for later ones, and return its record."""
         loss, norm = self.numbers.read()
-        end, tokens = self.numbers.end, self.batch[0].numel() * ranks.count()
+        end = self.numbers.end
         step_ms, seconds = end.milliseconds_since(self.start), end.milliseconds_since(self.begin) / 1000
-        rate = metrics.tokens_per_second(tokens, step_ms)
+        rate = metrics.tokens_per_second(self.tokens * ranks.count(), step_ms)
         return Step(self.index, ranks.mean(loss), step_ms, rate, norm, self.micro_batch, seconds)
 
 
@@ -202,7 +202,7 @@ def train(
                 norm = get_total_norm(
                     [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
                 )
-            outstanding.append(Launched(index, micro_batch, batch, begin, start, Reading(loss, norm)))
+            outstanding.append(Launched(index, micro_batch, batch[0].numel(), begin, start, Reading(loss, norm)))
             yield from _read(outstanding, but=1)
             if settle(index + 1):
                 yield from _read(outstanding)
