@@ -47,9 +47,9 @@ def device_time(trace: Path) -> DeviceTime | None:
     ends = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "cudaDeviceSynchronize")
     if len(ends) < 2:
         return None
-    reached, end = start, _ = ends[:2]
+    start, end = ends[:2]
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in ON_DEVICE)
-    gaps = []
+    gaps, reached = [], start
     for first, last in (*spans, (end, end)):
         gaps.append(max(0.0, min(first, end) - reached))
         reached = max(reached, last)
