@@ -12,6 +12,7 @@ from gpt2_ladder.config import AdamW, Recipe
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import devices, loop, metrics, runtime
 from gpt2_ladder.training.metrics import Step
+from helpers import processes
 from helpers.common import random_ids, tiny
 
 CPU = torch.device("cpu")
@@ -35,6 +36,36 @@ def test_the_losses_equal_those_of_a_loop_written_by_hand():
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
     steps = loop.train(model, optimizer, batches(), runtime.set_precision("fp32", CPU), CPU, 2)
     assert [step.loss for step in steps] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_our_adamw_gives_the_bits_of_torchs(fused):
+    ours, theirs = GPT(tiny()), GPT(tiny())
+    about = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": fused or None}
+    pairs = (
+        (ours, loop.make_optimizer(ours, 1e-2, SETTINGS, fused)),
+        (theirs, torch.optim.AdamW(theirs.parameters(), **about)),
+    )
+    for model, optimizer in pairs:
+        list(loop.train(model, optimizer, batches(), runtime.set_precision("fp32", CPU), CPU, 2))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_training_without_compilation_does_not_import_dynamo():
+    code = """if True:
+        import sys, torch
+        from gpt2_ladder.config import AdamW, GPTConfig
+        from gpt2_ladder.model import GPT
+        from gpt2_ladder.training import devices, loop, runtime
+        device, ids = devices.open_device("cpu", 1, 0, False), torch.zeros(2, 8, dtype=torch.int64)
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=97))
+        optimizer = loop.make_optimizer(model, 1e-2, AdamW(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1))
+        autocast, batches = runtime.set_precision("bf16", device), [(ids, ids)]
+        list(loop.train(model, optimizer, batches, autocast, device, 2))
+        loop.evaluate(model, batches, autocast, device, 2)
+        print("torch._dynamo" in sys.modules)
+    """
+    assert processes.run(code) == "False\n"
 
 
 def test_parameters_gradients_and_optimizer_state_stay_float32_under_bf16():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from gpt2_ladder.training.metrics import Step
 Batch = devices.Batch
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW without torch's wrappers that keep it out of compiled graphs: here it never is, and they import Dynamo."""
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
 def make_optimizer(
     model: GPT, learning_rate: float, settings: config.AdamW, fused: bool = False, decay: str = "all"
 ) -> torch.optim.AdamW:
@@ -34,7 +43,7 @@ def make_optimizer(
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     if decay == "all":
         groups = [{"params": list(model.parameters())}]
-    return torch.optim.AdamW(
+    return AdamW(
         groups,
         lr=learning_rate,
         betas=settings.betas,
@@ -271,10 +280,10 @@ def evaluate(
     """Return the mean loss in nats over `batches`, all of the same shape. The network runs uncompiled."""
     model.eval()
     losses, shares = [], []
-    with torch.compiler.set_stance("force_eager"):  # a compiled model would compile again for inference
-        for batch in batches:
-            for x, y, share in split(devices.send(batch, device), micro_batch):
-                with autocast:
-                    losses.append(model(x, y)[1])
-                shares.append(share)
+    forward: Callable[..., Any] = model.forward  # not `model`, which would be compiled again for inference
+    for batch in batches:
+        for x, y, share in split(devices.send(batch, device), micro_batch):
+            with autocast:
+                losses.append(forward(x, y)[1])
+            shares.append(share)
     return sum(map(operator.mul, Reading(*losses).read(), shares)) / sum(shares)
