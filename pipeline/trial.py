@@ -5,7 +5,6 @@ has the six numbers that tell experiments apart, and facts.json everything else.
 """
 
 import math
-import os
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -29,6 +28,7 @@ from pipeline import (
     TRIAL_FACTS,
     WEIGHTS,
     check_weights,
+    is_first,
     read_environment,
     read_json,
     run,
@@ -49,7 +49,7 @@ def main() -> None:
         shutil.rmtree(TRIAL, ignore_errors=True)
         TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
     # if torchrun started the ranks, the first one measures; if this command started them, this process does
-    if files.ERROR_FILE not in os.environ and os.environ.get("RANK", "0") == "0":
+    if is_first():
         conclude(params, environment)
 
 
@@ -108,7 +108,8 @@ def conclude(params: Params, environment: Environment) -> None:
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     facts |= trials.compare_losses(params, facts["changes"], *losses)
-    off = "" if seconds else f"trial.{params.machine}.seconds is 0"
+    off = "" if facts["changes"] else f"nothing differs from {BASELINE}"
+    off = off if seconds else f"trial.{params.machine}.seconds is 0"
     parts = make_job(params).micro_batches(facts["micro_batch"] or 1)
     levels = {BASELINE: params.levels[BASELINE], "trial": Level(group="speed", **params.switches.model_dump())}
     same = capabilities.rows_without_effect(levels, environment, parts) if params.recipe == Recipe() else {}
