@@ -1,18 +1,20 @@
 """The stages of dvc.yaml, one module each. A stage reads params.yaml, calls src and writes its outputs."""
 
 import argparse
+import atexit
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from gpt2_ladder import config, files
+    from gpt2_ladder import config, files, ledger
     from gpt2_ladder.config import Environment, UserError
 
     version("torch"), version("ruamel.yaml")  # another environment may have pydantic, but rarely both of these
@@ -37,6 +39,7 @@ PARITY = RESULTS / "parity.json"
 BENCHMARK = RESULTS / "benchmark.json"
 GAINS = RESULTS / "gains.json"
 PROFILE = RESULTS / "profile.json"
+SECONDS = RESULTS / "seconds"
 DEVICE_TIME = RESULTS / "device_time.json"
 TRACES = Path("profiles")
 
@@ -51,12 +54,15 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[..., None], *arguments: str) -> None:
     """Run a stage. Print errors that the user can fix as one line each, without a traceback, and exit with 1."""
+    ledger.enter("other")
     try:
-        if main.__module__ == "__main__" and sys.argv[0] != "-c":  # python -m pipeline.x
+        if command := main.__module__ == "__main__" and sys.argv[0] != "-c":  # python -m pipeline.x
             arguments = tuple(sys.argv[1:])
         if arguments and not signature(main).parameters:
             raise UserError(f"{' '.join(arguments)}: python -m pipeline.{Path(sys.argv[0]).stem} takes no arguments")
         main(*arguments)
+        if command:
+            _leave(Path(sys.argv[0]), arguments)
     except UserError as error:
         _end(str(error))
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
@@ -68,6 +74,18 @@ def run(main: Callable[..., None], *arguments: str) -> None:
         if not files.disk_is_full(error):
             raise
         _end(f"the disk is full ({_free_space(error)}): {error}; free some space there and run `dvc repro` again")
+
+
+def _leave(module: Path, arguments: Sequence[str]) -> NoReturn:
+    """Write the seconds of a stage, and end its process. To clean up all modules first, Python takes a second."""
+    ledger.enter("exit")
+    atexit._run_exitfuncs()  # ends W&B and Inductor's workers
+    ledger.enter("exit")
+    if module.parent.name == "pipeline" and module.stem != "environment" and is_first():
+        names = takewhile(lambda argument: not argument.startswith("-"), arguments)
+        files.write_json(SECONDS.joinpath(module.stem, *names).with_suffix(".json"), ledger.seconds)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _free_space(error: Exception) -> str:
@@ -87,6 +105,11 @@ def _end(error: str) -> NoReturn:
         Path(path).write_text(error)
         sys.exit(1)
     sys.exit(f"error: {error}")
+
+
+def is_first() -> bool:
+    """Return whether this process writes the stage's results: not if it is a rank that our own command started."""
+    return files.ERROR_FILE not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
 def read_environment() -> Environment:

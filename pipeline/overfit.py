@@ -7,7 +7,7 @@ from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.running.following import follow
 from gpt2_ladder.running.job import Job
-from gpt2_ladder.running.run import build, describe, open_tracker
+from gpt2_ladder.running.run import build_and_track, describe
 from gpt2_ladder.training import capabilities, data, loop
 from pipeline import RESULTS, TRAIN_SHARD, read_environment, run
 
@@ -20,10 +20,11 @@ def main() -> None:
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     level, shape = params.levels[LEVEL], params.quality
     job = Job("overfit", "overfit", level, shape, Recipe(), 1, RESULTS / "overfit")
-    built = build(job, params, environment, shape.batch_size)
+    settings = describe(job, params, environment)
+    built, tracker = build_and_track(job, params, environment, shape.batch_size, settings)
     batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     batches = repeat(batch, shape.steps)
-    with open_tracker(job, params, describe(job, params, environment)) as tracker:
+    with tracker:
         steps = loop.train(built.model, built.optimizer, batches, built.autocast, built.device, shape.batch_size)
         losses = [step.loss for step in follow(steps, tracker, job)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}

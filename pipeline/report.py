@@ -5,6 +5,7 @@ from pathlib import Path
 import altair as alt
 
 from gpt2_ladder import files, params_yaml
+from gpt2_ladder.params import Params
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
 from gpt2_ladder.training.metrics import read_losses
@@ -14,6 +15,7 @@ from pipeline import (
     PARITY,
     PROFILE,
     RESULTS,
+    SECONDS,
     TRIAL_FACTS,
     read_environment,
     read_json,
@@ -38,6 +40,7 @@ def main() -> None:
         trial=trial,
         operators=read_json(PROFILE),
         device_time=read_json(DEVICE_TIME),
+        seconds=read_seconds(params),
         verify=read_json(RESULTS / "verify.json"),
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
@@ -70,6 +73,13 @@ def main() -> None:
     images = {name: FOLDER / f"{name}.png" for name in pictures if name != "ladder"}
     tracking.log_summary(params, environment, gains, drawings["ladder"], images)
     print(summary, end="")
+
+
+def read_seconds(params: Params) -> dict[str, dict[str, float]]:
+    """Return the ledger of every stage; stages that were run by hand, in another way, have none."""
+    trainings = (f"train/{name}" for name in params.levels)
+    stages = "download", "tokenize", "verify", "overfit", "probe", *trainings, "parity", "benchmark", "trial"
+    return {name: read_json(path) for name in stages if (path := SECONDS / f"{name}.json").exists()}
 
 
 if __name__ == "__main__":

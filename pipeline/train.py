@@ -4,9 +4,6 @@ from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.job import Job
-from gpt2_ladder.running.run import Inputs
-from gpt2_ladder.running.run import run as run_job
-from gpt2_ladder.training import capabilities
 from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_environment, read_json, run
 
 
@@ -15,13 +12,16 @@ def main(*names: str) -> None:
     if name not in params.levels:
         known = ", ".join(params.levels)
         raise UserError(f"level '{name}' is not in params.yaml: run python -m pipeline.train LEVEL with one of {known}")
-    environment = read_environment()
+    environment, job, probe = read_environment(), make_job(params, name), read_json(PROBE)
+    if reason := probe["without_effect"].get(name):
+        job.skip(environment, reason)
+        return
+    from gpt2_ladder.running import run as training  # here, because torch takes two seconds to import
+    from gpt2_ladder.training import capabilities
+
     capabilities.check_machine(params.machine, params.rehearsal, environment)
-    job = make_job(params, name)
-    quality, probe = params.levels[name].group == "quality", read_json(PROBE)
-    micro_batch = job.shape.batch_size if quality else probe["micro_batch"]
-    reason = probe["without_effect"].get(name)
-    run_job(job, params, environment, Inputs(*TRAINING_INPUTS), micro_batch, reason=reason)
+    micro_batch = job.shape.batch_size if params.levels[name].group == "quality" else probe["micro_batch"]
+    training.run(job, params, environment, training.Inputs(*TRAINING_INPUTS), micro_batch)
 
 
 def make_job(params: Params, name: str) -> Job:

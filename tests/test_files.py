@@ -5,27 +5,26 @@ import os
 import re
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import altair as alt
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from gpt2_ladder import files
+from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.measuring.profiling import profile_step
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
-from gpt2_ladder.running import run
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data
 from gpt2_ladder.training.metrics import Step
-from helpers.common import REPOSITORY, tiny
-from pipeline import report
+from helpers.common import REPOSITORY, environment, tiny
+from pipeline import report, train
 
 
 def picture() -> alt.Chart:
@@ -38,7 +37,8 @@ def record(folder: Path) -> None:
 
 
 def skip(folder: Path) -> None:
-    run.skip(SimpleNamespace(name="flash", folder=folder), {"reason": "no compiler"})
+    job = train.make_job(params_yaml.load(REPOSITORY / "params.yaml"), "flash")
+    replace(job, folder=folder).skip(environment(), "no compiler")
 
 
 # a writer of every kind of output, and the files that it writes into `folder`

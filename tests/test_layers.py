@@ -12,7 +12,7 @@ from helpers.common import REPOSITORY
 SOURCE = REPOSITORY / "src" / "gpt2_ladder"
 FLOORS = (  # a module imports from lower floors and from its own room (folder)
     {"config"},
-    {"files", "params"},
+    {"files", "params", "ledger"},
     {"params_yaml", "model"},
     {"training"},
     {"running", "measuring", "sources"},
@@ -24,7 +24,7 @@ FLOORS = (  # a module imports from lower floors and from its own room (folder)
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 UNLISTED = {
     *("config", "params", "params_yaml", "files", "__init__"),
-    *("checkpoints", "tracking", "progress"),
+    *("checkpoints", "tracking", "progress", "ledger"),
 }  # see dvc.yaml
 STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 MODULES = sorted(

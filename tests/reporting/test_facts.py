@@ -6,6 +6,7 @@ from html import unescape
 import pytest
 
 from gpt2_ladder.config import UserError
+from gpt2_ladder.ledger import PHASES
 from gpt2_ladder.reporting import facts, tables
 from helpers.common import environment, measurement
 from helpers.results import LEVELS, PARITY, RUN, SKIPPED, TRAINED, TRIAL, content, gains, profiled
@@ -295,6 +296,20 @@ def test_the_report_shows_what_a_gpu_did_in_a_step():
     for page in (markdown(found), html(found)):
         assert "What the GPU did" in page
         assert "34.62" in page
+
+
+def test_the_report_shows_the_seconds_of_every_stage_and_their_sum():
+    spent = {"imports": 1.62, "steps": 20.0, "exit": 0.04}
+    found = content(seconds={name: dict.fromkeys(PHASES, 0.0) | spent for name in ("overfit", "train/bf16")})
+    titles, *table = found["seconds"]
+    rows = {row[0]: dict(zip(titles, row, strict=True)) for row in table}
+    assert (
+        rows["overfit"] | {"imports": "1.6", "steps": "20.0", "exit": "\N{EN DASH}", "all": "21.7"} == rows["overfit"]
+    )
+    assert rows["all"] | {"imports": "3.2", "steps": "40.0", "exit": "0.1", "all": "43.3"} == rows["all"]
+    for page in (markdown(found), html(found)):
+        assert "Where the climb" in page
+        assert "train/bf16" in page
 
 
 def test_the_ten_costliest_operators_are_shown():

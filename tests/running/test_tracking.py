@@ -214,8 +214,7 @@ def test_runs_are_named_by_what_changed_and_the_experiment_or_by_the_level(param
     monkeypatch.setenv("DVC_EXP_NAME", "crass-airt")
     settings = params.model_copy(update={"recipe": Recipe(), "vocab_size": 50304})
     for job in (trial.make_job(settings), train.make_job(settings, "fp32")):
-        with run.open_tracker(job, settings, run.describe(job, settings, environment())):
-            pass
+        run.start_wandb(job, settings, run.describe(job, settings, environment())).finish()
     started = [records(folder)["run"][0] for folder in Path().glob("wandb/offline-run-*")]
     assert {start["display_name"] for start in started} == {"vocab_size=50304 · crass-airt", "fp32"}
     assert {start["config"]["update"]["experiment"] for start in started} == {"crass-airt"}

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from gpt2_ladder import ledger
 from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Switches
 from gpt2_ladder.measuring.gains import Round
 from gpt2_ladder.model import GPT
@@ -99,6 +100,7 @@ class SharedWeights:
         return model.to(self._device), self._optimizers[*shape, fused]
 
 
+@ledger.phase("weights")
 def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.device, micro_batch: int) -> list[Arm]:
     """Return one arm per level; the networks share their weights."""
     weights, arms = SharedWeights(params, device), []
@@ -121,7 +123,8 @@ def warm_up(
     for _ in range(3 if cuda_graphs else 2):
         for arm in generator.sample(arms, len(arms)):
             yield arm.name
-            arm.run(Arm.step, batch, device)
+            with ledger.phase("compile"):
+                arm.run(Arm.step, batch, device)
 
 
 def measure(
@@ -145,6 +148,7 @@ def measure(
         if index >= MINIMUM_ROUNDS and elapsed * (index + 1) / index > seconds:
             return
         order = generator.sample(arms, len(arms))
-        step_ms = {arm.name: arm.run(step_as_compiled, batch, device) for arm in order}
+        with ledger.phase("steps"):
+            step_ms = {arm.name: arm.run(step_as_compiled, batch, device) for arm in order}
         peaks = {precision: matmul_tflops(precision, device) for precision in matmuls}
         yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)

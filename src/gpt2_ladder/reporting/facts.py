@@ -19,6 +19,7 @@ from gpt2_ladder.reporting.tables import (
     device_time_table,
     gain_cell,
     markdown_table,
+    seconds_table,
     speed_table,
     training_table,
 )
@@ -135,14 +136,15 @@ def collect(
     device_time: Mapping[str, Metrics],
     trial: Metrics,
     verify: Metrics,
+    seconds: Mapping[str, Mapping[str, float]],
     reference: Machine | None,
     **more: Any,
 ) -> dict[str, Any]:
     """Return the variables of the templates ladder.md and ladder.html; `more` is passed to them unchanged.
 
-    `results` has metrics.json of every level, `operators` profile.json, `device_time` device_time.json. The pages show
-    the gains of `reference` if bfloat16 is not fast here. Raise UserError if the results are from different
-    environments or numbers of devices.
+    `results` has metrics.json of every level, `operators` profile.json, `device_time` device_time.json, `seconds` the
+    ledger of every stage. The pages show the gains of `reference` if bfloat16 is not fast here. Raise UserError if the
+    results are from different environments or numbers of devices.
     """
     levels, speed = params.levels, params.shape("speed")
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
@@ -173,6 +175,7 @@ def collect(
         "training": training_table(levels, results, trial),
         "reasons": reasons(gains, operators),
         "device_time": device_time_table(device_time),
+        "seconds": seconds_table(seconds),
         "undecided": undecided(gains),
         "costliest": {
             name: [[f"{row['self_ms']:,.1f}", str(row["calls"]), row["name"]] for row in rows[:10]]

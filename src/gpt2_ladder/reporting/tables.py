@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt2_ladder.config import NO_EFFECT, Level, Switches
+from gpt2_ladder.ledger import PHASES
 from gpt2_ladder.measuring.gains import NO_GAIN, Gain, Measurement
 
 Metrics = Mapping[str, Any]
@@ -70,6 +71,16 @@ def device_time_table(device_time: Mapping[str, Metrics]) -> Table:
     for name, row in device_time.items():
         parts = row["busy_ms"], row["idle_ms"], row["long_gaps_ms"], row["idle_ms"] - row["long_gaps_ms"]
         rows.append([name, *(f"{ms:.2f}" for ms in parts)])
+    return rows
+
+
+def seconds_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return one row per stage with its seconds in each phase of ledger.PHASES, and a last row with the sums."""
+    total = {phase: sum(spent[phase] for spent in seconds.values()) for phase in PHASES}
+    rows = [["stage", *PHASES, "all"]]
+    for name, spent in {**seconds, "all": total}.items():
+        values = [*(spent[phase] for phase in PHASES), sum(spent.values())]
+        rows.append([name, *(f"{value:.1f}" if value >= 0.05 else MISSING for value in values)])
     return rows
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2_ladder import files
+from gpt2_ladder import files, ledger
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
@@ -70,6 +70,7 @@ class Checkpoints:
         """Return the JSON file of the newest checkpoint, or None."""
         return max(self.folder.glob("*.json"), default=None)
 
+    @ledger.phase("recording")
     def save(self, steps: Sequence[Step]) -> None:
         """Save the state after `steps`, then remove the previous checkpoint."""
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}

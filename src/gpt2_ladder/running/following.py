@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+from gpt2_ladder import ledger
 from gpt2_ladder.config import UserError
 from gpt2_ladder.running import progress
 from gpt2_ladder.running.checkpoints import Checkpoints, Course
@@ -40,7 +41,8 @@ def follow(
     if every and 0 not in course.validations:
         validate(0, 0)
     seconds_a_step = (time.perf_counter() - ends[0]) / every if every else 0.0  # for validation
-    with catch_signals(saved is not None) as caught:
+    compiling = "compile" if job.switches.compile else "steps"  # the first step of this process compiles
+    with ledger.phase(compiling), catch_signals(saved is not None) as caught:
         for step in progress.show(steps, job.name, lambda: course.steps):
             tracker.log(step)
             done.append(step)
@@ -57,6 +59,7 @@ def follow(
             if len(done) <= resumed:
                 continue
             ends.append(time.perf_counter())
+            ledger.enter("steps")
             if course.steps is None and settled and len(ends) > FIRST_STEPS:
                 course.steps = _count_steps(job, done[:resumed], ends, seconds_a_step)
             if saved:

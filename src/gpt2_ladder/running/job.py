@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_ladder.config import Recipe, Shape, Switches
+from gpt2_ladder import files
+from gpt2_ladder.config import Environment, Recipe, Shape, Switches
+from gpt2_ladder.training import metrics
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,11 @@ class Job:
     def micro_batches(self, micro_batch: int) -> int:
         """Return in how many parts of `micro_batch` rows each device trains its rows of one step."""
         return math.ceil(self.tokens_per_step / self.shape.block_size / self.devices / micro_batch)
+
+    def skip(self, environment: Environment, reason: str) -> None:
+        """Print and record why this job is not trained: steps.csv has no steps, metrics.json null for all numbers."""
+        print(f"{self.name}: skipped. {reason}", flush=True)
+        files.write(self.folder / "steps.csv", metrics.HEADER)
+        about = {"status": "skipped", "reason": reason, "note": None, "environment": environment.fingerprint}
+        numbers = {"devices": self.devices, **dict.fromkeys(metrics.MEASURED)}
+        files.write_json(self.folder / "metrics.json", {**about, **numbers})

@@ -10,6 +10,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from gpt2_ladder import ledger
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import ERROR_FILE
 from gpt2_ladder.training import devices
@@ -50,7 +51,8 @@ def on_ranks(count: int, device: str) -> bool:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+            with ledger.phase("steps"):
+                elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
         except (ChildFailedError, SignalException) as reason:
             if not error.exists():
                 raise UserError(f"stopped: {reason}") from None

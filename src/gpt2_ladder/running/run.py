@@ -1,7 +1,9 @@
 """Run one training: build it, resume it from a checkpoint, record its steps, and summarize it."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import wandb
 
-from gpt2_ladder import files
+from gpt2_ladder import files, ledger
 from gpt2_ladder.config import Environment, Shape
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.params import Params
@@ -58,24 +61,21 @@ def run(
     micro_batch: int,
     keep: Callable[[GPT], None] = lambda model: None,
     start: Start | None = None,
-    reason: str | None = None,
 ) -> bool:
     """Train `job` from `start`, write its steps.csv and metrics.json, and pass the trained network to `keep`.
 
     On each device, `micro_batch` rows of a batch go through the network at a time. Switches without effect here are
-    left out, with a note. If there is a `reason` not to train `job`, or this machine cannot train it, write both files
-    without numbers, with the reason in metrics.json, and return False.
+    left out, with a note. If this machine cannot train `job`, skip it and return False.
     """
-    reason = reason or capabilities.why_skipped(job.switches, environment, params.run_slow_levels)
+    if reason := capabilities.why_skipped(job.switches, environment, params.run_slow_levels):
+        job.skip(environment, reason)
+        return False
     parts = job.micro_batches(micro_batch)
-    note = None if reason else capabilities.note_for(job.switches, environment, parts)
+    note = capabilities.note_for(job.switches, environment, parts)
     job = replace(job, switches=capabilities.effective(job.switches, environment, parts))
-    result: dict[str, Any] = {"status": "skipped" if reason else "trained", "reason": reason, "note": note}
+    result: dict[str, Any] = {"status": "trained", "reason": None, "note": note}
     result |= {"environment": environment.fingerprint, "devices": job.devices}
     result |= {"start_sha256": start.sha256} if start else {}
-    if reason:
-        skip(job, result)
-        return False
     if launch.on_ranks(job.devices, environment.device):
         return True
     if note:
@@ -95,14 +95,15 @@ def _run_here(
     result: dict[str, Any],
 ) -> None:
     """Train `job` in this process, which may be one of several ranks; complete `result` and write it."""
-    corpus, shape = data.open_shards(inputs.train, inputs.shards), job.shape
-    batches = data.Batches(corpus, shape.batch_size, shape.block_size, params.seed if params.data.shuffle else None)
-    validation = _open_validation(inputs, shape)
-    built = build(job, params, environment, micro_batch)
-    settings = describe(job, params, environment)
+    shape, settings = job.shape, describe(job, params, environment)
+    with ledger.phase("data"):
+        corpus = data.open_shards(inputs.train, inputs.shards)
+        batches = data.Batches(corpus, shape.batch_size, shape.block_size, params.seed if params.data.shuffle else None)
+        validation = _open_validation(inputs, shape)
+    settings |= {"start_sha256": start.sha256} if start else {}
+    built, tracker = build_and_track(job, params, environment, micro_batch, settings)
     if start:
         copy_weights(built.model, start.weights)
-        settings["start_sha256"] = start.sha256
     course, saved = Course(None if job.recipe.minutes and shape.steps > FIRST_STEPS else shape.steps), None
     if params.checkpoint_every:
         decisive = {**settings, "micro_batch": micro_batch, "corpus": corpus.sha256}
@@ -118,7 +119,7 @@ def _run_here(
 
     used = partial(settle, job=job, course=course, saved=saved, resumed=len(earlier))
     new_steps = _train(job, params, built, batches, len(earlier), micro_batch, course, used)
-    with open_tracker(job, params, settings) as tracker:
+    with tracker:
         steps = follow(chain(earlier, new_steps), tracker, job, course, validate, len(earlier), saved)
         epochs_seen = len(steps) * job.tokens_per_step / batches.tokens
         result |= {"validations": course.validations} if course.validations else {}
@@ -127,19 +128,26 @@ def _run_here(
         tracker.summarize(result)
     if ranks.rank() == 0:
         files.write_json(job.folder / "metrics.json", result)
-        keep(built.model)
+        with ledger.phase("recording"):
+            keep(built.model)
         if saved:
             saved.forget()
     ranks.leave()
 
 
-def skip(job: Job, result: Mapping[str, Any]) -> None:
-    """Print why `job` is skipped, and write steps.csv without steps and metrics.json with null for all numbers."""
-    print(f"{job.name}: skipped. {result['reason']}", flush=True)
-    files.write(job.folder / "steps.csv", metrics.HEADER)
-    files.write_json(job.folder / "metrics.json", {**result, **dict.fromkeys(metrics.MEASURED)})
+def build_and_track(
+    job: Job, params: Params, environment: Environment, micro_batch: int, settings: Mapping[str, Any]
+) -> tuple[Built, Tracker]:
+    """Call `build` and `start_wandb` at the same time, and return what was built and the Tracker of the training."""
+    with ThreadPoolExecutor(1) as background:
+        starting = background.submit(start_wandb, job, params, settings)
+        built = build(job, params, environment, micro_batch)
+        with ledger.phase("recording"):
+            run = starting.result()
+    return built, Tracker(None if ranks.rank() else job.folder / "steps.csv", run, job.tokens_per_step)
 
 
+@ledger.phase("weights")
 def build(job: Job, params: Params, environment: Environment, micro_batch: int) -> Built:
     """Open the device (each rank opens its own) and build the network and its optimizer on it.
 
@@ -177,16 +185,15 @@ def describe(job: Job, params: Params, environment: Environment) -> dict[str, An
     }
 
 
-def open_tracker(job: Job, params: Params, settings: Mapping[str, Any]) -> Tracker:
-    """Return a Tracker that writes steps.csv and a new W&B run with `settings`; on other ranks than 0, nothing."""
-    if ranks.rank():
-        return Tracker(None, None, job.tokens_per_step)
+def start_wandb(job: Job, params: Params, settings: Mapping[str, Any]) -> wandb.Run | None:
+    """Start a W&B run with `settings`; on other ranks than 0, return None."""
+    if os.environ.get("RANK", "0") != "0":
+        return None
     environment = Environment.model_validate(settings["environment"])
     tags = [settings["model"], environment.device, settings["precision"], settings["attention"]]
     name = tracking.trial_name(params.changes) if job.name == "trial" else job.name
     group = tracking.run_group(params, environment)
-    run = tracking.start_run(settings, name=name, job_type=job.job_type, tags=tags, group=group)
-    return Tracker(job.folder / "steps.csv", run, job.tokens_per_step)
+    return tracking.start_run(settings, name=name, job_type=job.job_type, tags=tags, group=group)
 
 
 def _train(
@@ -230,6 +237,7 @@ def _open_validation(inputs: Inputs, shape: Shape) -> tuple[list[loop.Batch], in
     return batches, tokenizer.count_bytes((y.numpy() for _, y in batches), inputs.encoder_json)
 
 
+@ledger.phase("validation")
 def _validate(job: Job, built: Built, batches: Sequence[loop.Batch], micro_batch: int) -> float:
     """Return the loss in nats over all `batches`. All ranks must call this together."""
     local = data.local_rows(iter(batches), ranks.rank(), job.devices)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
-from gpt2_ladder import files
+from gpt2_ladder import files, ledger
 from gpt2_ladder.config import Environment, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.training.metrics import HEADER, Step
@@ -66,6 +66,7 @@ class Tracker:
         tokens = (step + 1) * self._tokens_per_step
         self._mirror(lambda run: run.log({**values, "tokens": tokens}, step=step))
 
+    @ledger.phase("recording")
     def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
         if self._run is None:
             return
@@ -115,6 +116,7 @@ def start_run(config: Mapping[str, Any], **about: Any) -> wandb.Run | None:
     return run
 
 
+@ledger.phase("recording")
 def log_summary(params: Params, environment: Environment, gains: Any, chart: str, images: Mapping[str, Path]) -> None:
     """Log gains.json as a table, the SVG `chart` and the PNG files `images` in a run, once for each measurement."""
     settings = {"model": params.model, "machine": params.machine, "environment": environment.model_dump()}

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
+from gpt2_ladder import ledger
 from gpt2_ladder.config import GPTConfig, UserError
 from gpt2_ladder.model import KERNELS
 from gpt2_ladder.training.runtime import DEFAULT, PRECISIONS, set_precision
@@ -22,6 +23,7 @@ PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}  # keep two cores busy for 0.05 to 0
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a memory object", "STATUS_ALLOC_FAILED")
 
 
+@ledger.phase("device")
 def open_device(name: str, threads: int, seed: int, deterministic: bool) -> torch.device:
     """Set CPU threads, seed and deterministic algorithms for the process, and return the device "cuda" or "cpu".
 
@@ -71,7 +73,8 @@ def set_deterministic(enabled: bool) -> None:
     """Switch deterministic algorithms on or off for the process. To switch them on, call this before any GPU work."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product on a GPU
-    torch.use_deterministic_algorithms(enabled)
+    if enabled != torch.are_deterministic_algorithms_enabled():  # this call imports Inductor, which takes a second
+        torch.use_deterministic_algorithms(enabled)
     # torch would also fill new memory with NaN, to reveal code that reads it too early. That only costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stubs
 
