@@ -2,23 +2,29 @@
 
 The levels whose only change has no effect on this device are listed, too: they are not trained.
 All speed levels and the benchmark, which keeps all levels in memory, use the same micro-batch: the largest that fits.
-Compiled levels are tried without compilation, which takes minutes and only lowers the memory.
+Compiled levels are tried without compilation, which takes minutes and only lowers the memory. Then, with MANY_CORES,
+their networks are compiled at the same time; the trainings find them in torch's cache.
 """
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from multiprocessing import get_context
 
 import torch
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files, ledger, params_yaml
 from gpt2_ladder.config import GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, devices, loop, runtime
 from pipeline import PROBE, read_environment, run
+
+MANY_CORES = 8  # a compilation keeps about one core busy, so fewer cores gain little
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,11 @@ def main() -> None:
     }
     micro_batch, batch_size = find_micro_batch(params, levels, device), params.shape("speed").batch_size
     print(f"probe: {micro_batch} of the {batch_size} rows of a batch fit into memory", flush=True)
-    rows = capabilities.rows_without_effect(params.levels, environment, math.ceil(batch_size / micro_batch))
+    parts = math.ceil(batch_size / micro_batch)
+    rows = capabilities.rows_without_effect(params.levels, environment, parts)
+    if environment.threads >= MANY_CORES:
+        acting = {name: capabilities.effective(level, environment, parts) for name, level in levels.items()}
+        compile_ahead(params, acting, micro_batch, device)
     files.write_json(PROBE, {"micro_batch": micro_batch, "without_effect": rows})
 
 
@@ -83,6 +93,36 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
                 fix = f"set machines.{params.machine}.block_size: {block_size}, which fits"
             raise UserError(f"probe: level '{names[kind]}', {free / 2**30:.1f} GiB free: {error}; {fix}") from None
     return micro_batch
+
+
+def compile_ahead(params: Params, levels: Mapping[str, Switches], micro_batch: int, device: torch.device) -> None:
+    """Compile the distinct graphs of `levels` at the same time, as many as fit into memory, into torch's cache."""
+    graphs: dict[tuple[GPTConfig, str, bool, bool], tuple[str, Switches]] = {}
+    for name, row in levels.items():
+        if row.compile:
+            graphs.setdefault((params.gpt(row), row.precision, row.autotune, row.cuda_graphs), (name, row))
+    devices.reset_peak_memory(device)
+    free, cuda, T = devices.free_memory(device), devices.allocates_like_cuda(device), params.shape("speed").block_size
+    operands = [(config, runtime.PRECISIONS[precision].operand) for config, precision, *_ in graphs]
+    needs = sorted((planning.trace_step(*each, micro_batch, T, cuda).peak_bytes for each in operands), reverse=True)
+    count = sum(need <= free for need in accumulate(needs))  # the largest at the same time
+    print(f"probe: compiling {len(graphs)} networks, {max(count, 1)} at a time", flush=True)
+    with (
+        ledger.phase("compile"),
+        ProcessPoolExecutor(max(count, 1), get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        compiling = {name: pool.submit(compile_network, name, row, micro_batch) for name, row in graphs.values()}
+        for name, future in compiling.items():  # an error only costs time: the level's training compiles again
+            print(f"probe: {name} {future.exception() or 'is compiled'}", flush=True)
+
+
+def compile_network(name: str, switches: Switches, micro_batch: int) -> None:
+    """Compile one network by a training step."""
+    params, environment = params_yaml.load(), read_environment()
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    (arm,) = turns.build_arms(params, {name: switches}, device, micro_batch)
+    ids = torch.zeros(micro_batch, params.shape("speed").block_size, dtype=torch.int64)
+    arm.step((ids, ids), device)
 
 
 def _step(weights: turns.SharedWeights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
