@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity
 from experiments import pages
 from gpt2_ladder.config import AdamW, Size
 from gpt2_ladder.measuring import cost, gains, profiling
-from gpt2_ladder.measuring.profiling import Operator
+from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.training import devices
 from pipeline import environment
 

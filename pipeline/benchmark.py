@@ -14,6 +14,7 @@ import torch
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
 from gpt2_ladder.measuring import profiling, summary, turns
+from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
@@ -126,7 +127,7 @@ def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.de
     files.write_json(DEVICE_TIME, {name: asdict(time) for name, time in spent.items() if time})
 
 
-def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[profiling.Operator]:
+def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[Operator]:
     """Return the operators of one step of `arm`, the costliest first, and write its trace."""
     return profiling.profile_step(partial(arm.step, batch, device), devices.profiler_activities(device), trace)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
+from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.measuring.gains import Measurement
-from gpt2_ladder.measuring.profiling import Operator
 from gpt2_ladder.reporting import gallery
 from gpt2_ladder.training.metrics import read_losses
 from pipeline import RESULTS, Parser, read_json, run

@@ -1,5 +1,7 @@
 """Count a training step's floating-point operations (FLOPs), and list the peak rates of known GPUs."""
 
+from dataclasses import dataclass
+
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, Size
 
 A100 = {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0}
@@ -40,6 +42,15 @@ GPUS: dict[str, tuple[float, dict[str, float]]] = {
 }
 BANDWIDTH = {name: bandwidth for name, (bandwidth, _) in GPUS.items()}
 KNOWN_PEAKS = {name: peaks for name, (_, peaks) in GPUS.items()}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The cost of one operator in one profiled step."""
+
+    name: str  # torch's name of the operator
+    calls: int
+    self_ms: float  # without the operators that it calls; on a GPU, the time of the kernels that it launches
 
 
 def flops_per_token(size: Size, block_size: int) -> int:

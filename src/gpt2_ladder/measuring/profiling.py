@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from gpt2_ladder import files
+from gpt2_ladder.measuring.cost import Operator
 
 FUSED = "fused by torch.compile"  # common name of all Inductor kernels; their own names differ between graphs
 # first words of a Triton kernel's name on a GPU, and of a graph's name on a CPU, whose C++ kernels have no names
@@ -18,15 +19,6 @@ INDUCTOR = ("triton_", "## Call CompiledFxGraph")
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
 LONG_GAP_US = 5  # longer gaps between kernels end when the host launches the next one
-
-
-@dataclass(frozen=True)
-class Operator:
-    """The cost of one operator in one step."""
-
-    name: str  # torch's name of the operator
-    calls: int
-    self_ms: float  # without the operators that it calls; on a GPU, the time of the kernels that it launches
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from gpt2_ladder.config import BASELINE, MINIMUM_ROUNDS, Strict, UserError
+from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.measuring.gains import Measurement
-from gpt2_ladder.measuring.profiling import Operator
 
 FOLDER, LARGEST = Path("machines"), 200_000  # characters of a file
 OTHERS = "all other operators"
