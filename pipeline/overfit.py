@@ -7,7 +7,8 @@ from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.running.following import follow
 from gpt2_ladder.running.job import Job
-from gpt2_ladder.running.run import build_and_track, describe
+from gpt2_ladder.running.run import build_and_start_wandb, describe
+from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import capabilities, data, loop
 from pipeline import RESULTS, TRAIN_SHARD, read_environment, run
 
@@ -21,10 +22,10 @@ def main() -> None:
     level, shape = params.levels[LEVEL], params.quality
     job = Job("overfit", "overfit", level, shape, Recipe(), 1, RESULTS / "overfit")
     settings = describe(job, params, environment)
-    built, tracker = build_and_track(job, params, environment, shape.batch_size, settings)
+    built, wandb_run = build_and_start_wandb(job, params, environment, shape.batch_size, settings)
     batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     batches = repeat(batch, shape.steps)
-    with tracker:
+    with Tracker(job.folder / "steps.csv", wandb_run, job.tokens_per_step) as tracker:
         steps = loop.train(built.model, built.optimizer, batches, built.autocast, built.device, shape.batch_size)
         losses = [step.loss for step in follow(steps, tracker, job)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}

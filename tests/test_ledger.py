@@ -22,7 +22,7 @@ def stage(*arguments: str, exit_code: int = 0) -> str:
 def clock(monkeypatch):
     """A clock that the test sets; the ledger is empty and in the phase `other`."""
     now = [100.0]
-    monkeypatch.setattr(ledger.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(ledger.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(ledger, "seconds", dict.fromkeys(ledger.PHASES, 0.0))
     monkeypatch.setattr(ledger, "_current", "other")
     monkeypatch.setattr(ledger, "_since", 100.0)

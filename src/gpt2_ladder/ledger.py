@@ -11,13 +11,13 @@ PHASES = ("imports", "device", "data", "weights", "compile", "steps", "validatio
 
 seconds = dict.fromkeys(PHASES, 0.0)
 _current = "imports"
-_since = time.perf_counter() - time.process_time()  # Python's own start keeps one core busy
+_since = time.monotonic() - time.process_time()  # Python's own start keeps one core busy
 
 
 def enter(name: str) -> str:
     """Count the seconds from now on under `name`, one of PHASES, and return the phase that ends here."""
     global _current, _since
-    ended, now = _current, time.perf_counter()
+    ended, now = _current, time.monotonic()
     seconds[ended] += now - _since
     _current, _since = name, now
     return ended

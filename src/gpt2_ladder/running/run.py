@@ -101,7 +101,7 @@ def _run_here(
         batches = data.Batches(corpus, shape.batch_size, shape.block_size, params.seed if params.data.shuffle else None)
         validation = _open_validation(inputs, shape)
     settings |= {"start_sha256": start.sha256} if start else {}
-    built, tracker = build_and_track(job, params, environment, micro_batch, settings)
+    built, wandb_run = build_and_start_wandb(job, params, environment, micro_batch, settings)
     if start:
         copy_weights(built.model, start.weights)
     course, saved = Course(None if job.recipe.minutes and shape.steps > FIRST_STEPS else shape.steps), None
@@ -119,7 +119,7 @@ def _run_here(
 
     used = partial(settle, job=job, course=course, saved=saved, resumed=len(earlier))
     new_steps = _train(job, params, built, batches, len(earlier), micro_batch, course, used)
-    with tracker:
+    with Tracker(None if ranks.rank() else job.folder / "steps.csv", wandb_run, job.tokens_per_step) as tracker:
         steps = follow(chain(earlier, new_steps), tracker, job, course, validate, len(earlier), saved)
         epochs_seen = len(steps) * job.tokens_per_step / batches.tokens
         result |= {"validations": course.validations} if course.validations else {}
@@ -135,16 +135,15 @@ def _run_here(
     ranks.leave()
 
 
-def build_and_track(
+def build_and_start_wandb(
     job: Job, params: Params, environment: Environment, micro_batch: int, settings: Mapping[str, Any]
-) -> tuple[Built, Tracker]:
-    """Call `build` and `start_wandb` at the same time, and return what was built and the Tracker of the training."""
+) -> tuple[Built, wandb.Run | None]:
+    """Call `build` and, at the same time, `start_wandb`. W&B marks the run as failed if the process then fails."""
     with ThreadPoolExecutor(1) as background:
         starting = background.submit(start_wandb, job, params, settings)
         built = build(job, params, environment, micro_batch)
         with ledger.phase("recording"):
-            run = starting.result()
-    return built, Tracker(None if ranks.rank() else job.folder / "steps.csv", run, job.tokens_per_step)
+            return built, starting.result()
 
 
 @ledger.phase("weights")
