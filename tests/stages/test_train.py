@@ -58,6 +58,19 @@ def test_a_level_whose_change_has_no_effect_here_is_not_trained(params, monkeypa
     assert json.loads(Path("results/levels/fp32/metrics.json").read_text())["status"] == "trained"
 
 
+@pytest.mark.slow
+def test_many_cores_compile_each_distinct_network_ahead(params, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(probe, "MANY_CORES", 1)
+    monkeypatch.setattr(capabilities, "why_skipped", lambda *_: None)  # bf16 on a machine without it, too
+    compiled = {name: params.levels[name] for name in ("fp32", "padded", "fused", "allocator")}  # three with one graph
+    Path("params.yaml").write_text(params.model_copy(update={"levels": compiled}).model_dump_json())
+    probe.main()
+    assert "compiling 1 networks, 1 at a time\nprobe: padded is compiled\n" in capsys.readouterr().out
+    train(params, "fused", Path("fused"))
+    assert json.loads(Path("fused/metrics.json").read_text())["compile_cache"] == "warm"
+
+
 def test_a_training_leaves_out_a_switch_without_effect_and_notes_it(params):
     results = {}
     for name, precision in (("plain", "fp32"), ("own", "tf32")):
