@@ -96,14 +96,17 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
 
 
 def compile_ahead(params: Params, levels: Mapping[str, Switches], micro_batch: int, device: torch.device) -> None:
-    """Compile the distinct graphs of `levels` at the same time, as many as fit into memory, into torch's cache."""
-    graphs: dict[tuple[GPTConfig, str, bool, bool], tuple[str, Switches]] = {}
+    """Compile the distinct graphs of `levels` at the same time, as many as fit into memory, into torch's cache.
+
+    `autotune` is left out: it times kernels, for which it needs the GPU for itself.
+    """
+    graphs: dict[tuple[GPTConfig, str, bool], tuple[str, Switches]] = {}
     for name, row in levels.items():
-        if row.compile:
-            graphs.setdefault((params.gpt(row), row.precision, row.autotune, row.cuda_graphs), (name, row))
+        if row.compile and not row.autotune:
+            graphs.setdefault((params.gpt(row), row.precision, row.cuda_graphs), (name, row))
     devices.reset_peak_memory(device)
     free, cuda, T = devices.free_memory(device), devices.allocates_like_cuda(device), params.shape("speed").block_size
-    operands = [(config, runtime.PRECISIONS[precision].operand) for config, precision, *_ in graphs]
+    operands = [(config, runtime.PRECISIONS[precision].operand) for config, precision, _ in graphs]
     needs = sorted((planning.trace_step(*each, micro_batch, T, cuda).peak_bytes for each in operands), reverse=True)
     count = sum(need <= free for need in accumulate(needs))  # the largest at the same time
     print(f"probe: compiling {len(graphs)} networks, {max(count, 1)} at a time", flush=True)
