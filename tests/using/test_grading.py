@@ -80,25 +80,6 @@ def test_the_interval_is_the_wilson_interval():
     assert (share, low, high) == (0.3, pytest.approx(middle - half), pytest.approx(middle + half))
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line: Invalid JSON"),
-        ("[]", "line: Input should be an object"),
-        (LINES[0].replace('"label": 0', '"label": 4'), "label: Input should be less than or equal to 3"),
-        (LINES[0].replace('"label": 0', '"label": "0"'), "label: Input should be a valid integer"),
-        (LINES[0].replace('"runs."', '"runs.", "sits."'), "endings: List should have at most 4 items"),
-        (LINES[0].replace('"runs."', "null"), r"endings\.3: Input should be a valid string"),
-        (LINES[0].replace("A boy fills a kettle with water. He", ""), "ctx: String should have at least 1 character"),
-    ],
-)
-def test_a_line_that_is_not_an_example_is_reported(tmp_path, line, message):
-    (tmp_path / "val.jsonl").write_text(f"{LINES[1]}\n{line}\n")
-    with pytest.raises(UserError, match=rf"val\.jsonl:2: not a HellaSwag example: {message}") as caught:
-        grading.read(tmp_path / "val.jsonl")
-    assert len(str(caught.value).splitlines()) == 1
-
-
 def test_an_example_longer_than_the_context_is_reported(encoding):
     example = grading.Example(ctx="so " * 40, endings=["a"] * 4, label=0)
     with pytest.raises(UserError, match="example 1 takes 41 positions; use a network with more than 32"):
