@@ -4,11 +4,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.model import GPT
+from gpt2_ladder.running.checkpoints import copy_weights
 from gpt2_ladder.sources import hub_format
 
 END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
@@ -17,13 +16,8 @@ CARD = "README.md"  # the hub shows the file of this name as the card
 
 def trimmed(model: GPT) -> GPT:
     """Return `model` without the rows that pad its vocabulary; the logits of GPT-2's 50,257 ids stay the same."""
-    with torch.device("meta"):
-        shorter = GPT(model.config.model_copy(update={"vocab_size": GPT2_VOCAB_SIZE}), seed=None)
-    state = model.state_dict()
-    state |= {name: state[name][:GPT2_VOCAB_SIZE] for name in ("wte.weight", "lm_head.weight")}  # (V, C) each
-    shorter.load_state_dict(state, assign=True)
-    if model.config.tie_weights:
-        shorter.wte.weight = shorter.lm_head.weight
+    shorter = GPT(model.config.model_copy(update={"vocab_size": GPT2_VOCAB_SIZE}), seed=None)
+    copy_weights(shorter, dict(model.named_parameters()))
     return shorter
 
 
