@@ -60,35 +60,10 @@ def test_a_checkpoint_in_several_files_gives_the_same_logits(sharded):
     assert torch.equal(hub_format.load_gpt(sharded).wte.weight, GPT(tiny()).wte.weight)
 
 
-SECOND, BAD = "model-00002-of-00004.safetensors", "not a readable checkpoint: .*"
-
-
-def add(file: object):
-    """Return a function that lists a tensor `x` in this file."""
-    return lambda index: index["weight_map"].update(x=file)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda index: index.pop("weight_map"), f"{BAD} valid dictionary"),
-        (lambda index: index.update(weight_map={}), f"{BAD} at least 1 item"),
-        (add(f"../{SECOND}"), f"{BAD} should match pattern"),
-        (add(f"/tmp/{SECOND}"), f"{BAD} should match pattern"),
-        (add("model.bin"), f"{BAD} should match pattern"),
-        (add(3), f"{BAD} valid string"),
-        (add("other.safetensors"), "No such file or directory: .*/other"),
-        (add(SECOND), f"{SECOND}: differs from .* on tensor 'x'"),
-        (lambda index: index["weight_map"].popitem(), "differs from .* on tensor 'transformer.wte.weight'"),
-    ],
-)
-def test_an_index_that_does_not_fit_its_files_is_refused(sharded, change, message):
-    index = json.loads((sharded / hub_format.INDEX).read_text())
-    change(index)
-    (sharded / hub_format.INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=message) as caught:
+def test_a_checkpoint_without_one_of_its_files_is_refused(sharded):
+    (sharded / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(UserError, match="vocab_size 97 need more weights than the"):
         hub_format.load_gpt(sharded)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

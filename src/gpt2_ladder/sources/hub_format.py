@@ -7,10 +7,10 @@ Hugging Face's Conv1D stores the four matrices of attention and MLP as (in, out)
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,9 +20,7 @@ from gpt2_ladder.config import GPTConfig, UserError
 from gpt2_ladder.model import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-INDEX = f"{WEIGHTS}.index.json"  # lists the weight files if there are several
-_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # a file in the folder of the index, not a path
-_WEIGHT_MAP = TypeAdapter(Annotated[dict[str, _FILE], Field(min_length=1)])
+PARTS = "model-*-of-*.safetensors"  # of a checkpoint in several files, as transformers names them
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8, which needs a scale
 LARGEST_MASKS = 2**32  # bytes of the masks of all layers; GPT-2's take 12 * 2**20
@@ -42,7 +40,7 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
     Raise UserError if a file is missing or damaged, if the two files do not match, if `from_hub` rejects a tensor, or
     if vocab_size is below `least_vocab_size`.
     """
-    if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+    if not all(path.exists() for path in weight_files(folder)):
         pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
             raise UserError(f"{pickles[0]}: pickled weights can run code when loaded; convert them to {WEIGHTS}")
@@ -52,11 +50,8 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
         tied = described.get("tie_word_embeddings", True)
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
         tensors = dict[str, Tensor]()
-        for path, listed in weight_files(folder).items():
-            shard = load_file(path)  # memory-mapped: reads only the header
-            if wrong := shard.keys() ^ (listed or shard.keys()):
-                raise UserError(f"{path}: differs from {INDEX} on tensor {min(wrong)!r:.80}; download both")
-            tensors |= shard
+        for path in weight_files(folder):
+            tensors |= load_file(path)  # memory-mapped: reads only the header
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing; download the file again") from None
     except (OSError, ValidationError, SafetensorError) as error:
@@ -76,14 +71,10 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
     return model
 
 
-def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Map each weight file in `folder` to the tensors that INDEX lists for it; without INDEX, to an empty set."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return {folder / WEIGHTS: set()}
-    tensors: dict[Path, set[str]] = {}
-    for tensor, name in _WEIGHT_MAP.validate_python(files.read_json(folder / INDEX).get("weight_map")).items():
-        tensors.setdefault(folder / name, set()).add(tensor)
-    return dict(sorted(tensors.items()))
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files in `folder`: model.safetensors or, without it, the PARTS of a checkpoint, in order."""
+    parts = sorted(folder.glob(PARTS))
+    return parts if parts and not (folder / WEIGHTS).exists() else [folder / WEIGHTS]
 
 
 def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
