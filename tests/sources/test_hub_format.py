@@ -62,7 +62,7 @@ def test_a_checkpoint_in_several_files_gives_the_same_logits(sharded):
 
 def test_a_checkpoint_without_one_of_its_files_is_refused(sharded):
     (sharded / "model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(UserError, match="vocab_size 97 need more weights than the"):
+    with pytest.raises(UserError, match=r"the checkpoint lacks \d+ tensor\(s\), such as "):
         hub_format.load_gpt(sharded)
 
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_saved_here_gives_the_same_logits_in_transformers_and_here(
     hub_format.save_gpt(ours, tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert_same_logits(ours(random_ids())[0], theirs(random_ids()).logits)
-    assert torch.equal(hub_format.load_gpt(tmp_path)(random_ids())[0], ours(random_ids())[0])
+    assert torch.equal(hub_format.load_gpt(tmp_path, "eager")(random_ids())[0], ours(random_ids())[0])
 
 
 def test_the_hubs_file_loads_with_masks_and_without_a_head():
@@ -157,11 +157,10 @@ def test_half_precision_weights_become_float32():
         ({"n_layer": "2"}, "n_layer Input should be a valid integer"),
         ({"n_layer": -1}, "n_layer Input should be greater than 0"),
         ({"n_layer": 10**9}, "n_layer Input should be less than or equal to 1000"),
-        ({"n_layer": 1000}, "n_layer 1000, .* need more weights than the [0-9,]+ in"),
-        ({"n_embd": 10**9, "n_head": 1}, "n_embd 1000000000, .* need more weights"),
-        ({"n_positions": 10**9}, "n_positions 1000000000, .* need more weights"),
+        ({"n_embd": 10**9, "n_head": 1}, "n_embd 1000000000, .* need more memory than the [0-9,]+ weights"),
+        ({"n_positions": 10**9}, "n_positions 1000000000, .* need more memory than the [0-9,]+ weights"),
         ({"vocab_size": 10**4000}, "vocab_size Input should be less than 9223372036854775808"),
-        ({"vocab_size": 10**12}, "vocab_size 1000000000000 need more weights"),
+        ({"vocab_size": 10**12}, "vocab_size 1000000000000 need more memory than the [0-9,]+ weights"),
         ({"tie_word_embeddings": "yes"}, "tie_weights Input should be a valid boolean"),
         ({"layer_norm_epsilon": [0] * 10**5}, r"layer_norm_epsilon is \[0, 0"),
     ],
@@ -180,9 +179,7 @@ def test_masks_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     assert hub_format.load_gpt(tmp_path, "flash").config.n_positions == 40_000
     monkeypatch.setattr(hub_format, "LARGEST_MASKS", 2 * 40_000**2 - 1)
     monkeypatch.setattr(hub_format, "GPT", lambda _: pytest.fail("memory was allocated for the network"))
-    with pytest.raises(
-        UserError, match=r"n_positions 40000, .* eager attention's masks are too large; use attention='flash'"
-    ):
+    with pytest.raises(UserError, match=r"n_positions 40000, .* need more memory than the [0-9,]+ weights"):
         hub_format.load_gpt(tmp_path, "eager")
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, count_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PARTS = "model-*-of-*.safetensors"  # of a checkpoint in several files, as transformers names them
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8, which needs a scale
-LARGEST_MASKS = 2**32  # bytes of the masks of all layers; GPT-2's take 12 * 2**20
+LARGEST_MASKS = 2**32  # bytes of the masks for eager attention in all layers; GPT-2's take 12 * 2**20
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # What our GPT computes. A config with another value is rejected: it would load, but the results would be wrong.
 _FIXED = {
@@ -34,7 +34,7 @@ _FIXED = {
 }
 
 
-def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
+def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) -> GPT:
     """Load config.json and model.safetensors from `folder` as a GPT in float32 on the CPU.
 
     Raise UserError if a file is missing or damaged, if the two files do not match, if `from_hub` rejects a tensor, or
@@ -78,16 +78,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if config.json describes a larger network than the weights, before memory is allocated."""
-    C, L = config.n_embd, config.n_layer
-    need = 12 * L * C * C + (config.vocab_size + config.n_positions) * C  # without biases, LayerNorms, an untied head
+    """Raise UserError if config.json describes a much larger network than the weights, before memory is allocated."""
     stored = sum(tensor.numel() for tensor in tensors.values())
-    sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
-    if need > stored or len(tensors) < L:
-        fix = "one of the two files is damaged or from another network: download both again"
-        raise UserError(f"{folder / CONFIG}: {sizes:.200} need more weights than the {stored:,} in {WEIGHTS}; {fix}")
-    if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:
-        raise UserError(f"{folder}: {sizes:.200}: eager attention's masks are too large; use attention='flash'")
+    if count_bytes(config) > 4 * stored + LARGEST_MASKS:
+        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
+        fix = "a file is damaged or from another network: download all again"
+        raise UserError(f"{folder / CONFIG}: {sizes:.200} need more memory than the {stored:,} weights; {fix}")
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
