@@ -8,21 +8,25 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting.facts import templates
+from gpt2_ladder.running.checkpoints import copy_weights
 from gpt2_ladder.running.run import describe
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, tokenizer
-from gpt2_ladder.using import sharing
 from pipeline import BPE, CORPUS, SHARDS, TRIAL, TRIAL_FACTS, VAL_SHARD, Parser, check_weights, read_environment, run
 from pipeline.trial import make_job
 
 # a commit must contain these to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
+END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
+CARD = "README.md"  # the hub shows the file of this name as the card
 MOST_NAMED = 20  # of a larger number of corpus files, the card shows one hash
 
 
@@ -32,14 +36,14 @@ def main(*arguments: str) -> None:
     parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"the network's folder, by default {TRIAL}")
     parser.add_argument("--trim", action="store_true", help="remove the rows that pad the vocabulary to 50304")
     args = parser.parse_args(arguments)
-    sharing.check_target(args.folder)
+    check_target(args.folder)
     facts = read_run() if args.model.resolve() == TRIAL.resolve() else None
     check_weights(args.model)
     tokenizer.open_encoding(*BPE)  # raises UserError if a file is damaged
     model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE)  # flash: builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
     if args.trim:
-        model = sharing.trimmed(model)
+        model = trimmed(model)
     card = templates.get_template("card.md").render(
         name=args.folder.resolve().name,
         config=model.config,
@@ -49,9 +53,9 @@ def main(*arguments: str) -> None:
         run=facts,
         source=downloads.read_provenance(*hub_format.weight_files(args.model)),
     )
-    sharing.write_folder(args.folder, model, card + "\n", *BPE)
+    write_folder(args.folder, model, card + "\n", *BPE)
     print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
-    print(f"Read {args.folder / sharing.CARD} and choose a license at its top. Then publish the folder:")
+    print(f"Read {args.folder / CARD} and choose a license at its top. Then publish the folder:")
     name, folder = shlex.quote(args.folder.resolve().name), shlex.quote(str(args.folder))
     print(f"hf auth login && hf upload OWNER/{name} {folder} .")
 
@@ -105,6 +109,44 @@ def _changed(*stages: str) -> list[str]:
             for name, change in changes.items():
                 names += [f"{name}: {key}" for key in change] if isinstance(change, dict) else [name]
     return names
+
+
+def trimmed(model: GPT) -> GPT:
+    """Return `model` without the rows that pad its vocabulary; the logits of GPT-2's 50,257 ids stay the same."""
+    shorter = GPT(model.config.model_copy(update={"vocab_size": GPT2_VOCAB_SIZE}), seed=None)
+    copy_weights(shorter, dict(model.named_parameters()))
+    return shorter
+
+
+def check_target(folder: Path) -> None:
+    """Raise UserError if `folder` is a file or is not empty, so that nothing is overwritten."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: is not a folder; give the path of a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty; give the path of a new folder")
+
+
+def write_folder(folder: Path, model: GPT, card: str, vocab_bpe: Path, encoder_json: Path) -> None:
+    """Write to the new `folder` `model`, the `card` and GPT-2's tokenizer to it, completely or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    ends = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
+    generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}  # transformers warns if it is missing
+    if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
+        generation["suppress_tokens"] = padding  # these ids have no text
+    contents = {
+        hub_format.CONFIG: hub_format.describe(model) | ends | {"dtype": "float32"},
+        "generation_config.json": generation,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions},
+    }
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+        complete = Path(temporary) / "complete"
+        hub_format.save_gpt(model, complete)
+        for name, content in contents.items():
+            files.write_json(complete / name, content)
+        files.write(complete / "vocab.json", encoder_json.read_bytes())
+        files.write(complete / "merges.txt", vocab_bpe.read_bytes())
+        files.write(complete / CARD, card)
+        complete.replace(folder)  # replaces an empty folder
 
 
 if __name__ == "__main__":
