@@ -36,7 +36,9 @@ def main(*arguments: str) -> None:
     parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"the network's folder, by default {TRIAL}")
     parser.add_argument("--trim", action="store_true", help="remove the rows that pad the vocabulary to 50304")
     args = parser.parse_args(arguments)
-    check_target(args.folder)
+    target = args.folder
+    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; give the path of a new folder")
     facts = read_run() if args.model.resolve() == TRIAL.resolve() else None
     check_weights(args.model)
     tokenizer.open_encoding(*BPE)  # raises UserError if a file is damaged
@@ -45,7 +47,7 @@ def main(*arguments: str) -> None:
     if args.trim:
         model = trimmed(model)
     card = templates.get_template("card.md").render(
-        name=args.folder.resolve().name,
+        name=target.resolve().name,
         config=model.config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         padding=0 if args.trim else padding,
@@ -53,10 +55,10 @@ def main(*arguments: str) -> None:
         run=facts,
         source=downloads.read_provenance(*hub_format.weight_files(args.model)),
     )
-    write_folder(args.folder, model, card + "\n", *BPE)
-    print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
-    print(f"Read {args.folder / CARD} and choose a license at its top. Then publish the folder:")
-    name, folder = shlex.quote(args.folder.resolve().name), shlex.quote(str(args.folder))
+    write_folder(target, model, card + "\n", *BPE)
+    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+    print(f"Read {target / CARD} and choose a license at its top. Then publish the folder:")
+    name, folder = shlex.quote(target.resolve().name), shlex.quote(str(target))
     print(f"hf auth login && hf upload OWNER/{name} {folder} .")
 
 
@@ -116,14 +118,6 @@ def trimmed(model: GPT) -> GPT:
     shorter = GPT(model.config.model_copy(update={"vocab_size": GPT2_VOCAB_SIZE}), seed=None)
     copy_weights(shorter, dict(model.named_parameters()))
     return shorter
-
-
-def check_target(folder: Path) -> None:
-    """Raise UserError if `folder` is a file or is not empty, so that nothing is overwritten."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder}: is not a folder; give the path of a new folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty; give the path of a new folder")
 
 
 def write_folder(folder: Path, model: GPT, card: str, vocab_bpe: Path, encoder_json: Path) -> None:
