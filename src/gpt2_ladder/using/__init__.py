@@ -1,1 +1,1 @@
-"""Use a network: verify it, grade it on HellaSwag."""
+"""Use a network: verify it."""
