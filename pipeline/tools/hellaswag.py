@@ -4,20 +4,20 @@
 stage of `dvc repro`. The first call downloads 12 MB. All questions take over an hour on two cores.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import tiktoken
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import GPT2_VOCAB_SIZE, Strict, UserError
+from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.sources.downloads import Url
@@ -30,14 +30,6 @@ GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag"
 REVISIONS = ("a29ff8e9a04bba4bd6588223785ce105328adc57", "master")
 SOURCES = tuple(Url(f"{GITHUB}/{revision}/data/{QUESTIONS.name}") for revision in REVISIONS)
 IGNORED = -100  # F.cross_entropy skips this target
-
-
-class Example(Strict, extra="ignore"):
-    """One line of hellaswag_val.jsonl, without its unused keys."""
-
-    ctx: Annotated[str, Field(min_length=1)]
-    endings: Annotated[list[str], Field(min_length=4, max_length=4)]
-    label: Annotated[int, Field(ge=0, le=3)]  # index of the right ending
 
 
 def main(*arguments: str) -> None:
@@ -55,7 +47,7 @@ def main(*arguments: str) -> None:
     with downloads.download_lock(QUESTIONS.parent):
         downloads.fetch(QUESTIONS, SHA256, SOURCES)
     encoding = tokenizer.open_encoding(*BPE)
-    examples = [Example.model_validate_json(line) for line in QUESTIONS.read_bytes().splitlines()]
+    examples = [json.loads(line) for line in QUESTIONS.read_bytes().splitlines()]
     origin = downloads.read_provenance(*hub_format.weight_files(args.model))
     print(f"{args.model}: {origin['note'] or origin['source']}", flush=True)
     grades, chosen = [], examples[: args.limit]
@@ -103,25 +95,25 @@ def log_probabilities(
 
 
 def grade(
-    model: GPT, examples: Sequence[Example], encoding: tiktoken.Encoding, device: torch.device
+    model: GPT, examples: Sequence[Mapping[str, Any]], encoding: tiktoken.Encoding, device: torch.device
 ) -> Iterator[tuple[bool, bool]]:
     """For each example, yield whether the right ending has the largest log probability, and the largest mean.
 
-    The text is used unchanged. Each ending is tokenized separately from its context, with a space before it.
-    build-nanogpt's hellaswag.py does the same: its acc of OpenAI's 124M weights is 0.2859 on all 10,042 examples, its
-    acc_norm 0.2955. The numbers of lm-evaluation-harness (0.2892, 0.3114) differ: it cleans the text, and its acc_norm
-    divides by characters.
+    An example has a context `ctx`, four `endings`, and the index `label` of the right one. The texts are not changed.
+    Each ending is tokenized separately from its context, with a space before it. build-nanogpt's hellaswag.py does the
+    same: its acc of OpenAI's 124M weights is 0.2859 on all 10,042 examples, its acc_norm 0.2955. The numbers of
+    lm-evaluation-harness (0.2892, 0.3114) differ: it cleans the text, and its acc_norm divides by characters.
 
     Source: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?".
     """
     for number, example in enumerate(examples, 1):
-        context = encoding.encode_ordinary(example.ctx)
-        endings = [encoding.encode_ordinary(" " + ending) for ending in example.endings]
+        context = encoding.encode_ordinary(example["ctx"])
+        endings = [encoding.encode_ordinary(" " + ending) for ending in example["endings"]]
         longest, n_positions = len(context) + max(map(len, endings)) - 1, model.config.n_positions
         if longest > n_positions:
             raise UserError(f"example {number} takes {longest} positions; use a network with more than {n_positions}")
         sums, means = log_probabilities(model, context, endings, device)
-        yield int(sums.argmax()) == example.label, int(means.argmax()) == example.label
+        yield int(sums.argmax()) == example["label"], int(means.argmax()) == example["label"]
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, list[float]]:

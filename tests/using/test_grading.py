@@ -66,9 +66,7 @@ def test_acc_compares_whole_endings_and_acc_norm_their_mean_per_token(encoding):
         logits[encoding.encode_ordinary(word)] = logit
     # ln(e**10 + e**9 + e**9.5 + 50254) = 11.4: " a" has -2.4, 3 x " the" -4.3 (-1.4 a token), others -11.4
     model = mock.Mock(side_effect=lambda idx: (logits.expand(*idx.shape, -1), None), config=tiny())
-    examples = [
-        command.Example(ctx="I see", endings=["a", "the the the", "zebra", "it"], label=label) for label in (0, 1, 2)
-    ]
+    examples = [{"ctx": "I see", "endings": ["a", "the the the", "zebra", "it"], "label": label} for label in (0, 1, 2)]
     assert list(command.grade(model, examples, encoding, CPU)) == [(True, False), (False, True), (False, False)]
 
 
@@ -80,7 +78,7 @@ def test_the_interval_is_the_wilson_interval():
 
 
 def test_an_example_longer_than_the_context_is_reported(encoding):
-    example = command.Example(ctx="so " * 40, endings=["a"] * 4, label=0)
+    example = {"ctx": "so " * 40, "endings": ["a"] * 4, "label": 0}
     with pytest.raises(UserError, match="example 1 takes 41 positions; use a network with more than 32"):
         list(command.grade(GPT(tiny(vocab_size=50257)), [example], encoding, CPU))
 
