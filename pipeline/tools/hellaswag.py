@@ -26,9 +26,8 @@ from pipeline import BPE, RESULTS, WEIGHTS, Parser, check_weights, read_environm
 
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
-GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag"
-REVISIONS = ("a29ff8e9a04bba4bd6588223785ce105328adc57", "master")
-SOURCES = tuple(Url(f"{GITHUB}/{revision}/data/{QUESTIONS.name}") for revision in REVISIONS)
+GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57"
+SOURCES = (Url(f"{GITHUB}/data/{QUESTIONS.name}"),)
 IGNORED = -100  # F.cross_entropy skips this target
 
 
