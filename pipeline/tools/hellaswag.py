@@ -50,8 +50,8 @@ def main(*arguments: str) -> None:
     origin = downloads.read_provenance(*hub_format.weight_files(args.model))
     print(f"{args.model}: {origin['note'] or origin['source']}", flush=True)
     grades, chosen = [], examples[: args.limit]
-    for result in grade(model, chosen, encoding, device):
-        grades.append(result)
+    for right in grade(model, chosen, encoding, device):
+        grades.append(right)
         if len(grades) % 100 == 0 or len(grades) == len(chosen):
             (acc, bounds), (acc_norm, norm_bounds) = (accuracy(column) for column in zip(*grades, strict=True))
             print(
@@ -59,21 +59,19 @@ def main(*arguments: str) -> None:
                 f"acc_norm {acc_norm:.4f} [{norm_bounds[0]:.4f}, {norm_bounds[1]:.4f}]",
                 flush=True,
             )
-    files.write_json(
-        RESULTS / "hellaswag.json",
-        {
-            "model": str(args.model),
-            **origin,
-            "environment": environment.fingerprint,
-            "n": len(grades),
-            "of": len(examples),
-            "acc": acc,
-            "acc_interval": bounds,
-            "acc_norm": acc_norm,
-            "acc_norm_interval": norm_bounds,
-            "intervals": "95 %, Wilson",
-        },
-    )
+    result = {
+        "model": str(args.model),
+        **origin,
+        "environment": environment.fingerprint,
+        "n": len(grades),
+        "of": len(examples),
+        "acc": acc,
+        "acc_interval": bounds,
+        "acc_norm": acc_norm,
+        "acc_norm_interval": norm_bounds,
+        "intervals": "95 %, Wilson",
+    }
+    files.write_json(RESULTS / "hellaswag.json", result)
 
 
 @torch.no_grad()
