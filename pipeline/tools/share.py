@@ -4,7 +4,6 @@ The folder contains the files that transformers loads, and a model card that des
 """
 
 import hashlib
-import json
 import shlex
 import subprocess
 import sys
@@ -68,10 +67,10 @@ def read_run() -> dict[str, Any]:
         reason = files.read_json(TRIAL_FACTS)["reason"] if TRIAL_FACTS.exists() else None
         reason = reason or "not trained, or not pulled"
         raise UserError(f"{TRIAL}: contains no network ({reason}); train it with `dvc repro trial`")
-    if changed := _changed("tokenize", "trial"):
-        wrong = "the card would not describe the run that trained this network, because these have changed"
+    if changes := _changes("tokenize", "trial"):
+        wrong = "the card would not describe the run that trained this network, because something has changed"
         fix = "run `dvc repro trial`, or restore the committed files"
-        raise UserError(f"{TRIAL}: {wrong}: {', '.join(changed)}; {fix}")
+        raise UserError(f"{TRIAL}: {wrong}: {changes}; {fix}")
     params, environment, manifest = params_yaml.load().for_trial(), read_environment(), data.read_manifest(SHARDS)
     shape, recipe = params.shape("speed"), params.recipe
     root, hashes = Path(params.data.path).parent, manifest["made_of"]["inputs"]
@@ -97,20 +96,14 @@ def read_run() -> dict[str, Any]:
     }
 
 
-def _changed(*stages: str) -> list[str]:
-    """Return the parameters, dependencies and outputs of `stages` that differ from dvc.lock."""
-    command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
+def _changes(*stages: str) -> str:
+    """Return how `stages` differ from dvc.lock, as `dvc status` prints it but in one line; empty: not at all."""
+    command = [sys.executable, "-m", "dvc", "status", *stages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason"])[0]
         raise UserError(f"dvc status failed, so the run that trained the network is unknown: {reason}")
-    names: list[str] = []
-    for stage, kinds in json.loads(result.stdout).items():
-        for kind in kinds:
-            changes = next(iter(kind.values())) if isinstance(kind, dict) else {f"{stage}'s command": ""}
-            for name, change in changes.items():
-                names += [f"{name}: {key}" for key in change] if isinstance(change, dict) else [name]
-    return names
+    return "" if "up to date" in result.stdout else " ".join(result.stdout.split())
 
 
 def trimmed(model: GPT) -> GPT:
