@@ -20,14 +20,13 @@ from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import downloads, hub_format
-from gpt2_ladder.sources.downloads import Url
 from gpt2_ladder.training import devices, tokenizer
 from pipeline import BPE, RESULTS, WEIGHTS, Parser, check_weights, read_environment, run
 
 QUESTIONS = Path("data/hellaswag_val.jsonl")
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # also in TensorFlow Datasets' checksums
 GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57"
-SOURCES = (Url(f"{GITHUB}/data/{QUESTIONS.name}"),)
+SOURCES = (f"{GITHUB}/data/{QUESTIONS.name}",)
 IGNORED = -100  # F.cross_entropy skips this target
 
 

@@ -93,7 +93,7 @@ def checkout(tmp_path, monkeypatch, bpe_files, serve):
     size = params_yaml.load().models["tiny"].model_copy(update={"n_layer": 1, "n_embd": 16, "n_positions": 64})
     pretrained.fetch(Path("data/gpt2"), config.Pretrained(source="stand-in", folder=None), "tiny", size, seed=3)
     monkeypatch.setattr(command, "SHA256", hashlib.sha256(BODY).hexdigest())
-    monkeypatch.setattr(command, "SOURCES", (command.Url(serve(body=BODY)),))
+    monkeypatch.setattr(command, "SOURCES", (serve(body=BODY),))
 
 
 def test_the_command_grades_as_transformers_does(checkout, serve, encoding, capsys):
