@@ -195,7 +195,7 @@ def test_a_pickle_is_refused_without_loading_it(saved):
     with pytest.raises(UserError, match="not a readable checkpoint"):
         hub_format.load_gpt(saved)
     (saved / hub_format.WEIGHTS).rename(saved / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: pickled weights can run code"):
+    with pytest.raises(UserError, match=r"No such file or directory.*; pickled weights, which can run code"):
         hub_format.load_gpt(saved)
 
 

@@ -40,10 +40,6 @@ def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) 
     Raise UserError if a file is missing or damaged, if the two files do not match, if `from_hub` rejects a tensor, or
     if vocab_size is below `least_vocab_size`.
     """
-    if not all(path.exists() for path in weight_files(folder)):
-        pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        if pickles:
-            raise UserError(f"{pickles[0]}: pickled weights can run code when loaded; convert them to {WEIGHTS}")
     try:
         described = files.read_json(folder / CONFIG)
         sizes = {name: described[name] for name in _SIZES}
@@ -56,7 +52,8 @@ def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) 
         raise UserError(f"{folder / CONFIG}: {error} is missing; download the file again") from None
     except (OSError, ValidationError, SafetensorError) as error:
         reason = files.printable(" ".join(str(error).split()))
-        raise UserError(f"{folder}: not a readable checkpoint: {reason:.500}; name another folder") from None
+        fix = f"name a folder with {CONFIG} and {WEIGHTS}; pickled weights, which can run code, are not read"
+        raise UserError(f"{folder}: not a readable checkpoint: {reason:.500}; {fix}") from None
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}; only {known[0]!r} is supported")
