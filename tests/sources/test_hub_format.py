@@ -152,7 +152,7 @@ def test_half_precision_weights_become_float32():
     ("change", "message"),
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu'; only 'gelu_new' is supported"),
-        ({"n_head": None}, "'n_head' is missing"),
+        ({"n_head": None}, "n_head Input should be a valid integer"),
         ({"n_head": 3}, r"n_embd = 16: must be a multiple of n_head \(3\)"),
         ({"n_layer": "2"}, "n_layer Input should be a valid integer"),
         ({"n_layer": -1}, "n_layer Input should be greater than 0"),

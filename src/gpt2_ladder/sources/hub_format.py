@@ -42,14 +42,12 @@ def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) 
     """
     try:
         described = files.read_json(folder / CONFIG)
-        sizes = {name: described[name] for name in _SIZES}
+        sizes = {name: described.get(name) for name in _SIZES}
         tied = described.get("tie_word_embeddings", True)
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
         tensors = dict[str, Tensor]()
         for path in weight_files(folder):
             tensors |= load_file(path)  # memory-mapped: reads only the header
-    except KeyError as error:
-        raise UserError(f"{folder / CONFIG}: {error} is missing; download the file again") from None
     except (OSError, ValidationError, SafetensorError) as error:
         reason = files.printable(" ".join(str(error).split()))
         fix = f"name a folder with {CONFIG} and {WEIGHTS}; pickled weights, which can run code, are not read"
@@ -57,7 +55,11 @@ def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) 
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}; only {known[0]!r} is supported")
-    _check_size(folder, config, tensors)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if count_bytes(config) > 4 * stored + LARGEST_MASKS:  # before memory is allocated
+        size = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
+        fix = "a file is damaged or from another network: download all again"
+        raise UserError(f"{folder / CONFIG}: {size:.200} need more memory than the {stored:,} weights; {fix}")
     if config.vocab_size < least_vocab_size:
         raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}; name another")
     with torch.device("meta"):  # allocates no memory; the largest GPT-2 takes 6 GB
@@ -72,15 +74,6 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the weight files in `folder`: model.safetensors or, without it, the PARTS of a checkpoint, in order."""
     parts = sorted(folder.glob(PARTS))
     return parts if parts and not (folder / WEIGHTS).exists() else [folder / WEIGHTS]
-
-
-def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if config.json describes a much larger network than the weights, before memory is allocated."""
-    stored = sum(tensor.numel() for tensor in tensors.values())
-    if count_bytes(config) > 4 * stored + LARGEST_MASKS:
-        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
-        fix = "a file is damaged or from another network: download all again"
-        raise UserError(f"{folder / CONFIG}: {sizes:.200} need more memory than the {stored:,} weights; {fix}")
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
