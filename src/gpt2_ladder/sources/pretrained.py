@@ -85,8 +85,8 @@ def needed(size: ModelSize) -> tuple[int, int]:
 def _check_disk(folder: Path, size: ModelSize) -> None:
     """Print the disk and memory that weights of `size` need; raise UserError if the disk is too small."""
     (disk, memory), free = needed(size), shutil.disk_usage(folder).free
-    need = f"{disk / 1e9:.1f} GB of disk; the verify stage needs as much again and {memory / 1e9:.1f} GB of memory"
-    need = f"{folder}: the weights take {need}"
+    more = f"the verify stage needs as much again and {memory / 1e9:.1f} GB of memory"
+    need = f"{folder}: the weights take {disk / 1e9:.1f} GB of disk; {more}"
     print(need, flush=True)
     if free < 2 * disk:
         raise UserError(f"{need}; only {free / 1e9:.1f} GB are free: free more, or set a smaller model")
