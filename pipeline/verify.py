@@ -53,17 +53,15 @@ def main() -> None:
     samples = "\n".join(lines)
     print(samples, flush=True)
     files.write(RESULTS / "samples.txt", samples + "\n")
-    files.write_json(
-        RESULTS / "verify.json",
-        {
-            "weights": "stand-in" if stand_in else "openai",
-            **asdict(weights),
-            "random": asdict(random),
-            "note": pretrained.STAND_IN_NOTICE if stand_in else None,
-            "llmc_loss": known_loss,
-            "llmc_loss_diff": None if known_loss is None else known_loss - verification.LLMC_LOSS,
-        },
-    )
+    result = {
+        "weights": "stand-in" if stand_in else "openai",
+        **asdict(weights),
+        "random": asdict(random),
+        "note": pretrained.STAND_IN_NOTICE if stand_in else None,
+        "llmc_loss": known_loss,
+        "llmc_loss_diff": None if known_loss is None else known_loss - verification.LLMC_LOSS,
+    }
+    files.write_json(RESULTS / "verify.json", result)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from gpt2_ladder.running.checkpoints import Checkpoints, Course
 from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training import data
 from gpt2_ladder.training.metrics import Step
-from gpt2_ladder.using import grading
 from helpers.common import REPOSITORY, random_ids, tiny
 
 Files = dict[str, bytes]
@@ -164,10 +163,6 @@ READERS: dict[str, tuple[Files, Callable[[Path], object]]] = {
         lambda folder: data.open_shard(folder / "train.bin"),
     ),
     "checkpoint": (written(lambda folder: hub_format.save_gpt(GPT(tiny()), folder)), hub_format.load_gpt),
-    "questions": (
-        {"val.jsonl": b'{"ctx": "A boy", "endings": ["runs.", "is", "", "of it \\u00e9"], "label": 3, "ind": 7}\n' * 2},
-        lambda folder: grading.read(folder / "val.jsonl"),
-    ),
     "training": (written(train_and_save), lambda folder: training(folder).load()),
 }
 

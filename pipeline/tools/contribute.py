@@ -1,12 +1,10 @@
 """Write machines/NAME.json, the gallery's file about this machine, from results/."""
 
 import argparse
-import csv
 import getpass
 import json
 import re
 import socket
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,7 @@ def committed(results: Path) -> tuple[str, str]:
 
 def trainings(results: Path) -> dict[str, gallery.Training]:
     """Return what every level's training and profile showed; what a climb of older code lacks stays empty."""
-    parity, losses = read_json(results / "parity.json")["levels"], all_losses(results)
+    parity = read_json(results / "parity.json")["levels"]
     profile = read_json(results / "profile.json") if (results / "profile.json").exists() else {}
     trained = {}
     for path in sorted(results.glob("levels/*/metrics.json")):
@@ -81,22 +79,11 @@ def trainings(results: Path) -> dict[str, gallery.Training]:
         measured = {field: metrics[field] for field in gallery.Training.model_fields if field in metrics}
         trained[name] = gallery.Training(
             **{**measured, "note": metrics["reason"] or metrics["note"]},
-            losses=tuple(losses.get(name, ())),
+            losses=tuple(read_losses(path.with_name("steps.csv"))),
             loss_difference=parity[name]["largest"] if name in parity else None,
             operators=costliest(profile.get(name, [])),
         )
     return trained
-
-
-def all_losses(results: Path) -> dict[str, list[float]]:
-    """Return the training losses of every level, from steps.csv or, where they are missing, from the report."""
-    losses: dict[str, list[float]] = defaultdict(list)
-    report = results / "report/losses.csv"
-    for row in csv.DictReader(report.read_text().splitlines()) if report.exists() else ():
-        losses[row["level"]].append(float(row["loss"]))
-    for path in results.glob("levels/*/steps.csv"):
-        losses[path.parent.name] = read_losses(path)
-    return losses
 
 
 def costliest(operators: list[dict[str, Any]]) -> tuple[Operator, ...]:

@@ -13,7 +13,6 @@ from gpt2_ladder.training import devices, runtime
 from pipeline import Parser, read_environment, run
 
 SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
-GIB = 2**30
 NOTE = """\
 Peak: the memory of torch's tensors; compiled levels need at most as much. Largest B: the largest batch size that leaves
 1 GiB and a tenth of the remaining memory free. Least ms: a lower bound (roofline) from the GPU's peak arithmetic rate
@@ -32,7 +31,7 @@ def main(*arguments: str) -> None:
         environment = read_environment()
         device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
         cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
-        where = f"{environment.device_name}, {free / GIB:.1f} GiB free"
+        where = f"{environment.device_name}, {free / 2**30:.1f} GiB free"
         gpus = (environment.device_name,) if environment.device_name in cost.KNOWN_PEAKS else SHOWN
     if cuda and params.machine != "gpu":
         print("params.yaml: machine is cpu, so this plan uses the CPU's B and T; set machine: gpu for the GPU's")
@@ -50,7 +49,7 @@ def main(*arguments: str) -> None:
             largest = planning.largest_batch(network, operand, T, cuda, free)
             times = [planning.least_ms(step, gpu, level.precision, level.compile) for gpu in gpus]
             cells = ["-" if ms is None else f"{ms:,.3g}" for ms in times]
-            table.add_row(name, f"{step.peak_bytes / GIB:.2f}", str(largest or "none"), *cells)
+            table.add_row(name, f"{step.peak_bytes / 2**30:.2f}", str(largest or "none"), *cells)
     Console(width=100).print(table)
     print(NOTE)
 

@@ -5,7 +5,6 @@ more samples, the first ones stay the same.
 """
 
 import argparse
-import codecs
 import math
 import re
 import sys
@@ -13,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
+from transformers import TextStreamer
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
@@ -27,33 +26,14 @@ from pipeline import BPE, TRIAL, Parser, check_weights, read_environment, run
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, except line feed and tab
 
 
-class Printer:
-    """Print the tokens from transformers' `generate` as soon as their characters are complete.
+class Printer(TextStreamer):
+    """Print the words from transformers' `generate` as soon as they are complete.
 
-    The bytes of one character may be in several tokens. Bytes that form no character are printed as U+FFFD, and control
-    characters as escapes, so that a network cannot clear the screen.
+    Control characters are printed as escapes, so that a network cannot clear the screen.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, prompt: str):
-        self.encoding, self.prompt, self.started = encoding, prompt, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def put(self, ids: torch.Tensor) -> None:
-        """Print the text of one new token, int64 (1,); at first `prompt`, for the prompt's tokens, int64 (1, T)."""
-        if ids.dim() == 1:
-            self._print(self.decoder.decode(self.encoding.decode_bytes(ids.tolist())))
-        elif not self.started:
-            self.started = True
-            self._print(self.prompt)
-
-    def end(self) -> None:
-        """Do nothing: another call of `generate` may continue the text."""
-
-    def finish(self) -> None:
-        """Print the remaining bytes and end the line."""
-        self._print(self.decoder.decode(b"", final=True) + "\n")
-
-    def _print(self, text: str) -> None:
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print `text`, without a line feed at the end of the stream: another call of `generate` may continue it."""
         print(CONTROLS.sub(lambda match: repr(match[0])[1:-1], text), end="", flush=True)
 
 
@@ -74,16 +54,18 @@ def main(*arguments: str) -> None:
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
         how["suppress_tokens"] = padding  # these ids have no text
     torch.manual_seed(args.seed)
+    printer = Printer(encoding, skip_prompt=True)  # type: ignore[arg-type]  # it only calls encoding.decode
     try:
         for number in range(1, args.samples + 1):
             if args.samples > 1:
                 print(f"--- {number} of {args.samples}")
-            write(model, idx, args.length, Printer(encoding, encoding.decode(prompt)), how)
+            printer.on_finalized_text(encoding.decode(prompt))
+            write(model, idx, args.length, printer, how)
     except KeyboardInterrupt:
         raise UserError("stopped by Ctrl-C") from None
 
 
-def write(model: Any, idx: torch.Tensor, length: int, printer: Printer, how: Mapping[str, object]) -> None:
+def write(model: Any, idx: torch.Tensor, length: int, printer: TextStreamer, how: Mapping[str, object]) -> None:
     """Print `length` tokens after `idx`, int64 (1, T); `how` goes to transformers' `generate`.
 
     When all positions are in use, the text continues from the last half of them.
@@ -95,7 +77,7 @@ def write(model: Any, idx: torch.Tensor, length: int, printer: Printer, how: Map
         mask = torch.ones_like(idx)
         idx = model.generate(idx, attention_mask=mask, max_new_tokens=count, streamer=printer, **how)
         length -= count
-    printer.finish()
+    print()
 
 
 def parse(arguments: Sequence[str], seed: int) -> argparse.Namespace:

@@ -4,25 +4,28 @@ The folder contains the files that transformers loads, and a model card that des
 """
 
 import hashlib
-import json
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
+from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting.facts import templates
+from gpt2_ladder.running.checkpoints import copy_weights
 from gpt2_ladder.running.run import describe
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, tokenizer
-from gpt2_ladder.using import sharing
 from pipeline import BPE, CORPUS, SHARDS, TRIAL, TRIAL_FACTS, VAL_SHARD, Parser, check_weights, read_environment, run
 from pipeline.trial import make_job
 
 # a commit must contain these to repeat a run
 DESCRIBED = ("Makefile", "requirements.txt", "params.yaml", "dvc.yaml", "dvc.lock", "pipeline", "src")
+END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
+CARD = "README.md"  # the hub shows the file of this name as the card
 MOST_NAMED = 20  # of a larger number of corpus files, the card shows one hash
 
 
@@ -32,16 +35,18 @@ def main(*arguments: str) -> None:
     parser.add_argument("model", nargs="?", type=Path, default=TRIAL, help=f"the network's folder, by default {TRIAL}")
     parser.add_argument("--trim", action="store_true", help="remove the rows that pad the vocabulary to 50304")
     args = parser.parse_args(arguments)
-    sharing.check_target(args.folder)
+    target = args.folder
+    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; give the path of a new folder")
     facts = read_run() if args.model.resolve() == TRIAL.resolve() else None
     check_weights(args.model)
     tokenizer.open_encoding(*BPE)  # raises UserError if a file is damaged
     model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE)  # flash: builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
     if args.trim:
-        model = sharing.trimmed(model)
+        model = trimmed(model)
     card = templates.get_template("card.md").render(
-        name=args.folder.resolve().name,
+        name=target.resolve().name,
         config=model.config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         padding=0 if args.trim else padding,
@@ -49,10 +54,10 @@ def main(*arguments: str) -> None:
         run=facts,
         source=downloads.read_provenance(*hub_format.weight_files(args.model)),
     )
-    sharing.write_folder(args.folder, model, card + "\n", *BPE)
-    print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
-    print(f"Read {args.folder / sharing.CARD} and choose a license at its top. Then publish the folder:")
-    name, folder = shlex.quote(args.folder.resolve().name), shlex.quote(str(args.folder))
+    write_folder(target, model, card + "\n", *BPE)
+    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+    print(f"Read {target / CARD} and choose a license at its top. Then publish the folder:")
+    name, folder = shlex.quote(target.resolve().name), shlex.quote(str(target))
     print(f"hf auth login && hf upload OWNER/{name} {folder} .")
 
 
@@ -62,10 +67,10 @@ def read_run() -> dict[str, Any]:
         reason = files.read_json(TRIAL_FACTS)["reason"] if TRIAL_FACTS.exists() else None
         reason = reason or "not trained, or not pulled"
         raise UserError(f"{TRIAL}: contains no network ({reason}); train it with `dvc repro trial`")
-    if changed := _changed("tokenize", "trial"):
-        wrong = "the card would not describe the run that trained this network, because these have changed"
+    if changes := _changes("tokenize", "trial"):
+        wrong = "the card would not describe the run that trained this network, because something has changed"
         fix = "run `dvc repro trial`, or restore the committed files"
-        raise UserError(f"{TRIAL}: {wrong}: {', '.join(changed)}; {fix}")
+        raise UserError(f"{TRIAL}: {wrong}: {changes}; {fix}")
     params, environment, manifest = params_yaml.load().for_trial(), read_environment(), data.read_manifest(SHARDS)
     shape, recipe = params.shape("speed"), params.recipe
     root, hashes = Path(params.data.path).parent, manifest["made_of"]["inputs"]
@@ -91,20 +96,44 @@ def read_run() -> dict[str, Any]:
     }
 
 
-def _changed(*stages: str) -> list[str]:
-    """Return the parameters, dependencies and outputs of `stages` that differ from dvc.lock."""
-    command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
+def _changes(*stages: str) -> str:
+    """Return how `stages` differ from dvc.lock, as `dvc status` prints it but in one line; empty: not at all."""
+    command = [sys.executable, "-m", "dvc", "status", *stages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason"])[0]
         raise UserError(f"dvc status failed, so the run that trained the network is unknown: {reason}")
-    names: list[str] = []
-    for stage, kinds in json.loads(result.stdout).items():
-        for kind in kinds:
-            changes = next(iter(kind.values())) if isinstance(kind, dict) else {f"{stage}'s command": ""}
-            for name, change in changes.items():
-                names += [f"{name}: {key}" for key in change] if isinstance(change, dict) else [name]
-    return names
+    return "" if "up to date" in result.stdout else " ".join(result.stdout.split())
+
+
+def trimmed(model: GPT) -> GPT:
+    """Return `model` without the rows that pad its vocabulary; the logits of GPT-2's 50,257 ids stay the same."""
+    shorter = GPT(model.config.model_copy(update={"vocab_size": GPT2_VOCAB_SIZE}), seed=None)
+    copy_weights(shorter, dict(model.named_parameters()))
+    return shorter
+
+
+def write_folder(folder: Path, model: GPT, card: str, vocab_bpe: Path, encoder_json: Path) -> None:
+    """Write to the new `folder` `model`, the `card` and GPT-2's tokenizer to it, completely or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    ends = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
+    generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}  # transformers warns if it is missing
+    if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
+        generation["suppress_tokens"] = padding  # these ids have no text
+    contents = {
+        hub_format.CONFIG: hub_format.describe(model) | ends | {"dtype": "float32"},
+        "generation_config.json": generation,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions},
+    }
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+        complete = Path(temporary) / "complete"
+        hub_format.save_gpt(model, complete)
+        for name, content in contents.items():
+            files.write_json(complete / name, content)
+        files.write(complete / "vocab.json", encoder_json.read_bytes())
+        files.write(complete / "merges.txt", vocab_bpe.read_bytes())
+        files.write(complete / CARD, card)
+        complete.replace(folder)  # replaces an empty folder
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 from gpt2_ladder.config import UserError
 
 ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # environment variable: the file to which a rank writes its error
-LARGEST_JSON = 2**20  # bytes; real descriptions of shards and networks have less than 1000
 
 
 @contextmanager
@@ -107,13 +106,9 @@ def printable(text: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; raise UserError if it has none, or more than LARGEST_JSON bytes."""
-    with path.open("rb") as file:
-        raw = file.read(LARGEST_JSON + 1)
+    """Return the JSON object in `path`; raise UserError if it has none."""
     try:
-        if len(raw) > LARGEST_JSON:
-            raise ValueError(f"more than {LARGEST_JSON:,} bytes")
-        if not isinstance(content := json.loads(raw), dict):
+        if not isinstance(content := json.loads(path.read_bytes()), dict):
             raise ValueError(f"a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected a JSON object: {error}; create or download the file again") from None

@@ -37,7 +37,8 @@ def load(path: Path | str = "params.yaml") -> Params:
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        mistakes = [mistake for mistake in error.errors() if not _is_inherited(document, mistake["loc"])]
+        mistakes = error.errors()  # first those of `defaults`, which all rows of `levels` repeat
+        mistakes = [mistake for mistake in mistakes if mistake["loc"][:1] == ("defaults",)] or mistakes
         raise UserError("\n".join(printable(_explain(path, document, mistake)) for mistake in mistakes)) from None
 
 
@@ -56,13 +57,6 @@ def _check_syntax(path: Path | str, text: str) -> None:
             raise UserError(f"{where}: maps and lists are nested more than {MAX_DEPTH} deep; use at most 3 levels")
         if len(value) > MAX_LENGTH:
             raise UserError(f"{where}: {value[:20]!r}... is longer than {MAX_LENGTH} characters; shorten it")
-
-
-def _is_inherited(document: CommentedMap, loc: tuple[int | str, ...]) -> bool:
-    """Return whether a row of `levels` got the mistake at `loc` from `defaults`, where it is reported once."""
-    if len(loc) != 3 or loc[0] != "levels" or loc[2] == "[key]":
-        return False
-    return loc[2] not in (document["levels"][loc[1]] or {})
 
 
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:

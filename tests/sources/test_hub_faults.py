@@ -148,7 +148,7 @@ HOSTILE = {
 
 
 def test_a_refusal_is_reported_with_its_status(fetch):
-    with pytest.raises(UserError, match=r"model\.safetensors: the hub responded, but the download failed: .* 403 "):
+    with pytest.raises(UserError, match=r"model\.safetensors: the server answered 403 "):
         fetch(faults=["403"], at=REDIRECT)
 
 

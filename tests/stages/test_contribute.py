@@ -33,13 +33,13 @@ def test_a_committed_climb_becomes_a_file_of_the_gallery(clone, monkeypatch):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Results of older code, which wrote no steps.csv, outside of Git."""
+    """Results outside of Git, without a profile and without most numbers."""
     monkeypatch.chdir(tmp_path)
     files.write_json(tmp_path / "results/benchmark.json", measurement(fp32=[300.0] * 6).model_dump())
     files.write_json(tmp_path / "results/parity.json", {"levels": {"fp32": {"largest": 0.25}}})
     metrics = {"reason": None, "note": "a note", "parameters": 3, "step_ms": 1.0}
     files.write_json(tmp_path / "results/levels/fp32/metrics.json", metrics)
-    files.write(tmp_path / "results/report/losses.csv", "group,level,step,loss\nspeed,fp32,0,9.5\nspeed,fp32,1,9.25\n")
+    files.write(tmp_path / "results/levels/fp32/steps.csv", "step,loss\n0,9.5\n1,9.25\n")
     return "--commit", "17f2d6b", "--date", "2026-11-26"
 
 
@@ -63,12 +63,11 @@ def test_a_wrong_name_an_uncommitted_folder_and_a_private_word_are_refused(resul
     assert not gallery.FOLDER.exists()
 
 
-def test_losses_come_from_steps_csv_where_it_exists(results):
+def test_a_level_without_steps_csv_has_no_losses_and_its_note_no_path(results):
     files.write_json(Path("results/levels/tf32/metrics.json"), {"reason": None, "note": "in /opt/x: failed"})
-    files.write(Path("results/levels/tf32/steps.csv"), "step,loss\n0,8.5\n")
     contribute.main("old", *results)
     levels = gallery.read(gallery.FOLDER / "old.json").levels
-    assert {name: level.losses for name, level in levels.items()} == {"fp32": (9.5, 9.25), "tf32": (8.5,)}
+    assert {name: level.losses for name, level in levels.items()} == {"fp32": (9.5, 9.25), "tf32": ()}
     assert levels["tf32"].note == "in PATH failed"  # a compiler's message may contain a path
 
 

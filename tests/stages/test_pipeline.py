@@ -178,7 +178,7 @@ def test_the_shared_folder_has_the_trials_network_and_the_facts_of_its_run(clone
 
     monkeypatch.chdir(clone)
     set_param(clone, "precision", "bf16")
-    with pytest.raises(UserError, match=r"params\.yaml: precision"):
+    with pytest.raises(UserError, match=r"params\.yaml: modified: precision"):
         share.main("other")
     get_back(clone)
     weights = clone / "models/trial/model.safetensors"

@@ -39,34 +39,30 @@ def greedy(model: GPT, ids: list[int], length: int) -> list[int]:
     return ids
 
 
-def test_text_is_printed_character_by_character(encoding, capsys):
+def test_text_is_printed_word_by_word(encoding, capsys):
     text, noise = "naïve 🙂 日本 Ω", random_ids(1, 500, 50257)[0].tolist()  # the noise is mostly invalid UTF-8
     ids = encoding.encode_ordinary(text) + noise
-    printer, pieces = command.Printer(encoding, "Hi\x1b[2J"), []
-    printer.put(torch.tensor([[1, 2, 3]]))
+    printer, pieces = command.Printer(encoding, skip_prompt=True), []
+    printer.on_finalized_text("Hi\x1b[2J")
     assert capsys.readouterr().out == r"Hi\x1b[2J"  # a network may not clear the screen
+    printer.put(torch.tensor([[1, 2, 3]]))  # the context of a call of generate
     for token in ids:
         printer.put(torch.tensor([token]))
         pieces.append(capsys.readouterr().out)
-    printer.put(torch.tensor([[1, 2, 3]]))  # the context of a further call of generate
     printer.end()
-    assert capsys.readouterr().out == ""
-    printer.finish()
     printed = "".join(pieces) + capsys.readouterr().out
-    assert pieces[5:8] == ["日", "", "本"]  # the three bytes of the second one are in two tokens
-    assert printed == command.CONTROLS.sub(lambda match: repr(match[0])[1:-1], encoding.decode(ids)) + "\n"
+    assert [piece for piece in pieces if piece][:4] == ["naïve ", "🙂 ", "日", "本"]  # several tokens a character
+    assert printed == command.CONTROLS.sub(lambda match: repr(match[0])[1:-1], encoding.decode(ids))
 
 
 def test_a_text_longer_than_the_positions_continues_from_their_last_half():
     model = GPT(tiny())  # 32 positions
     printed, ids = [], random_ids(1, 3)
-    printer = SimpleNamespace(
-        put=lambda ids: printed.append(ids), end=lambda: None, finish=lambda: printed.append("end")
-    )
+    printer = SimpleNamespace(put=printed.append, end=lambda: None)
     command.write(hub_format.to_transformers(model), ids, 50, printer, {"do_sample": False})
-    contexts = [piece for piece in printed[:-1] if piece.dim() == 2]
-    new = [int(piece) for piece in printed[:-1] if piece.dim() == 1]
-    assert (len(new), printed[-1]) == (50, "end")
+    contexts = [piece for piece in printed if piece.dim() == 2]
+    new = [int(piece) for piece in printed if piece.dim() == 1]
+    assert len(new) == 50
     assert [context.size(1) for context in contexts] == [3, 16, 16]
     text = [*ids[0].tolist(), *new]
     assert contexts[1][0].tolist() == text[16:32]

@@ -13,7 +13,6 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.sources import hub_format
-from gpt2_ladder.using import sharing
 from gpt2_ladder.using.verification import RELATIVE_TOLERANCE
 from helpers.common import REPOSITORY, random_ids, tiny
 from pipeline.tools import share
@@ -27,7 +26,7 @@ def write(tmp_path, bpe_files):
     """A function that writes a network to a folder for the hub and returns the folder."""
 
     def make(model: GPT, card: str = "", name: str = "shared") -> Path:
-        sharing.write_folder(tmp_path / name, model, card, *bpe_files)
+        share.write_folder(tmp_path / name, model, card, *bpe_files)
         return tmp_path / name
 
     return make
@@ -47,7 +46,7 @@ def project(tmp_path, monkeypatch, bpe_files) -> Path:
 @pytest.mark.parametrize("trim", [True, False])
 def test_a_shared_network_has_the_same_logits_in_transformers_padded_or_trimmed(write, tied, trim):
     model, ids = GPT(tiny(vocab_size=PADDED, tie_weights=tied)), random_ids(vocab_size=REAL)
-    folder = write(sharing.trimmed(model) if trim else model)
+    folder = write(share.trimmed(model) if trim else model)
     expected = model(ids)[0][..., :REAL]
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder), hub_format.load_gpt(folder)
     assert isinstance(theirs, GPT2LMHeadModel)
@@ -91,19 +90,20 @@ def test_an_error_while_writing_leaves_no_folder(write, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("put", "message"),
+    "put",
     [
-        (lambda target: target.touch(), "is not a folder"),
-        (lambda target: target.symlink_to("elsewhere"), "is not a folder"),
-        (lambda target: target.mkdir() or (target / "mine").touch(), "is not empty; give the path of a new folder"),
+        lambda target: target.touch(),
+        lambda target: target.symlink_to("elsewhere"),
+        lambda target: target.mkdir() or (target / "mine").touch(),
     ],
     ids=["a file", "a link", "a file in it"],
 )
-def test_existing_files_are_never_overwritten(write, tmp_path, put, message):
+def test_existing_files_are_never_overwritten(project, tmp_path, put):
+    hub_format.save_gpt(GPT(tiny(vocab_size=REAL)), Path("found"))
     put(tmp_path / "shared")
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(UserError, match=message):
-        write(GPT(tiny(vocab_size=REAL)))
+    with pytest.raises(UserError, match="shared: exists and is not an empty folder; give the path of a new folder"):
+        share.main("shared", "found")
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

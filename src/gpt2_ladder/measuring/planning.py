@@ -7,9 +7,8 @@ without compilation, so their predicted memory is an upper bound.
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -32,16 +31,14 @@ SETTINGS = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # any values: 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """The cost of one operator."""
 
     flops: int  # of a matrix product; 0 for all other operators
     bytes: int  # read and written
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One traced training step."""
 
     peak_bytes: int  # the largest memory in use at any time
@@ -100,10 +97,9 @@ def trace_step(
     scores = config.n_head * block_size * (config.attention == "eager")
     least = count_bytes(config, 4) + batch_size * block_size * (config.vocab_size + scores)
     if least > LARGEST:
-        raise UserError(
-            f"a step of {batch_size} x {block_size} tokens, n_layer {config.n_layer}, n_embd {config.n_embd}, "
-            f"vocab_size {config.vocab_size} needs over {least / 2**30:,.0f} GiB of memory; lower these values"
-        )
+        sizes = f"n_layer {config.n_layer}, n_embd {config.n_embd}, vocab_size {config.vocab_size}"
+        need = f"needs over {least / 2**30:,.0f} GiB of memory; lower these values"
+        raise UserError(f"a step of {batch_size} x {block_size} tokens, {sizes} {need}")
     with FakeTensorMode(), LiveStorage() as storage, softmax_like_cuda() if cuda else nullcontext():
         model = GPT(config, seed=None)
         optimizer = loop.make_optimizer(model, 1.0, SETTINGS)

@@ -23,7 +23,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import tiktoken
@@ -191,11 +190,7 @@ def _end_with_parent() -> None:
 @contextmanager
 def _fineweb(name: str, folder: Path) -> Iterator[Path]:
     """Download a file of FineWeb-Edu to `folder`, yield its path, and delete the file afterwards."""
-    fix = "download its files by hand and set data.source: parquet"
-    try:
-        hub_download.probe(huggingface_hub.hf_hub_url(FINEWEB, name, repo_type="dataset", revision=FINEWEB_COMMIT))
-    except downloads.Unreachable as failure:
-        raise UserError(f"data.source = fineweb-edu: the hub cannot be reached: {failure}; {fix}") from None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=downloads.UNFINISHED) as temporary:
+        fix = "download its files by hand and set data.source: parquet"
         yield hub_download.fetch(FINEWEB, name, FINEWEB_COMMIT, fix, Path(temporary), "dataset")

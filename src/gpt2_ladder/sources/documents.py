@@ -109,8 +109,6 @@ def _rows(path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
             batches = (batch.column(0).to_pylist() for batch in file.iter_batches(256, columns=[column]))
             for number, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path}: row {number}", [row or ""]
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = printable(" ".join(str(error).split()))
         raise UserError(f"{path}: not a readable parquet file: {reason:.300}; fetch or convert it again") from None

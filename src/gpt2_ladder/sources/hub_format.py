@@ -7,25 +7,23 @@ Hugging Face's Conv1D stores the four matrices of attention and MLP as (in, out)
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, UserError
-from gpt2_ladder.model import GPT
+from gpt2_ladder.model import GPT, count_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-INDEX = f"{WEIGHTS}.index.json"  # lists the weight files if there are several
-_FILE = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]  # a file in the folder of the index, not a path
-_WEIGHT_MAP = TypeAdapter(Annotated[dict[str, _FILE], Field(min_length=1)])
+PARTS = "model-*-of-*.safetensors"  # of a checkpoint in several files, as transformers names them
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8, which needs a scale
-LARGEST_MASKS = 2**32  # bytes of the masks of all layers; GPT-2's take 12 * 2**20
+LARGEST_MASKS = 2**32  # bytes of the masks for eager attention in all layers; GPT-2's take 12 * 2**20
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # What our GPT computes. A config with another value is rejected: it would load, but the results would be wrong.
 _FIXED = {
@@ -36,36 +34,32 @@ _FIXED = {
 }
 
 
-def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) -> GPT:
+def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) -> GPT:
     """Load config.json and model.safetensors from `folder` as a GPT in float32 on the CPU.
 
     Raise UserError if a file is missing or damaged, if the two files do not match, if `from_hub` rejects a tensor, or
     if vocab_size is below `least_vocab_size`.
     """
-    if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
-        pickles = [path for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        if pickles:
-            raise UserError(f"{pickles[0]}: pickled weights can run code when loaded; convert them to {WEIGHTS}")
     try:
         described = files.read_json(folder / CONFIG)
-        sizes = {name: described[name] for name in _SIZES}
+        sizes = {name: described.get(name) for name in _SIZES}
         tied = described.get("tie_word_embeddings", True)
         config = GPTConfig.model_validate({**sizes, "tie_weights": tied, "attention": attention})
         tensors = dict[str, Tensor]()
-        for path, listed in weight_files(folder).items():
-            shard = load_file(path)  # memory-mapped: reads only the header
-            if wrong := shard.keys() ^ (listed or shard.keys()):
-                raise UserError(f"{path}: differs from {INDEX} on tensor {min(wrong)!r:.80}; download both")
-            tensors |= shard
-    except KeyError as error:
-        raise UserError(f"{folder / CONFIG}: {error} is missing; download the file again") from None
+        for path in weight_files(folder):
+            tensors |= load_file(path)  # memory-mapped: reads only the header
     except (OSError, ValidationError, SafetensorError) as error:
         reason = files.printable(" ".join(str(error).split()))
-        raise UserError(f"{folder}: not a readable checkpoint: {reason:.500}; name another folder") from None
+        fix = f"name a folder with {CONFIG} and {WEIGHTS}; pickled weights, which can run code, are not read"
+        raise UserError(f"{folder}: not a readable checkpoint: {reason:.500}; {fix}") from None
     for name, known in _FIXED.items():
         if described.get(name, known[0]) not in known:
             raise UserError(f"{folder / CONFIG}: {name} is {described[name]!r:.80}; only {known[0]!r} is supported")
-    _check_size(folder, config, tensors)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if count_bytes(config) > 4 * stored + LARGEST_MASKS:  # before memory is allocated
+        size = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
+        fix = "a file is damaged or from another network: download all again"
+        raise UserError(f"{folder / CONFIG}: {size:.200} need more memory than the {stored:,} weights; {fix}")
     if config.vocab_size < least_vocab_size:
         raise UserError(f"{folder}: vocab_size {config.vocab_size} is below GPT-2's {least_vocab_size}; name another")
     with torch.device("meta"):  # allocates no memory; the largest GPT-2 takes 6 GB
@@ -76,27 +70,10 @@ def load_gpt(folder: Path, attention: str = "eager", least_vocab_size: int = 1) 
     return model
 
 
-def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Map each weight file in `folder` to the tensors that INDEX lists for it; without INDEX, to an empty set."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return {folder / WEIGHTS: set()}
-    tensors: dict[Path, set[str]] = {}
-    for tensor, name in _WEIGHT_MAP.validate_python(files.read_json(folder / INDEX).get("weight_map")).items():
-        tensors.setdefault(folder / name, set()).add(tensor)
-    return dict(sorted(tensors.items()))
-
-
-def _check_size(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if config.json describes a larger network than the weights, before memory is allocated."""
-    C, L = config.n_embd, config.n_layer
-    need = 12 * L * C * C + (config.vocab_size + config.n_positions) * C  # without biases, LayerNorms, an untied head
-    stored = sum(tensor.numel() for tensor in tensors.values())
-    sizes = ", ".join(f"{name} {getattr(config, name)}" for name in _SIZES)
-    if need > stored or len(tensors) < L:
-        fix = "one of the two files is damaged or from another network: download both again"
-        raise UserError(f"{folder / CONFIG}: {sizes:.200} need more weights than the {stored:,} in {WEIGHTS}; {fix}")
-    if config.attention == "eager" and L * config.n_positions**2 > LARGEST_MASKS:
-        raise UserError(f"{folder}: {sizes:.200}: eager attention's masks are too large; use attention='flash'")
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files in `folder`: model.safetensors or, without it, the PARTS of a checkpoint, in order."""
+    parts = sorted(folder.glob(PARTS))
+    return parts if parts and not (folder / WEIGHTS).exists() else [folder / WEIGHTS]
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:

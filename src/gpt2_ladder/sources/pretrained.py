@@ -1,7 +1,6 @@
 """Get GPT-2's published weights from the Hugging Face hub or a folder, or write random stand-in weights."""
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,10 @@ def fetch(folder: Path, source: Pretrained, model: str, size: ModelSize, seed: i
         try:
             _fetch_openai(folder, model, size, source.folder)
             return
-        except downloads.Unreachable as failure:
+        except hub_download.HubUnreachable as failure:
             if source.source == "openai":
-                fix = "check the network or HF_ENDPOINT, set pretrained.folder, or set pretrained.source: auto"
-                raise UserError(f"pretrained.source: openai, but the hub cannot be reached: {failure}; {fix}") from None
-            print(f"the hub cannot be reached: {failure}; writing random weights instead", flush=True)
+                raise
+            print(f"{failure}; writing random weights instead", flush=True)
     _write_stand_in(folder, size, seed)
 
 
@@ -68,19 +66,13 @@ def fetch_repository(repository: str) -> Path:
     for name in (CONFIG, WEIGHTS):
         try:
             path: Any = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
-            url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
             if not isinstance(path, str):
-                hub_download.probe(url)
-                print(f"{name}: fetching from {downloads.mask_passwords(url)}", file=sys.stderr)
                 path = hub_download.fetch(repository, name, revision, "use a local folder")
         except HFValidationError:
             raise UserError(f"{repository!r:.100}: not a repository name; write it as owner/name") from None
-        except downloads.Unreachable as failure:
-            fix = "check the network or HF_ENDPOINT"
-            raise UserError(f"{repository}: the hub cannot be reached: {failure}; {fix}") from None
         revision = Path(path).parent.name  # the commit; the second file must come from the same one
         if sha256 := SHA256.get(model, {}).get(name):
-            files.check_sha256(Path(path), sha256, downloads.mask_passwords(url), f"delete {path} and fetch it again")
+            files.check_sha256(Path(path), sha256, fix=f"delete {path} and fetch it again")
     return Path(path).parent
 
 
@@ -93,8 +85,8 @@ def needed(size: ModelSize) -> tuple[int, int]:
 def _check_disk(folder: Path, size: ModelSize) -> None:
     """Print the disk and memory that weights of `size` need; raise UserError if the disk is too small."""
     (disk, memory), free = needed(size), shutil.disk_usage(folder).free
-    need = f"{disk / 1e9:.1f} GB of disk; the verify stage needs as much again and {memory / 1e9:.1f} GB of memory"
-    need = f"{folder}: the weights take {need}"
+    more = f"the verify stage needs as much again and {memory / 1e9:.1f} GB of memory"
+    need = f"{folder}: the weights take {disk / 1e9:.1f} GB of disk; {more}"
     print(need, flush=True)
     if free < 2 * disk:
         raise UserError(f"{need}; only {free / 1e9:.1f} GB are free: free more, or set a smaller model")
@@ -116,16 +108,14 @@ def _fetch_openai(folder: Path, model: str, size: ModelSize, local: str | None) 
                 downloads.write_provenance(folder / name, "found in place", sha256, commit)
         return
     urls = {name: huggingface_hub.hf_hub_url(repository, name, revision=revision) for name in hashes}
-    if local is None:
-        hub_download.probe(urls[CONFIG])
     sources = {name: f"{local}/{name}" if local else downloads.mask_passwords(url) for name, url in urls.items()}
     _check_disk(folder, size)
     with tempfile.TemporaryDirectory(dir=folder, prefix=downloads.UNFINISHED) as temporary:
         paths = {name: Path(temporary) / name for name in hashes}
         for name, sha256 in hashes.items():
             if local is None:
-                print(f"{name}: fetching from {sources[name]}", flush=True)
-                hub_download.fetch(repository, name, revision, "set pretrained.folder to a local copy", Path(temporary))
+                fix = "set pretrained.folder to a local copy, or pretrained.source: auto"
+                hub_download.fetch(repository, name, revision, fix, Path(temporary))
             else:
                 try:
                     shutil.copyfile(sources[name], paths[name])

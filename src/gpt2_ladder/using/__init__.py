@@ -1,1 +1,1 @@
-"""Use a network: verify it, sample from it, grade it on HellaSwag, share it."""
+"""Use a network: verify it."""
