@@ -57,7 +57,7 @@ benchmark: .venv/installed
 	@cat results/report/ladder.md
 
 show: .venv/installed
-	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|(json|csv)$$).*' \
+	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|seconds|(json|csv)$$).*' \
 		--sort-by gain --sort-order desc
 
 # DVC's default page loads Vega from a server. This page includes Vega, from vl-convert.
