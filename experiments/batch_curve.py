@@ -89,7 +89,7 @@ def make_arms(plan: Plan, params: Params, level: Level, device: torch.device) ->
         model, optimizer = weights.build(params.gpt(level), level.fused_adamw)
         if level.compile:
             runtime.compile_model(model)
-        yield B, Arm(str(B), model, optimizer, level.precision, micro_batch=B)
+        yield B, Arm(str(B), model, optimizer, level.precision, B, runtime.make_scaler(level.precision, device))
 
 
 def draw_ids(plan: Plan, batch_size: int, seed: int, device: torch.device) -> loop.Batch:

@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, devices, loop, runtime
-from pipeline import PROBE, read_environment, run
+from pipeline import PROBE, read_settings, run
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Kind:
 
 
 def main() -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     levels = {
@@ -87,7 +87,8 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
 
 def _step(weights: turns.SharedWeights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
     model, optimizer = weights.build(kind.network, kind.fused)
-    loop.timed_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
+    autocast, scaler = runtime.set_precision(kind.precision, device), runtime.make_scaler(kind.precision, device)
+    loop.timed_step(model, optimizer, (ids, ids), autocast, device, rows, scaler)
 
 
 if __name__ == "__main__":

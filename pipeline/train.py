@@ -1,21 +1,19 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
-from gpt2_ladder import params_yaml
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.run import Inputs
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.training import capabilities
-from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_environment, read_json, run
+from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_json, read_settings, run
 
 
 def main(*names: str) -> None:
-    params, name = params_yaml.load(), " ".join(names)
+    (params, environment), name = read_settings(), " ".join(names)
     if name not in params.levels:
         known = ", ".join(params.levels)
         raise UserError(f"level '{name}' is not in params.yaml: run python -m pipeline.train LEVEL with one of {known}")
-    environment = read_environment()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     job = make_job(params, name)
     quality, probe = params.levels[name].group == "quality", read_json(PROBE)

@@ -10,7 +10,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Level, Recipe, Size, Switches, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
@@ -29,8 +29,8 @@ from pipeline import (
     TRIAL_FACTS,
     WEIGHTS,
     check_weights,
-    read_environment,
     read_json,
+    read_settings,
     run,
 )
 
@@ -39,7 +39,8 @@ METRICS = FOLDER / "metrics.json"
 
 
 def main() -> None:
-    params, environment = params_yaml.load().for_trial(), read_environment()
+    params, environment = read_settings()
+    params = params.for_trial()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     start, micro_batch = load_start(params), find_micro_batch(params, params.switches, environment)
     if not micro_batch:
@@ -107,7 +108,8 @@ def conclude(params: Params, environment: Environment) -> None:
     facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
-    facts |= trials.compare_losses(params, facts["changes"], *losses)
+    count = metrics.count_before_skip(FOLDER / "steps.csv")
+    facts |= trials.compare_losses(params, facts["changes"], *(curve[:count] for curve in losses))
     off = "" if seconds else f"trial.{params.machine}.seconds is 0"
     parts = make_job(params).micro_batches(facts["micro_batch"] or 1)
     levels = {BASELINE: params.levels[BASELINE], "trial": Level(group="speed", **params.switches.model_dump())}

@@ -16,7 +16,9 @@ from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.metrics import Step
+from gpt2_ladder.training.runtime import PRECISIONS
 
+MOST_SKIPPED = 8  # steps in a row; each halves the scale of the loss
 FIRST_STEPS = 20  # after these, a training with a time limit knows how many steps fit into it
 
 
@@ -39,15 +41,19 @@ def follow(
     done, ends = list[Step](), [time.perf_counter()]
     if every and 0 not in course.validations:
         validate(0, 0)
+    allowed = MOST_SKIPPED if PRECISIONS[job.switches.precision].scaled else 1
     seconds_a_step = (time.perf_counter() - ends[0]) / every if every else 0.0  # for validation
     with catch_signals(saved is not None) as caught:
         for step in progress.show(steps, job.name, lambda: course.steps):
             tracker.log(step)
             done.append(step)
-            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+            course.skipped += not math.isfinite(step.grad_norm)
+            recent = [math.isfinite(each.grad_norm) for each in done[-allowed:]]
+            if not math.isfinite(step.loss) or recent == allowed * [False]:
+                more = f" in float16 ({course.skipped} steps skipped); use precision: fp32, or" if allowed > 1 else ";"
                 raise UserError(
                     f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
-                    f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
+                    f"{step.grad_norm}{more} lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
                 )
             settled = len(done) == course.settled
             if every and settled and (len(done) % every == 0 or len(done) == course.steps):
@@ -72,8 +78,10 @@ def follow(
 
 
 def settle(steps: int, job: Job, course: Course, saved: Checkpoints | None, resumed: int) -> bool:
-    """Return whether something uses the weights after `steps` steps, and note it in `course`."""
-    every = [job.recipe.eval_every, saved and saved.every]
+    """Return whether something uses the result of `steps` steps, and note it in `course`."""
+    constant = (job.recipe.schedule, job.recipe.lr_warmup_steps) == ("constant", 0)  # otherwise skipped steps count
+    each = PRECISIONS[job.switches.precision].scaled and not constant
+    every = [job.recipe.eval_every, saved and saved.every, each and 1]
     used = steps == course.steps or any(number and steps % number == 0 for number in every)
     if used or course.signals or (course.steps is None and steps == resumed + FIRST_STEPS):
         course.settled = steps

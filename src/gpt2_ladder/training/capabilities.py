@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from gpt2_ladder.config import NO_EFFECT, Environment, Level, Switches, UserError
+from gpt2_ladder.params import Params
 from gpt2_ladder.training.runtime import PRECISIONS
 
 # the values of switches that stand for "without this switch"
@@ -33,6 +34,16 @@ def check_machine(machine: str, rehearsal: bool, environment: Environment) -> No
         raise UserError("rehearsal: true is only for machine: gpu on a CPU: set rehearsal: false in params.yaml")
 
 
+def with_half(params: Params, environment: Environment) -> Params:
+    """Return `params` with fp16 instead of bf16 in levels and trial, if `half` says so; auto: on a GPU without bf16."""
+    old_gpu = environment.device == "cuda" and not environment.bf16
+    if params.half == "bf16" or (params.half == "auto" and not old_gpu):
+        return params
+    fp16 = {"bf16": {"precision": "fp16"}}  # changes, by the precision of a row
+    rows = {name: row.model_copy(update=fp16.get(row.precision)) for name, row in params.levels.items()}
+    return params.model_copy(update={"levels": rows, **fp16.get(params.precision, {})})
+
+
 def needs_own_process(switches: Switches, environment: Environment) -> bool:
     """Return whether `switches` change how the whole process, and so all other levels in it, gets memory."""
     return switches.allocator == "caching" and environment.device == "cpu"
@@ -44,7 +55,7 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
         return f"torch.compile cannot work here: {environment.compile_problem}"
     if switches.allocator == "caching" and environment.device == "cpu" and platform.libc_ver()[0] != "glibc":
         return "`allocator: caching` needs glibc, but this system has another C library"
-    if not PRECISIONS[switches.precision].autocast or environment.bf16:
+    if PRECISIONS[switches.precision].operand != "bf16" or environment.bf16:
         return None
     if environment.device == "cuda":
         # torch emulates bfloat16 on older GPUs, but Inductor refuses to compile it
@@ -93,6 +104,11 @@ def rows_without_effect(
 def note_for(switches: Switches, environment: Environment, micro_batches: int = 1) -> str | None:
     """Return a note for the report if a switch is left out or slow on this machine, or None."""
     notes = list(without_effect(switches, environment, micro_batches).values())
-    if PRECISIONS[switches.precision].autocast and not environment.bf16:
+    precision = PRECISIONS[switches.precision]
+    if precision.operand == "bf16" and not environment.bf16:
         notes.append("no bfloat16 hardware: bf16 is emulated and slow")
+    if precision.scaled and environment.device == "cpu":
+        notes.append("float16 is slow on a CPU without instructions for it (avx512_fp16, amx_fp16)")
+    elif precision.scaled and not switches.fused_adamw:
+        notes.append("every step waits for the GPU, because without fused_adamw an overflow in float16 must be read")
     return "; ".join(notes) or None

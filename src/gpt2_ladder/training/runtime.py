@@ -1,4 +1,4 @@
-"""Set the precision of the process and compile networks. Only this module knows what fp32, tf32 and bf16 mean.
+"""Set the precision of the process and compile networks. Only this module knows what fp32, tf32, bf16 and fp16 mean.
 
 Changes to torch's state hold for the whole process.
 """
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 DEFAULT = "fp32"
+NO_SCALER = GradScaler(enabled=False)  # changes nothing and has no state
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Precision:
 
     float32_matmul: str  # how float32 matrices are multiplied: "ieee", or "tf32" with 10-bit mantissas
     autocast: torch.dtype | None  # type of matrix products in forward and loss; None: float32
-    operand: str  # "fp32" or "bf16": the operands' type; precisions that share it need the same memory
+    operand: str  # "fp32", "bf16" or "fp16": the operands' type; precisions that share it need the same memory
 
     @property
     def tf32(self) -> bool:
@@ -30,11 +32,17 @@ class Precision:
         """Type of a matrix product's operands."""
         return self.autocast or torch.float32
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the loss is scaled up, because float16 has no numbers below 6e-8."""
+        return self.autocast is torch.float16
+
 
 PRECISIONS = {
     "fp32": Precision("ieee", None, "fp32"),
     "tf32": Precision("tf32", None, "fp32"),
     "bf16": Precision("ieee", torch.bfloat16, "bf16"),
+    "fp16": Precision("ieee", torch.float16, "fp16"),
 }
 
 
@@ -50,6 +58,11 @@ def set_precision(name: str, device: torch.device) -> AbstractContextManager[obj
     if (actual := float32_matmul_precision()) != precision.float32_matmul:
         raise RuntimeError(f"float32 products run in {actual}, but precision {name} needs {precision.float32_matmul}")
     return torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast is not None)
+
+
+def make_scaler(name: str, device: torch.device) -> GradScaler:
+    """Return a new scaler for the losses of one training at precision `name`; it does nothing if none is needed."""
+    return GradScaler(device.type, enabled=PRECISIONS[name].scaled)
 
 
 def float32_matmul_precision() -> str:
