@@ -144,7 +144,7 @@ def test_skipped_steps_are_counted_and_do_not_advance_the_schedule(params, monke
     assert rates[::2] == [sum(taken[:index]) for index in range(12)]
     result = json.loads(written("metrics.json"))
     assert result["skipped_steps"] == taken.count(False) < 8
-    assert f"{result['skipped_steps']} steps skipped, because float16 overflowed; losses are" in result["note"]
+    assert f"{result['skipped_steps']} steps skipped, because float16 overflowed" in result["note"]
     first_scale[0] = 1024.0
     train(fp16(params))
     result = json.loads(written("metrics.json"))

@@ -35,7 +35,7 @@ def follow(
 
     `validate` adds the loss after a number of steps to `course`; it gets this number and the micro-batch (0: the
     first). The first `resumed` steps come from a checkpoint. The weights are read only where `settle` was true. Raise
-    UserError if loss or gradient is not finite, or if a signal stopped the training; checkpoints are kept.
+    UserError if a loss or a gradient (in fp16: MOST_SKIPPED in a row) is not finite, or at a signal; checkpoints stay.
     """
     course, every = course or Course(job.shape.steps), job.recipe.eval_every
     done, ends = list[Step](), [time.perf_counter()]
@@ -79,8 +79,8 @@ def follow(
 
 def settle(steps: int, job: Job, course: Course, saved: Checkpoints | None, resumed: int) -> bool:
     """Return whether something uses the result of `steps` steps, and note it in `course`."""
-    constant = (job.recipe.schedule, job.recipe.lr_warmup_steps) == ("constant", 0)  # otherwise skipped steps count
-    each = PRECISIONS[job.switches.precision].scaled and not constant
+    changing = (job.recipe.schedule, job.recipe.lr_warmup_steps) != ("constant", 0)  # skipped steps do not advance it
+    each = changing and PRECISIONS[job.switches.precision].scaled
     every = [job.recipe.eval_every, saved and saved.every, each and 1]
     used = steps == course.steps or any(number and steps % number == 0 for number in every)
     if used or course.signals or (course.steps is None and steps == resumed + FIRST_STEPS):

@@ -110,11 +110,10 @@ def _run_here(
         decisive = {**settings, "micro_batch": micro_batch, "corpus": corpus.sha256}
         trained, every = (built.model, built.optimizer, batches), params.checkpoint_every
         saved = Checkpoints(job.name, decisive, *trained, every, course, built.scaler)
-    earlier = saved.load() if saved else []
+    earlier, notes = saved.load() if saved else [], [result["note"]] * bool(result["note"])
     if earlier:
         micro_batch = earlier[-1].micro_batch
-        interrupted = f"resumed after step {earlier[-1].step}: times and memory are those of several processes"
-        result["note"] = "; ".join(filter(None, [result["note"], interrupted]))
+        notes.append(f"resumed after step {earlier[-1].step}: times and memory are those of several processes")
 
     def validate(step: int, rows: int) -> None:
         course.validated(step, _validate(job, built, validation[0], rows or micro_batch), built.model)
@@ -128,8 +127,8 @@ def _run_here(
         result |= {"goodput": metrics.goodput(steps[len(earlier) :], job.tokens_per_step)}
         result |= _summarize(job, built, steps, course, validation, epochs_seen)
         if course.skipped:
-            skipped = f"{course.skipped} steps skipped, because float16 overflowed; losses are compared up to the first"
-            result["note"] = "; ".join(filter(None, [result["note"], skipped]))
+            notes.append(f"{course.skipped} steps skipped, because float16 overflowed; compare losses up to the first")
+        result["note"] = "; ".join(notes) or None
         tracker.summarize(result)
     if ranks.rank() == 0:
         files.write_json(job.folder / "metrics.json", result)

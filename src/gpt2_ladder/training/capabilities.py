@@ -36,8 +36,7 @@ def check_machine(machine: str, rehearsal: bool, environment: Environment) -> No
 
 def with_half(params: Params, environment: Environment) -> Params:
     """Return `params` with fp16 instead of bf16 in levels and trial, if `half` says so; auto: on a GPU without bf16."""
-    old_gpu = environment.device == "cuda" and not environment.bf16
-    if params.half == "bf16" or (params.half == "auto" and not old_gpu):
+    if params.half == "bf16" or (params.half == "auto" and (environment.bf16 or environment.device == "cpu")):
         return params
     fp16 = {"bf16": {"precision": "fp16"}}  # changes, by the precision of a row
     rows = {name: row.model_copy(update=fp16.get(row.precision)) for name, row in params.levels.items()}
@@ -59,7 +58,8 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
         return None
     if environment.device == "cuda":
         # torch emulates bfloat16 on older GPUs, but Inductor refuses to compile it
-        return "torch.compile needs a GPU with compute capability 8.0 for bfloat16" if switches.compile else None
+        needs = "torch.compile needs a GPU with compute capability 8.0 for bfloat16; set half: auto to use float16"
+        return needs if switches.compile else None
     slow = "no hardware for bfloat16, so bf16 is slower than fp32; to train it, set run_slow_levels: true"
     return None if run_slow_levels else slow
 
@@ -67,7 +67,7 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
 def without_effect(switches: Switches, environment: Environment, micro_batches: int = 1) -> dict[str, str]:
     """Return the switches that do nothing here, and CUDA graphs if they lose gradients, each with the reason."""
     cuda, reasons = environment.device == "cuda", dict[str, str]()
-    if PRECISIONS[switches.precision].tf32 and not (cuda and environment.bf16):
+    if PRECISIONS[switches.precision].float32_matmul == "tf32" and not (cuda and environment.bf16):
         too_old = "this GPU has no TF32, which needs compute capability 8.0"
         reasons["precision"] = too_old if cuda else "TF32 is a mode of NVIDIA GPUs"
     if switches.allocator == "caching" and cuda:

@@ -55,8 +55,7 @@ def read_losses(steps_csv: Path) -> list[float]:
 def count_before_skip(steps_csv: Path) -> int:
     """Return how many losses of a training come before the effect of its first skipped step."""
     rows = csv.DictReader(steps_csv.read_text().splitlines())
-    finite = [math.isfinite(float(row["grad_norm"])) for row in rows]
-    return [*finite, False].index(False) + 1
+    return [*(math.isfinite(float(row["grad_norm"])) for row in rows), False].index(False) + 1
 
 
 def tokens_per_second(tokens: int, step_ms: float) -> float:

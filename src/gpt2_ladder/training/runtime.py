@@ -21,28 +21,19 @@ class Precision:
     float32_matmul: str  # how float32 matrices are multiplied: "ieee", or "tf32" with 10-bit mantissas
     autocast: torch.dtype | None  # type of matrix products in forward and loss; None: float32
     operand: str  # "fp32", "bf16" or "fp16": the operands' type; precisions that share it need the same memory
-
-    @property
-    def tf32(self) -> bool:
-        """Whether float32 products use TF32."""
-        return self.float32_matmul == "tf32"
+    scaled: bool = False  # the loss is scaled up, because float16 rounds numbers below 3e-8 to zero
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of a matrix product's operands."""
         return self.autocast or torch.float32
 
-    @property
-    def scaled(self) -> bool:
-        """Whether the loss is scaled up, because float16 has no numbers below 6e-8."""
-        return self.autocast is torch.float16
-
 
 PRECISIONS = {
     "fp32": Precision("ieee", None, "fp32"),
     "tf32": Precision("tf32", None, "fp32"),
     "bf16": Precision("ieee", torch.bfloat16, "bf16"),
-    "fp16": Precision("ieee", torch.float16, "fp16"),
+    "fp16": Precision("ieee", torch.float16, "fp16", scaled=True),
 }
 
 
@@ -54,7 +45,7 @@ def set_precision(name: str, device: torch.device) -> AbstractContextManager[obj
     precision = PRECISIONS[name]
     # This call keeps torch's old and new flags consistent. The generic torch.backends.fp32_precision is silently
     # ignored once anything, torch.compile included, has set the flag of matrix products.
-    torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if precision.float32_matmul == "tf32" else "highest")
     if (actual := float32_matmul_precision()) != precision.float32_matmul:
         raise RuntimeError(f"float32 products run in {actual}, but precision {name} needs {precision.float32_matmul}")
     return torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast is not None)
