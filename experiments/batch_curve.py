@@ -24,7 +24,7 @@ from gpt2_ladder.measuring import cost, gains, planning, summary, turns
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting import charts, tables
-from gpt2_ladder.training import devices, loop, metrics, runtime
+from gpt2_ladder.training import devices, loop, metrics, precisions, runtime
 
 MIB, STEPS = 2**20, 3  # STEPS are timed in each turn
 CONTROL = "control"
@@ -59,7 +59,7 @@ def rehearse(level: str, rounds: int) -> Plan:
 
 def predict(plan: Plan, params: Params, level: Level, device: torch.device) -> tuple[dict[int, planning.Step], int]:
     """Return the traced step of every B, and the largest B of `make plan` with the memory that is free."""
-    network, operand = params.gpt(level), runtime.PRECISIONS[level.precision].operand
+    network, operand = params.gpt(level), precisions.PRECISIONS[level.precision].operand
     cuda, free, T = devices.allocates_like_cuda(device), devices.free_memory(device), plan.block_size
     steps = {B: planning.trace_step(network, operand, B, T, cuda) for B in plan.batch_sizes}
     return steps, planning.largest_batch(network, operand, T, cuda, free)
@@ -89,7 +89,7 @@ def make_arms(plan: Plan, params: Params, level: Level, device: torch.device) ->
         model, optimizer = weights.build(params.gpt(level), level.fused_adamw)
         if level.compile:
             runtime.compile_model(model)
-        yield B, Arm(str(B), model, optimizer, level.precision, micro_batch=B)
+        yield B, Arm(str(B), model, optimizer, level.precision, B, runtime.make_scaler(level.precision, device))
 
 
 def draw_ids(plan: Plan, batch_size: int, seed: int, device: torch.device) -> loop.Batch:

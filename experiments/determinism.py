@@ -8,10 +8,9 @@ import random
 import sys
 from itertools import product
 
-from gpt2_ladder import params_yaml
 from gpt2_ladder.measuring import gains, turns
 from gpt2_ladder.training import data, devices
-from pipeline import TRAIN_SHARD, read_environment
+from pipeline import TRAIN_SHARD, read_settings
 
 LEVELS = ("fp32", "bf16", "flash")  # flash without compilation, so that the setting can change from step to step
 
@@ -19,7 +18,7 @@ LEVELS = ("fp32", "bf16", "flash")  # flash without compilation, so that the set
 def main(rounds: int) -> None:
     """Print a table with the gain of the setting off over the setting on."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product on a GPU
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     shape = params.shape("speed")
     device = devices.open_device(environment.device, environment.threads, params.seed, False)
     batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))

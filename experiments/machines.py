@@ -18,6 +18,7 @@ from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Gain
 from gpt2_ladder.reporting import charts, facts, gallery, tables
 from gpt2_ladder.reporting.gallery import Machine
+from gpt2_ladder.training import capabilities
 
 README, MACHINES, LEVELS, PICTURES = map(Path, ("README.md", "docs/machines.md", "docs/levels", "docs/machines"))
 FIRST = "h100-sxm"  # the machine in the README's picture
@@ -29,7 +30,8 @@ OPERATORS = 4  # of a level and a machine, whose time changed most
 REMARKS = {"chunked": " (slower, saves memory)"}
 EARLIER = {"chunked": "fused", "allocator": "chunked"}  # level: the level before it, in climbs until 2026-11-27
 PARAMS = params_yaml.load()
-NO_PEAKS = Peaks(fp32=None, tf32=None, bf16=None)  # those in params.yaml are of the reader's machine
+# those in params.yaml are of the reader's machine
+OWN = {"peak_tflops": Peaks(fp32=None, tf32=None, bf16=None, fp16=None), "half": "auto"}
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
 PREVIOUS = dict(zip(list(ROWS)[1:], ROWS, strict=False))
 
@@ -67,8 +69,9 @@ class Climb:
         """The content of a gains.json, for the levels of params.yaml that the machine measured."""
         benchmark = self.machine.benchmark
         known = benchmark.model_copy(update={"levels": [level for level in benchmark.levels if level in ROWS]})
-        params = PARAMS.model_copy(update={"model": benchmark.model, "peak_tflops": NO_PEAKS})
-        return summary.summarize(params, ROWS, known)
+        params = PARAMS.model_copy(update={"model": benchmark.model, **OWN})
+        params = capabilities.with_half(params, benchmark.environment)
+        return summary.summarize(params, params.levels, known)
 
     @property
     def fastest(self) -> str:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from gpt2_ladder import config, files, ledger
+    from gpt2_ladder import config, files, ledger, params_yaml
     from gpt2_ladder.config import Environment, UserError
+    from gpt2_ladder.params import Params
+    from gpt2_ladder.training import capabilities
 
     version("torch"), version("ruamel.yaml")  # another environment may have pydantic, but rarely both of these
 except ModuleNotFoundError:
@@ -115,6 +117,12 @@ def is_first() -> bool:
 def read_environment() -> Environment:
     """Return the output of the environment stage."""
     return Environment.model_validate_json(ENVIRONMENT.read_text())
+
+
+def read_settings() -> tuple[Params, Environment]:
+    """Return params.yaml, with `half` applied for this machine, and the output of the environment stage."""
+    params, environment = params_yaml.load(), read_environment()
+    return capabilities.with_half(params, environment), environment
 
 
 def check_weights(folder: Path) -> None:

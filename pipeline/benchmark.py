@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
 from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.cost import Operator
@@ -28,14 +28,14 @@ from pipeline import (
     TRACES,
     TRAIN_SHARD,
     Parser,
-    read_environment,
     read_json,
+    read_settings,
     run,
 )
 
 
 def main(*arguments: str) -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     limits, shape, seed = params.benchmark[params.machine], params.shape("speed"), params.seed
     parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
@@ -105,7 +105,7 @@ def open_arm(name: str) -> Arm:
 
 @cache
 def _open_arms() -> dict[str, Arm]:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     devices.keep_freed_memory(device)

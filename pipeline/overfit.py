@@ -3,21 +3,21 @@
 import math
 from itertools import repeat
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.running.following import follow
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.run import build_and_start_wandb, describe
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import capabilities, data, loop
-from pipeline import RESULTS, TRAIN_SHARD, read_environment, run
+from pipeline import RESULTS, TRAIN_SHARD, read_settings, run
 
 LEVEL = "untied"
 FIRST_LOSS_TOLERANCE = 0.3  # PyTorch's default init is a little worse than uniform: 10.98, and ln(50257) = 10.825
 
 
 def main() -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     level, shape = params.levels[LEVEL], params.quality
     job = Job("overfit", "overfit", level, shape, Recipe(), 1, RESULTS / "overfit")
@@ -26,7 +26,8 @@ def main() -> None:
     batch = next(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size))
     batches = repeat(batch, shape.steps)
     with Tracker(job.folder / "steps.csv", wandb_run, job.tokens_per_step) as tracker:
-        steps = loop.train(built.model, built.optimizer, batches, built.autocast, built.device, shape.batch_size)
+        parts = built.model, built.optimizer, batches, built.autocast, built.device
+        steps = loop.train(*parts, shape.batch_size, scaler=built.scaler)
         losses = [step.loss for step in follow(steps, tracker, job)]
         result = {"steps": len(losses), "loss_first": losses[0], "loss_last": losses[-1]}
         tracker.summarize(result)

@@ -3,20 +3,19 @@
 The benchmark then measures the levels listed in results/parity.json.
 """
 
-import csv
 import math
 from dataclasses import asdict
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import Level, UserError
 from gpt2_ladder.measuring import loss_parity
-from gpt2_ladder.training import capabilities
-from gpt2_ladder.training.runtime import PRECISIONS
-from pipeline import PARITY, RESULTS, read_environment, read_metrics, run
+from gpt2_ladder.training import capabilities, metrics
+from gpt2_ladder.training.precisions import PRECISIONS
+from pipeline import PARITY, RESULTS, read_metrics, read_settings, run
 
 
 def main() -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     results = {name: read_metrics(name) for name, level in params.levels.items() if level.group == "speed"}
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     if not trained:
@@ -28,12 +27,14 @@ def main() -> None:
     for name in capabilities.rows_without_effect(params.levels, environment, parts):
         trained.pop(name, None)
     baseline, levels = next(iter(trained)), {}
+    losses = {name: metrics.read_losses(RESULTS / "levels" / name / "steps.csv") for name in trained}
     for name, result in trained.items():
         level = capabilities.effective(params.levels[name], environment, parts)
         check_matmul_precision(name, level, result["float32_matmul_precision"])
-        tolerance, steps = getattr(params.parity, level.precision), params.parity.steps
+        path, tolerance = RESULTS / "levels" / name / "steps.csv", getattr(params.parity, level.precision)
+        steps = min(params.parity.steps, metrics.count_before_skip(path))
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
-        parity = loss_parity.compare(name, _losses(name), _losses(baseline), tolerance, steps, expected)
+        parity = loss_parity.compare(name, losses[name], losses[baseline], tolerance, steps, expected)
         largest = f"largest loss difference {parity.largest:.6f} nats at step {parity.largest_step}"
         print(f"{name:8}  {largest}, tolerance {tolerance}")
         levels[name] = {"switches": level.model_dump(), **asdict(parity)}
@@ -51,11 +52,6 @@ def check_matmul_precision(name: str, level: Level, recorded: str) -> None:
             f"parity: level '{name}' was trained with {recorded} matrix products, but precision {level.precision} "
             f"means {wanted}; fix runtime.set_precision"
         )
-
-
-def _losses(name: str) -> list[float]:
-    rows = (RESULTS / "levels" / name / "steps.csv").read_text().splitlines()
-    return [float(row["loss"]) for row in csv.DictReader(rows)]
 
 
 if __name__ == "__main__":

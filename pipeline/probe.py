@@ -16,13 +16,13 @@ from multiprocessing import get_context
 
 import torch
 
-from gpt2_ladder import files, ledger, params_yaml
+from gpt2_ladder import files, ledger
 from gpt2_ladder.config import GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import capabilities, devices, loop, runtime
-from pipeline import PROBE, read_environment, run
+from gpt2_ladder.training import capabilities, devices, loop, precisions, runtime
+from pipeline import PROBE, read_settings, run
 
 MANY_CORES = 8  # a compilation keeps about one core busy, so fewer cores gain little
 
@@ -42,7 +42,7 @@ class Kind:
 
 
 def main() -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     levels = {
@@ -71,7 +71,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
     weights = turns.SharedWeights(params, device)
     names: dict[Kind, str] = {}
     for name, switches in levels.items():
-        operand = runtime.PRECISIONS[switches.precision].operand
+        operand = precisions.PRECISIONS[switches.precision].operand
         names.setdefault(Kind(params.gpt(switches), operand, switches.fused_adamw), name)
     first = {kind.shared: kind for kind in reversed(names)}
     # try one level of each set of weights first, so that all weights and AdamW's state exist when others are tried
@@ -106,7 +106,7 @@ def compile_ahead(params: Params, levels: Mapping[str, Switches], micro_batch: i
             graphs.setdefault((params.gpt(row), row.precision, row.cuda_graphs), (name, row))
     devices.reset_peak_memory(device)
     free, cuda, T = devices.free_memory(device), devices.allocates_like_cuda(device), params.shape("speed").block_size
-    operands = [(config, runtime.PRECISIONS[precision].operand) for config, precision, _ in graphs]
+    operands = [(config, precisions.PRECISIONS[precision].operand) for config, precision, _ in graphs]
     needs = sorted((planning.trace_step(*each, micro_batch, T, cuda).peak_bytes for each in operands), reverse=True)
     count = sum(need <= free for need in accumulate(needs))  # the largest at the same time
     print(f"probe: compiling {len(graphs)} networks, {max(count, 1)} at a time", flush=True)
@@ -121,7 +121,7 @@ def compile_ahead(params: Params, levels: Mapping[str, Switches], micro_batch: i
 
 def compile_network(name: str, switches: Switches, micro_batch: int) -> None:
     """Compile one network by a training step."""
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     (arm,) = turns.build_arms(params, {name: switches}, device, micro_batch)
     ids = torch.zeros(micro_batch, params.shape("speed").block_size, dtype=torch.int64)
@@ -130,7 +130,8 @@ def compile_network(name: str, switches: Switches, micro_batch: int) -> None:
 
 def _step(weights: turns.SharedWeights, kind: Kind, ids: torch.Tensor, device: torch.device, rows: int) -> None:
     model, optimizer = weights.build(kind.network, kind.fused)
-    loop.timed_step(model, optimizer, (ids, ids), runtime.set_precision(kind.precision, device), device, rows)
+    autocast, scaler = runtime.set_precision(kind.precision, device), runtime.make_scaler(kind.precision, device)
+    loop.timed_step(model, optimizer, (ids, ids), autocast, device, rows, scaler)
 
 
 if __name__ == "__main__":

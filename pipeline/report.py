@@ -4,7 +4,7 @@ from pathlib import Path
 
 import altair as alt
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
@@ -17,9 +17,9 @@ from pipeline import (
     RESULTS,
     SECONDS,
     TRIAL_FACTS,
-    read_environment,
     read_json,
     read_metrics,
+    read_settings,
     run,
 )
 
@@ -28,7 +28,7 @@ TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"
 
 
 def main() -> None:
-    params, environment = params_yaml.load(), read_environment()
+    params, environment = read_settings()
     results = {name: read_metrics(name) for name in params.levels}
     gains, parity, trial = read_json(GAINS), read_json(PARITY), read_json(TRIAL_FACTS)
     content = facts.collect(

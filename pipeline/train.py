@@ -1,25 +1,26 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
-from gpt2_ladder import params_yaml
+from gpt2_ladder import ledger
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.job import Job
-from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_environment, read_json, run
+from gpt2_ladder.training import capabilities
+from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_json, read_settings, run
 
 
 def main(*names: str) -> None:
-    params, name = params_yaml.load(), " ".join(names)
+    (params, environment), name = read_settings(), " ".join(names)
     if name not in params.levels:
         known = ", ".join(params.levels)
         raise UserError(f"level '{name}' is not in params.yaml: run python -m pipeline.train LEVEL with one of {known}")
-    environment, job, probe = read_environment(), make_job(params, name), read_json(PROBE)
+    capabilities.check_machine(params.machine, params.rehearsal, environment)
+    job, probe = make_job(params, name), read_json(PROBE)
     if reason := probe["without_effect"].get(name):
         job.skip(environment, reason)
         return
-    from gpt2_ladder.running import run as training  # here, because torch takes two seconds to import
-    from gpt2_ladder.training import capabilities
+    with ledger.phase("imports"):
+        from gpt2_ladder.running import run as training  # not at the top: torch takes two seconds
 
-    capabilities.check_machine(params.machine, params.rehearsal, environment)
     micro_batch = job.shape.batch_size if params.levels[name].group == "quality" else probe["micro_batch"]
     training.run(job, params, environment, training.Inputs(*TRAINING_INPUTS), micro_batch)
 

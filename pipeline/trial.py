@@ -9,7 +9,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Level, Recipe, Size, Switches, UserError
 from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT
@@ -18,7 +18,7 @@ from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.run import Inputs, Start
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import downloads, hub_format
-from gpt2_ladder.training import capabilities, data, devices, metrics, runtime
+from gpt2_ladder.training import capabilities, data, devices, metrics, precisions
 from pipeline import (
     PROBE,
     RESULTS,
@@ -29,8 +29,8 @@ from pipeline import (
     WEIGHTS,
     check_weights,
     is_first,
-    read_environment,
     read_json,
+    read_settings,
     run,
 )
 
@@ -39,7 +39,8 @@ METRICS = FOLDER / "metrics.json"
 
 
 def main() -> None:
-    params, environment = params_yaml.load().for_trial(), read_environment()
+    params, environment = read_settings()
+    params = params.for_trial()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
     start, micro_batch = load_start(params), find_micro_batch(params, params.switches, environment)
     if not micro_batch:
@@ -66,7 +67,7 @@ def find_micro_batch(params: Params, switches: Switches, environment: Environmen
     own, shape = params.recipe, params.shape("speed")
     if not (own.model or own.batch_size or own.block_size):
         return int(read_json(PROBE)["micro_batch"])
-    network, operand = params.gpt(switches), runtime.PRECISIONS[switches.precision].operand
+    network, operand = params.gpt(switches), precisions.PRECISIONS[switches.precision].operand
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
     return planning.fitting_rows(network, operand, shape.batch_size, shape.block_size, cuda, free)
@@ -107,7 +108,8 @@ def conclude(params: Params, environment: Environment) -> None:
     facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
-    facts |= trials.compare_losses(params, facts["changes"], *losses)
+    count = metrics.count_before_skip(FOLDER / "steps.csv")
+    facts |= trials.compare_losses(params, facts["changes"], *(curve[:count] for curve in losses))
     off = "" if facts["changes"] else f"nothing differs from {BASELINE}"
     off = off if seconds else f"trial.{params.machine}.seconds is 0"
     parts = make_job(params).micro_batches(facts["micro_batch"] or 1)

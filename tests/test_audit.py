@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 LEVELS = params_yaml.load(REPOSITORY / "params.yaml").levels
 B, T, N_LAYER = 2, 24, 2  # T differs from every other size, so that a (T, T) shape is attention's
 MATMULS = ("aten.mm", "aten.addmm", "aten.bmm")
-TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Recorder(TorchDispatchMode):
@@ -91,6 +91,11 @@ def audit(switches: Switches) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_step_computes_what_its_level_says(level):
     audit(LEVELS[level])
+
+
+@pytest.mark.parametrize("level", ["bf16", "flash", "chunked"])
+def test_a_step_in_fp16_multiplies_in_float16(level):
+    audit(LEVELS[level].model_copy(update={"precision": "fp16"}))
 
 
 def eager_attention(q, k, v, is_causal):
@@ -177,6 +182,18 @@ def test_a_training_reads_only_what_reading_reads():
             loop.evaluate(network, batches, nullcontext(), CPU, B)
             assert len(reading) == 4  # once for all batches
         assert "aten._local_scalar_dense" not in recorder.names()
+
+
+@pytest.mark.parametrize(("fused", "read"), [(True, 0), (False, 3)])
+def test_only_an_optimizer_that_is_not_fused_makes_the_scaler_read_in_every_step(fused, read):
+    network, scaler = GPT(tiny()), runtime.make_scaler("fp16", CPU)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, fused=fused)
+    batches = [(random_ids(B, T), random_ids(B, T, seed=1))] * 3
+    for clip_norm in (None, 1.0):
+        with Recorder() as recorder:
+            autocast = runtime.set_precision("fp16", CPU)
+            list(loop.train(network, optimizer, batches, autocast, CPU, B, clip_norm=clip_norm, scaler=scaler))
+        assert recorder.names().count("aten._local_scalar_dense") == read
 
 
 def logits_gradients(

@@ -42,7 +42,7 @@ class Machine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at the first product
         self.rehearsal = rehearsal
         self.environment = environment.describe()
-        params = params_yaml.load(REPOSITORY / "params.yaml")
+        params = capabilities.with_half(params_yaml.load(REPOSITORY / "params.yaml"), self.environment)
         small = params.machines["gpu"].model_copy(update={"batch_size": 4, "block_size": 64})
         shapes = {"gpu": small} if rehearsal else params.machines
         model = "tiny" if rehearsal else "gpt2"
@@ -82,7 +82,8 @@ class Machine:
         try:
             model, optimizer = self.build(switches)
             autocast = runtime.set_precision(switches.precision, self.device)
-            trained = loop.train(model, optimizer, self.batches(steps), autocast, self.device, micro_batch)
+            scaler, batches = runtime.make_scaler(switches.precision, self.device), self.batches(steps)
+            trained = loop.train(model, optimizer, batches, autocast, self.device, micro_batch, scaler=scaler)
             return [step.loss for step in trained]
         finally:
             runtime.set_precision("fp32", self.device)
@@ -135,13 +136,14 @@ def report(request: pytest.FixtureRequest, machine: Machine) -> Iterator[dict[st
 def test_matrix_products_are_as_exact_as_their_precision(machine, report):
     exact = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected, errors = exact @ exact, {}
-    for precision in ("fp32", "tf32", "bf16"):
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
         with runtime.set_precision(precision, machine.device):
             product = exact.float().to(machine.device) @ exact.float().to(machine.device)
         errors[precision] = ((product.double().cpu() - expected).abs().max() / expected.abs().max()).item()
     runtime.set_precision("fp32", machine.device)
     report["all"]["error of a product"] = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     assert errors["fp32"] < 1e-6 < 1e-3 < errors["bf16"] < 1e-2  # 24 and 8 bits
+    assert 1e-5 < errors["fp16"] < errors["bf16"] / 4  # 11 bits
     if machine.rehearsal:
         assert errors["tf32"] == errors["fp32"]
     elif "tf32" not in machine.repeated:

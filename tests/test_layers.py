@@ -88,6 +88,13 @@ def test_a_changed_number_of_devices_retrains_levels_and_trial():
     assert {name for name, stage in STAGES.items() if "devices" in stage.get("params", ())} == {"train", "trial"}
 
 
+def test_a_changed_half_runs_every_stage_that_depends_on_a_precision():
+    names = {"defaults", "levels", "precision"}
+    by_precision = {name for name, stage in STAGES.items() if names & {*stage.get("params", ())}}
+    assert {name for name, stage in STAGES.items() if "half" in stage.get("params", ())} == by_precision
+    assert by_precision == {"overfit", "probe", "train", "parity", "trial", "report"}
+
+
 def test_training_stages_import_no_slow_module_that_they_do_not_need():
     heavy = ["transformers", "altair", "pandas", "scipy", "torch._dynamo", "torch._inductor"]  # the last two: 2 s
     stages = "pipeline.overfit, pipeline.train, pipeline.trial"

@@ -47,6 +47,7 @@ def main(*arguments: str) -> None:
 def describe(options: argparse.Namespace) -> str:
     """Return the content of the file, without the paths that messages of a compiler contain."""
     benchmark = Measurement.model_validate(read_json(options.results / "benchmark.json"))
+    fp16 = '"precision": "fp16"' in (options.results / "parity.json").read_text()
     content = {
         "version": 1,
         "title": options.title or benchmark.environment.device_name[:40],
@@ -54,7 +55,7 @@ def describe(options: argparse.Namespace) -> str:
         "date": options.date,
         "benchmark": benchmark.model_dump(),
         "levels": {name: training.model_dump() for name, training in trainings(options.results).items()},
-        "notes": options.note,
+        "notes": options.note + ["Here, bf16 stands for fp16."] * fp16,
     }
     return re.sub(r"(?<![\w):/])~?/[^\s\"\\]+", "PATH", json.dumps(content, indent=1, allow_nan=False)) + "\n"
 

@@ -9,8 +9,8 @@ from rich.table import Table
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring import cost, planning
-from gpt2_ladder.training import devices, runtime
-from pipeline import Parser, read_environment, run
+from gpt2_ladder.training import devices, precisions
+from pipeline import Parser, read_settings, run
 
 SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
 NOTE = """\
@@ -20,15 +20,15 @@ and its memory bandwidth; not measured. docs/memory.md shows the errors of both 
 
 
 def main(*arguments: str) -> None:
-    params = params_yaml.load()
     parser = Parser(prog="python -m pipeline.tools.plan", description=__doc__)
     parser.add_argument("--memory", metavar="SIZE", help="plan for a GPU with this much free memory, such as 24GiB")
     memory = parser.parse_args(arguments).memory
     if memory is not None:
+        params = params_yaml.load()
         cuda, free, where = True, parse_memory(memory), f"an NVIDIA GPU with {memory} free"
         gpus: tuple[str, ...] = SHOWN
     else:
-        environment = read_environment()
+        params, environment = read_settings()
         device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
         cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
         where = f"{environment.device_name}, {free / 2**30:.1f} GiB free"
@@ -44,7 +44,7 @@ def main(*arguments: str) -> None:
         table.add_column(title, justify="right")
     for name, level in params.levels.items():
         if level.group == "speed":
-            network, operand = params.gpt(level), runtime.PRECISIONS[level.precision].operand
+            network, operand = params.gpt(level), precisions.PRECISIONS[level.precision].operand
             step = planning.trace_step(network, operand, B, T, cuda)
             largest = planning.largest_batch(network, operand, T, cuda, free)
             times = [planning.least_ms(step, gpu, level.precision, level.compile) for gpu in gpus]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpt2_ladder import files, params_yaml
+from gpt2_ladder import files
 from gpt2_ladder.config import GPT2_VOCAB_SIZE, UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting.facts import templates
@@ -19,7 +19,7 @@ from gpt2_ladder.running.checkpoints import copy_weights
 from gpt2_ladder.running.run import describe
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, tokenizer
-from pipeline import BPE, CORPUS, SHARDS, TRIAL, TRIAL_FACTS, VAL_SHARD, Parser, check_weights, read_environment, run
+from pipeline import BPE, CORPUS, SHARDS, TRIAL, TRIAL_FACTS, VAL_SHARD, Parser, check_weights, read_settings, run
 from pipeline.trial import make_job
 
 # a commit must contain these to repeat a run
@@ -71,7 +71,8 @@ def read_run() -> dict[str, Any]:
         wrong = "the card would not describe the run that trained this network, because something has changed"
         fix = "run `dvc repro trial`, or restore the committed files"
         raise UserError(f"{TRIAL}: {wrong}: {changes}; {fix}")
-    params, environment, manifest = params_yaml.load().for_trial(), read_environment(), data.read_manifest(SHARDS)
+    (params, environment), manifest = read_settings(), data.read_manifest(SHARDS)
+    params = params.for_trial()
     shape, recipe = params.shape("speed"), params.recipe
     root, hashes = Path(params.data.path).parent, manifest["made_of"]["inputs"]
     inputs = {name.removeprefix(f"{root}/"): sha256 for name, sha256 in hashes.items()}

@@ -46,7 +46,7 @@ class Switches(Strict):
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]
-    precision: Literal["fp32", "tf32", "bf16"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     compile: bool
     attention: Attention
     vocab_size: Annotated[int, Field(ge=GPT2_VOCAB_SIZE)]
@@ -192,6 +192,7 @@ class Tolerances(Strict):
     fp32: PositiveFloat
     tf32: PositiveFloat
     bf16: PositiveFloat
+    fp16: PositiveFloat
 
 
 class Peaks(Strict):
@@ -200,6 +201,7 @@ class Peaks(Strict):
     fp32: PositiveFloat | None
     tf32: PositiveFloat | None
     bf16: PositiveFloat | None
+    fp16: PositiveFloat | None
 
 
 class Environment(Strict):

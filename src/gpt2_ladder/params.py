@@ -26,6 +26,7 @@ class Params(config.Switches):
     deterministic: bool
     checkpoint_every: config.Count | None
     devices: config.Count
+    half: Literal["bf16", "fp16", "auto"]
     run_slow_levels: bool
     data: config.Data
     pretrained: config.Pretrained

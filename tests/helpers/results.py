@@ -20,6 +20,7 @@ TRAINED = {
     "devices": 1,
     "parameters": 124439808,
     "loss_first": 10.95,
+    "skipped_steps": 0,
     "loss_last": 6.72,
     "val_loss": 7.0,
     "bits_per_byte": 3.1,

@@ -26,12 +26,15 @@ def test_the_formula_counts_the_networks_parameters():
 def test_a_gpus_peaks_are_dense_rates(name):
     """A figure "with sparsity" is twice a dense one, so bfloat16 would be 8 or 32 times as fast as float32."""
     bandwidth, peaks = cost.GPUS[name]
-    assert list(peaks) in (["fp32"], ["fp32", "tf32", "bf16"])
+    assert list(peaks) in (["fp32", "fp16"], ["fp32", "tf32", "bf16"])
     assert 300 <= bandwidth <= 4900
     if "bf16" in peaks:
         assert peaks["bf16"] / peaks["tf32"] == pytest.approx(2, rel=0.02)
         times = peaks["bf16"] / peaks["fp32"]
         assert times == pytest.approx(2, rel=0.02) or times == pytest.approx(4, rel=0.02) or 13.9 < times < 16.1
+        assert cost.KNOWN_PEAKS[name]["fp16"] == peaks["bf16"]  # data sheets give one number for both
+    else:
+        assert peaks["fp16"] / peaks["fp32"] == pytest.approx(8, rel=0.02)  # Volta and Turing, without float16's sums
     if "GeForce" in name:  # the rate with float32 accumulation is half of the rate that NVIDIA shows first
         assert peaks["tf32"] == peaks["fp32"]
 

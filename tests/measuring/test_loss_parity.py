@@ -31,8 +31,8 @@ def losses(precision="fp32", attention="eager", vocab_size=97, n_embd=256, batch
     network = GPT(tiny(n_embd=n_embd, vocab_size=vocab_size, attention=attention))
     optimizer = loop.make_optimizer(network, 3e-4, SETTINGS)
     batches = (batch(x, y) for x, y in islice(data.Batches(TEXT, 8, 32), STEPS))
-    autocast = runtime.set_precision(precision, CPU)
-    return [step.loss for step in loop.train(network, optimizer, batches, autocast, CPU, 2)]
+    autocast, scaler = runtime.set_precision(precision, CPU), runtime.make_scaler(precision, CPU)
+    return [step.loss for step in loop.train(network, optimizer, batches, autocast, CPU, 2, scaler=scaler)]
 
 
 def compare(name: str, curve: list[float], baseline: list[float], expected: float = 0.0) -> loss_parity.Parity:
@@ -63,6 +63,7 @@ def test_correct_levels_pass_with_a_margin(baseline):
     assert loss_parity.compare("flash", losses(attention="flash"), baseline, TOLERANCES.fp32 / 4, STEPS).largest > 0
     assert 1e-5 < compare("bf16", losses("bf16"), baseline).largest < TOLERANCE / 2
     assert 1e-5 < compare("flash", losses("bf16", "flash"), baseline).largest < TOLERANCE / 2
+    assert 1e-6 < compare("flash", losses("fp16", "flash"), baseline).largest < TOLERANCES.fp16 / 4
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_all_arms_of_a_round_get_the_same_batch(arms, no_training):
 def test_every_arm_steps_at_its_precision_and_restores_float32(weights, monkeypatch):
     seen = []
 
-    def timed_step(model, optimizer, batch, autocast, device, micro_batch):
+    def timed_step(model, optimizer, batch, autocast, device, micro_batch, scaler):
         with autocast:
             seen.append((runtime.float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
         return 1.0

@@ -168,6 +168,17 @@ def test_a_machine_with_fast_bf16_is_named_with_its_peaks():
     assert "On an H100" not in text
 
 
+def test_a_ladder_in_float16_says_so():
+    levels = {
+        name: row.model_copy(update={"precision": "fp16"} if row.precision == "bf16" else {})
+        for name, row in LEVELS.items()
+    }
+    report = markdown(content(levels=levels))
+    assert "fp16 is fast here: `bf16` is 2.00" in report
+    assert "| precision: fp16 " in report
+    assert "bf16 is fast" not in report
+
+
 @pytest.mark.parametrize("page", [markdown, html])
 def test_a_machine_without_fast_bf16_shows_the_gains_of_an_h100(page):
     def answer(run, bf16: bool = True) -> str:

@@ -135,9 +135,18 @@ def test_levels_that_were_measured_in_the_earlier_order_are_marked():
 
 def test_the_readers_own_peak_does_not_change_other_machines(monkeypatch):
     expected = machines.Climb("x", parse()).cell("fp32", "mfu")
-    mine = machines.PARAMS.model_copy(update={"peak_tflops": Peaks(fp32=82.6, tf32=None, bf16=None)})
+    mine = machines.PARAMS.model_copy(update={"peak_tflops": Peaks(fp32=82.6, tf32=None, bf16=None, fp16=None)})
     monkeypatch.setattr(machines, "PARAMS", mine)
     assert machines.Climb("x", parse()).cell("fp32", "mfu") == expected
+
+
+@pytest.mark.parametrize("half", ["auto", "bf16"])
+def test_a_t4s_16_bit_levels_have_a_share_of_its_float16_peak(monkeypatch, half):
+    run = measurement(fp32=[300.0] * 6, bf16=[100.0] * 6)
+    t4 = run.environment.model_copy(update={"device": "cuda", "device_name": "Tesla T4", "bf16": False})
+    monkeypatch.setattr(machines, "PARAMS", machines.PARAMS.model_copy(update={"half": half}))  # the reader's
+    gains = machines.Climb("t4", parse(benchmark={**run.model_dump(), "environment": t4.model_dump()})).gains["levels"]
+    assert [gains[name]["peak_tflops"] for name in ("fp32", "bf16")] == [8.1, 65.0]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
 from gpt2_ladder.running import checkpoints
 from gpt2_ladder.sources import hub_format
-from gpt2_ladder.training import data, loop
+from gpt2_ladder.training import data, loop, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers.common import tiny
 from helpers.trainings import train
@@ -168,6 +168,34 @@ def test_a_training_that_ran_out_of_memory_resumes_with_the_same_bits(params, mo
         train(params, keep=KEEP)
     train(params, keep=KEEP)
     assert result() == expected
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_training_in_float16_resumes_with_its_scale(params, monkeypatch, fused):
+    """The first steps overflow. A scale that started again at its first value would make more of them do so."""
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=2.0**20, growth_interval=3)
+    monkeypatch.setattr(runtime, "make_scaler", lambda *_: scaler())
+    half = {"precision": "fp16", "fused_adamw": fused}
+    train(params.model_copy(update={**half, "checkpoint_every": None}), keep=KEEP)
+    expected, step, calls = result(), loop.train_step, []
+    skipped = json.loads(Path("results/metrics.json").read_text())["skipped_steps"]
+    assert [row.split(",")[2] in ("inf", "nan") for row in expected[0][1:3]] == [True, True]
+    assert 2 <= skipped < 12
+
+    def train_step(*args, **options):
+        calls.append(args)
+        if len(calls) in (2, 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    for last in (1, 7):
+        with pytest.raises(UserError, match=f"trial: stopped by SIGTERM after step {last};"):
+            train(params.model_copy(update={**half, "checkpoint_every": 2}), keep=KEEP)
+    train(params.model_copy(update={**half, "checkpoint_every": 2}), keep=KEEP)
+    assert result() == expected
+    assert json.loads(Path("results/metrics.json").read_text())["skipped_steps"] == skipped
+    assert len(calls) == 12
 
 
 def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):

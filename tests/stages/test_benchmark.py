@@ -29,8 +29,7 @@ def test_the_arms_of_the_other_process_share_their_weights(monkeypatch):
     params = params_with(model="tiny")
     levels = {name: params.levels[name] for name in ("fp32", "allocator", "chunked")}
     monkeypatch.setattr(benchmark, "read_levels", lambda: (levels, 2))
-    monkeypatch.setattr(benchmark, "read_environment", environment)
-    monkeypatch.setattr(benchmark.params_yaml, "load", lambda: params)
+    monkeypatch.setattr(benchmark, "read_settings", lambda: (params, environment()))
     kept = []
     monkeypatch.setattr(benchmark.devices, "keep_freed_memory", kept.append)
     arms = [benchmark.open_arm(name) for name in ("allocator", "chunked", "allocator")]

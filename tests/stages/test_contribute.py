@@ -49,6 +49,10 @@ def test_results_of_older_code_are_read_and_what_they_lack_is_empty(results):
     (level,) = machine.levels.values()
     assert (level.losses, level.note, level.loss_difference, level.operators) == ((9.5, 9.25), "a note", 0.25, ())
     assert (machine.title, machine.notes) == ("A processor", ("Two cores.",))
+    levels = {"bf16": {"largest": 0.25, "switches": {"precision": "fp16"}}}
+    files.write_json(Path("results/parity.json"), {"levels": levels})
+    contribute.main("t4", *results)
+    assert gallery.read(gallery.FOLDER / "t4.json").notes == ("Here, bf16 stands for fp16.",)
 
 
 def test_a_wrong_name_an_uncommitted_folder_and_a_private_word_are_refused(results, monkeypatch):

@@ -30,7 +30,7 @@ def two_trained(tmp_path, monkeypatch):
             micro_batch = {"fp32": 2, "bf16": 1}.get(name)
             status = "trained" if micro_batch else "skipped"
             write_json(metrics_of(name), {**same, "status": status, "micro_batch": micro_batch})
-            metrics_of(name).with_name("steps.csv").write_text("step,loss\n0,10.9\n1,9.9\n")
+            metrics_of(name).with_name("steps.csv").write_text("step,loss,grad_norm\n0,10.9,1.0\n1,9.9,1.0\n")
 
 
 def test_all_levels_are_measured_with_the_smallest_micro_batch(two_trained):
@@ -42,6 +42,17 @@ def test_the_benchmark_gets_the_switches_that_have_an_effect_here(two_trained):
     parity.main()
     switches = json.loads(Path("results/parity.json").read_text())["levels"]["bf16"]["switches"]
     assert (switches["precision"], switches["allocator"]) == ("bf16", "system")
+
+
+@pytest.mark.parametrize(("norms", "checked"), [("1.0 1.0", 2), ("1.0 inf", 2), ("nan 1.0", 1)])
+def test_losses_after_a_step_that_float16_skipped_are_not_compared(two_trained, norms, checked):
+    """Its batch did not change the weights, as it did at the baseline."""
+    losses, second = ["10.9", "9.9"], ["10.9", "9.9" if checked == 2 else "9.7"]
+    for name, curve, column in (("fp32", losses, "1.0 1.0"), ("bf16", second, norms)):
+        rows = [f"{step},{loss},{norm}" for step, loss, norm in zip((0, 1), curve, column.split(), strict=True)]
+        metrics_of(name).with_name("steps.csv").write_text("\n".join(["step,loss,grad_norm", *rows]))
+    parity.main()
+    assert json.loads(Path("results/parity.json").read_text())["levels"]["bf16"]["steps"] == checked
 
 
 @pytest.mark.parametrize(("micro_batch", "measured"), [(2, ["fp32", "bf16", "cuda_graphs"]), (1, ["fp32", "bf16"])])

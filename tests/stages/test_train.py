@@ -13,7 +13,7 @@ from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.following import follow
-from gpt2_ladder.training import capabilities, data, metrics
+from gpt2_ladder.training import capabilities, data, loop, metrics
 from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
@@ -146,6 +146,15 @@ def test_a_loss_that_is_no_number_stops_the_training():
     with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan and the gradient's norm 1\.0; lower models"):
         follow(steps, recorder, job)
     assert len(logged) == 2
+
+
+def test_the_overfit_stage_scales_its_loss_if_its_level_is_in_float16(params, monkeypatch):
+    untied, seen = params.levels["untied"].model_copy(update={"precision": "fp16"}), []
+    monkeypatch.setattr(params_yaml, "load", lambda: params.model_copy(update={"levels": {"untied": untied}}))
+    monkeypatch.setattr(loop, "train_step", lambda *step: seen.append(step[-1].is_enabled()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        overfit.main()
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(

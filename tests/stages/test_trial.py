@@ -13,7 +13,7 @@ from gpt2_ladder.measuring import trials
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
 from gpt2_ladder.sources import downloads, hub_format
-from gpt2_ladder.training import data, metrics
+from gpt2_ladder.training import data, metrics, runtime
 from helpers import trainings
 from helpers.common import environment
 from pipeline import ENVIRONMENT, TRIAL, TRIAL_FACTS, read_json, trial
@@ -48,6 +48,17 @@ def test_a_trial_is_measured_and_its_losses_are_compared(run, monkeypatch):
     assert (numbers["loss"], numbers["val"]) == (facts["loss_last"], facts["val_loss"])
     assert facts["changes"] == {"chunked_loss": "true"}
     assert facts["tokens_per_second"] > 0  # the content of a level's metrics.json is in the facts
+
+
+def test_a_trial_in_float16_is_compared_with_fp32_up_to_its_first_skipped_step(run, monkeypatch):
+    monkeypatch.setattr(runtime, "make_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0**20))
+    numbers, facts = run(0, half="fp16", precision="bf16", fused_adamw=True)
+    assert facts["changes"]["precision"] == "fp16"
+    assert facts["skipped_steps"] > 1
+    rows = [metrics.read_losses(Path("results", folder, "steps.csv")) for folder in ("trial", "levels/fp32")]
+    apart = [abs(ours - theirs) for ours, theirs in zip(*rows, strict=True)]
+    assert numbers["loss_apart"] == pytest.approx(apart[0])
+    assert apart[0] < max(apart[:10]) / 10
 
 
 def test_without_seconds_only_the_losses_are_compared(run):

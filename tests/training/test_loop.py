@@ -68,10 +68,11 @@ def test_a_training_without_compilation_does_not_import_dynamo():
     assert processes.run(code) == "False\n"
 
 
-def test_parameters_gradients_and_optimizer_state_stay_float32_under_bf16():
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_parameters_gradients_and_optimizer_state_stay_float32_under_autocast(precision):
     model = GPT(tiny())
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
-    list(loop.train(model, optimizer, batches(2), runtime.set_precision("bf16", CPU), CPU, 2))
+    list(loop.train(model, optimizer, batches(2), runtime.set_precision(precision, CPU), CPU, 2))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     states = [value for state in optimizer.state.values() for value in state.values()]

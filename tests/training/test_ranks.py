@@ -6,6 +6,7 @@ The ranks are real: a stage's process starts torchrun's agent, which starts two 
 import contextlib
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -119,6 +120,16 @@ def test_two_ranks_learn_what_one_process_learns(two, tmp_path, bpe_files, monke
     assert (result["devices"], expected["devices"]) == (2, 1)
     for step in (*steps(two), result):  # tokens of both ranks
         assert step["tokens_per_second"] == pytest.approx(128 / step["step_ms"] * 1000)
+
+
+@pytest.mark.slow
+def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step(tmp_path, bpe_files):
+    half = {"precision": "fp16", "fused_adamw": True, "trial": {"cpu": {"seconds": 0}, "gpu": {"seconds": 0}}}
+    write_params(tmp_path, prepare(tmp_path, bpe_files).model_dump() | half)
+    once = "lambda gradient, done=[]: gradient if done else done.append(1) or gradient * float('inf')"
+    run_trial(tmp_path, FAULT.format(nth=3, action=f"next(args[0].parameters()).register_hook({once})"))
+    assert [math.isfinite(norm) for norm in column(tmp_path, "grad_norm")] == [index != 2 for index in range(STEPS)]
+    assert metrics(tmp_path)["skipped_steps"] == 1
 
 
 @pytest.mark.slow

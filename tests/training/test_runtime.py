@@ -7,6 +7,7 @@ import torch
 
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import runtime
+from gpt2_ladder.training.precisions import PRECISIONS
 from helpers.common import random_ids, tiny
 
 CPU = torch.device("cpu")
@@ -18,10 +19,15 @@ def restore_precision():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("before", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("before", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     ("precision", "matmul", "dtype"),
-    [("fp32", "ieee", torch.float32), ("tf32", "tf32", torch.float32), ("bf16", "ieee", torch.bfloat16)],
+    [
+        ("fp32", "ieee", torch.float32),
+        ("tf32", "tf32", torch.float32),
+        ("bf16", "ieee", torch.bfloat16),
+        ("fp16", "ieee", torch.float16),
+    ],
 )
 def test_a_precision_sets_matmul_mode_and_dtype_after_any_other(before, precision, matmul, dtype):
     runtime.set_precision(before, CPU)
@@ -31,6 +37,12 @@ def test_a_precision_sets_matmul_mode_and_dtype_after_any_other(before, precisio
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert runtime.float32_matmul_precision() == matmul
+
+
+def test_only_fp16_scales_the_loss():
+    """float16's smallest number is 6e-8; many elements of a gradient are smaller."""
+    enabled = [name for name in PRECISIONS if runtime.make_scaler(name, CPU).is_enabled()]
+    assert enabled == ["fp16"]
 
 
 def test_an_unknown_precision_is_refused():

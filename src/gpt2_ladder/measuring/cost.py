@@ -9,13 +9,14 @@ HOPPER_SXM = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5}
 HOPPER_NVL = {"fp32": 60.0, "tf32": 417.5, "bf16": 835.5}
 # {GPU name, as nvidia-smi prints it: (memory bandwidth in GB/s, {precision: TFLOP/s of dense matrix products})}, from
 # NVIDIA's data sheets and white papers: without sparsity, for GeForce with float32 accumulation, without unsupported
-# precisions. B200 is left out, because NVIDIA's pages differ: 75 or 80 TFLOP/s in fp32, 1125 or 1100 in tf32.
+# precisions. Those with bf16 have the same peak in fp16. B200 is left out, because NVIDIA's pages differ: 75 or 80
+# TFLOP/s in fp32, 1125 or 1100 in tf32.
 GPUS: dict[str, tuple[float, dict[str, float]]] = {
-    "Tesla T4": (320, {"fp32": 8.1}),
-    "Tesla V100-PCIE-16GB": (900, {"fp32": 14.0}),  # V100 data sheet
-    "Tesla V100-PCIE-32GB": (900, {"fp32": 14.0}),  # V100 data sheet
-    "Tesla V100-SXM2-16GB": (900, {"fp32": 15.7}),  # V100 data sheet
-    "Tesla V100-SXM2-32GB": (900, {"fp32": 15.7}),  # V100 data sheet
+    "Tesla T4": (320, {"fp32": 8.1, "fp16": 65.0}),  # T4 data sheet
+    "Tesla V100-PCIE-16GB": (900, {"fp32": 14.0, "fp16": 112.0}),  # V100 data sheet
+    "Tesla V100-PCIE-32GB": (900, {"fp32": 14.0, "fp16": 112.0}),  # V100 data sheet
+    "Tesla V100-SXM2-16GB": (900, {"fp32": 15.7, "fp16": 125.0}),  # V100 data sheet
+    "Tesla V100-SXM2-32GB": (900, {"fp32": 15.7, "fp16": 125.0}),  # V100 data sheet
     "NVIDIA A10": (600, {"fp32": 31.2, "tf32": 62.5, "bf16": 125.0}),  # A10 data sheet
     "NVIDIA A10G": (600, {"fp32": 35.0, "tf32": 35.0, "bf16": 70.0}),  # A10G for AWS data sheet, 2022
     "NVIDIA A30": (933, {"fp32": 10.3, "tf32": 82.0, "bf16": 165.0}),  # A30 data sheet
@@ -41,7 +42,7 @@ GPUS: dict[str, tuple[float, dict[str, float]]] = {
     "NVIDIA GeForce RTX 5090": (1792, {"fp32": 104.8, "tf32": 104.8, "bf16": 209.5}),  # RTX Blackwell white paper
 }
 BANDWIDTH = {name: bandwidth for name, (bandwidth, _) in GPUS.items()}
-KNOWN_PEAKS = {name: peaks for name, (_, peaks) in GPUS.items()}
+KNOWN_PEAKS = {name: {**peaks, "fp16": peaks.get("fp16") or peaks["bf16"]} for name, (_, peaks) in GPUS.items()}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from itertools import cycle
 from typing import Any, TypeVar
 
 import torch
+from torch.amp import GradScaler
 
 from gpt2_ladder import ledger
 from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Switches
@@ -35,12 +36,13 @@ class Arm:
     optimizer: torch.optim.Optimizer
     precision: str
     micro_batch: int  # rows of a batch that go through the network at a time
+    scaler: GradScaler = runtime.NO_SCALER
 
     def step(self, batch: loop.Batch, device: torch.device) -> float:
         """Train on `batch` at this arm's precision, then restore float32. Return the step's milliseconds."""
         autocast = runtime.set_precision(self.precision, device)
         try:
-            return loop.timed_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch)
+            return loop.timed_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch, self.scaler)
         finally:
             runtime.set_precision(runtime.DEFAULT, device)
 
@@ -108,7 +110,8 @@ def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.dev
         model, optimizer = weights.build(params.gpt(switches), switches.fused_adamw)
         if switches.compile:
             runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
-        arms.append(Arm(name, model, optimizer, switches.precision, micro_batch))
+        how = switches.precision, micro_batch, runtime.make_scaler(switches.precision, device)
+        arms.append(Arm(name, model, optimizer, *how))
     return arms
 
 

@@ -156,7 +156,7 @@ def collect(
     notes += device_notes(trainings, gains, environment.device_name)
     notes += [verify["note"]] if verify["note"] else []
     baseline = parity["baseline"]
-    bf16 = next((name for name, level in levels.items() if level.precision == "bf16"), baseline)
+    bf16 = next((name for name, level in levels.items() if level.precision in ("bf16", "fp16")), baseline)
     gain = gains["levels"][bf16]["over_baseline"] if bf16 in gains["levels"] else None
     is_fast = gain is not None and gain["verdict"] == "faster" and gain["ratio"] >= FAST_BF16
     return {
@@ -166,7 +166,7 @@ def collect(
         **{"baseline": baseline, "precision": levels[baseline].precision},
         "fastest": largest_gain(gains, "over_baseline"),
         "largest": largest_gain(gains, "over_previous"),
-        **{"bf16": bf16, "bf16_is_fast": is_fast},
+        **{"bf16": bf16, "half": levels[bf16].precision, "bf16_is_fast": is_fast},
         "reference": None if is_fast or bf16 == baseline else reference,
         "largest_difference": max(level["largest"] for level in parity["levels"].values()),
         "parity_steps": max(level["steps"] for level in parity["levels"].values()),

@@ -1,9 +1,9 @@
 """Save the state of a training. A training that resumes from it computes the same bits as an uninterrupted one.
 
 A checkpoint is two files. `<steps>.safetensors` has the weights, the optimizer's state, the random generator's state
-and the steps. `<steps>.json` has the settings, the position in the data and the SHA-256 of the other file. It is
-written last: if it exists, the other file is complete. Checkpoints are in `checkpoints/`, not in a stage's outputs,
-because DVC removes outputs before it runs the stage again.
+and the steps. `<steps>.json` has the settings, the position in the data, the state of the loss scaler and the SHA-256
+of the other file. It is written last: if it exists, the other file is complete. Checkpoints are in `checkpoints/`, not
+in a stage's outputs, because DVC removes outputs before it runs the stage again.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.amp import GradScaler
 
 from gpt2_ladder import files, ledger
 from gpt2_ladder.config import UserError
@@ -27,6 +28,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.data import Batches
 from gpt2_ladder.training.metrics import STEP_FIELDS, Step
+from gpt2_ladder.training.runtime import NO_SCALER
 
 FOLDER = Path("checkpoints")
 
@@ -36,6 +38,7 @@ class Course:
     """What a training finds out while it runs."""
 
     steps: int | None  # its number of steps; None: not known yet
+    skipped: int = 0  # steps until now that left the weights unchanged
     signals: list[str] = field(default_factory=list)  # that some rank has caught
     settled: int = 0  # after this number of steps, the next one waits until the weights have been used
     validations: dict[int, float] = field(default_factory=dict)  # the loss in nats after a number of steps
@@ -59,6 +62,7 @@ class Checkpoints:
     batches: Batches
     every: int  # a checkpoint is saved every `every` steps
     course: Course
+    scaler: GradScaler = NO_SCALER
 
     @property
     def folder(self) -> Path:
@@ -84,9 +88,9 @@ class Checkpoints:
         older = set(self.folder.glob("*"))
         with files.replacing(weights, state_file) as (new_weights, new_state):
             save_file(tensors, new_weights)
-            position = self.batches.position
+            rest = {"position": self.batches.position, "scaler": self.scaler.state_dict(), "settings": self.settings}
             course = {"steps": self.course.steps, "validations": self.course.validations}
-            state = {"sha256": files.sha256(new_weights), "position": position, **course, "settings": self.settings}
+            state = {"sha256": files.sha256(new_weights), **course, **rest}
             new_state.write_text(json.dumps(state, indent=2) + "\n")
         for path in older - {weights, state_file}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # left by a killed process
@@ -118,6 +122,7 @@ class Checkpoints:
             self.course.best = {name[5:]: tensor.clone() for name, tensor in tensors.items() if name[:5] == "best."}
             groups = self.optimizer.state_dict()["param_groups"]  # their settings come from params.yaml
             self.optimizer.load_state_dict({"state": _optimizer_state(tensors), "param_groups": groups})
+            self.scaler.load_state_dict(saved.get("scaler", {}))
             torch.set_rng_state(tensors["generator"])
             rows = [dict(zip(STEP_FIELDS, row, strict=True)) for row in tensors["steps"].tolist()]
             steps = TypeAdapter(list[Step]).validate_python(rows)  # turns 3.0 into an int where Step has one

@@ -17,7 +17,9 @@ from gpt2_ladder.running.job import Job
 from gpt2_ladder.running.tracking import Tracker
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.metrics import Step
+from gpt2_ladder.training.precisions import PRECISIONS
 
+MOST_SKIPPED = 8  # steps in a row; each halves the scale of the loss
 FIRST_STEPS = 20  # after these, a training with a time limit knows how many steps fit into it
 
 
@@ -34,22 +36,26 @@ def follow(
 
     `validate` adds the loss after a number of steps to `course`; it gets this number and the micro-batch (0: the
     first). The first `resumed` steps come from a checkpoint. The weights are read only where `settle` was true. Raise
-    UserError if loss or gradient is not finite, or if a signal stopped the training; checkpoints are kept.
+    UserError if a loss or a gradient (in fp16: MOST_SKIPPED in a row) is not finite, or at a signal; checkpoints stay.
     """
     course, every = course or Course(job.shape.steps), job.recipe.eval_every
     done, ends = list[Step](), [time.perf_counter()]
     if every and 0 not in course.validations:
         validate(0, 0)
+    allowed = MOST_SKIPPED if PRECISIONS[job.switches.precision].scaled else 1
     seconds_a_step = (time.perf_counter() - ends[0]) / every if every else 0.0  # for validation
     compiling = "compile" if job.switches.compile else "steps"  # the first step of this process compiles
     with ledger.phase(compiling), catch_signals(saved is not None) as caught:
         for step in progress.show(steps, job.name, lambda: course.steps):
             tracker.log(step)
             done.append(step)
-            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+            course.skipped += not math.isfinite(step.grad_norm)
+            recent = [math.isfinite(each.grad_norm) for each in done[-allowed:]]
+            if not math.isfinite(step.loss) or recent == allowed * [False]:
+                more = f" in float16 ({course.skipped} steps skipped); use precision: fp32, or" if allowed > 1 else ";"
                 raise UserError(
                     f"{job.name}: at step {step.step} the loss is {step.loss} and the gradient's norm "
-                    f"{step.grad_norm}; lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
+                    f"{step.grad_norm}{more} lower models.*.learning_rate in params.yaml{_last_checkpoint(saved)}"
                 )
             settled = len(done) == course.settled
             if every and settled and (len(done) % every == 0 or len(done) == course.steps):
@@ -75,8 +81,10 @@ def follow(
 
 
 def settle(steps: int, job: Job, course: Course, saved: Checkpoints | None, resumed: int) -> bool:
-    """Return whether something uses the weights after `steps` steps, and note it in `course`."""
-    every = [job.recipe.eval_every, saved and saved.every]
+    """Return whether something uses the result of `steps` steps, and note it in `course`."""
+    changing = (job.recipe.schedule, job.recipe.lr_warmup_steps) != ("constant", 0)  # skipped steps do not advance it
+    each = changing and PRECISIONS[job.switches.precision].scaled
+    every = [job.recipe.eval_every, saved and saved.every, each and 1]
     used = steps == course.steps or any(number and steps % number == 0 for number in every)
     if used or course.signals or (course.steps is None and steps == resumed + FIRST_STEPS):
         course.settled = steps

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import wandb
+from torch.amp import GradScaler
 
 from gpt2_ladder import files, ledger
 from gpt2_ladder.config import Environment, Shape
@@ -50,6 +51,7 @@ class Built(NamedTuple):
     model: GPT
     optimizer: torch.optim.Optimizer
     autocast: AbstractContextManager[object]
+    scaler: GradScaler
     attention_kernel: str | None
 
 
@@ -107,12 +109,12 @@ def _run_here(
     course, saved = Course(None if job.recipe.minutes and shape.steps > FIRST_STEPS else shape.steps), None
     if params.checkpoint_every:
         decisive = {**settings, "micro_batch": micro_batch, "corpus": corpus.sha256}
-        saved = Checkpoints(job.name, decisive, built.model, built.optimizer, batches, params.checkpoint_every, course)
-    earlier = saved.load() if saved else []
+        trained, every = (built.model, built.optimizer, batches), params.checkpoint_every
+        saved = Checkpoints(job.name, decisive, *trained, every, course, built.scaler)
+    earlier, notes = saved.load() if saved else [], [result["note"]] * bool(result["note"])
     if earlier:
         micro_batch = earlier[-1].micro_batch
-        interrupted = f"resumed after step {earlier[-1].step}: times and memory are those of several processes"
-        result["note"] = "; ".join(filter(None, [result["note"], interrupted]))
+        notes.append(f"resumed after step {earlier[-1].step}: times and memory are those of several processes")
 
     def validate(step: int, rows: int) -> None:
         course.validated(step, _validate(job, built, validation[0], rows or micro_batch), built.model)
@@ -125,6 +127,9 @@ def _run_here(
         result |= {"validations": course.validations} if course.validations else {}
         result |= {"goodput": metrics.goodput(steps[len(earlier) :], job.tokens_per_step)}
         result |= _summarize(job, built, steps, course, validation, epochs_seen)
+        if course.skipped:
+            notes.append(f"{course.skipped} steps skipped, because float16 overflowed; compare losses up to the first")
+        result["note"] = "; ".join(notes) or None
         tracker.summarize(result)
     if ranks.rank() == 0:
         files.write_json(job.folder / "metrics.json", result)
@@ -166,7 +171,8 @@ def build(job: Job, params: Params, environment: Environment, micro_batch: int) 
     size, fused = params.size, switches.fused_adamw
     optimizer = loop.make_optimizer(model, size.learning_rate, params.optimizer, fused, job.recipe.decay)
     kernel = devices.attention_kernel(config, switches.precision, micro_batch, job.shape.block_size, device)
-    return Built(device, model, optimizer, runtime.set_precision(switches.precision, device), kernel)
+    autocast = runtime.set_precision(switches.precision, device)
+    return Built(device, model, optimizer, autocast, runtime.make_scaler(switches.precision, device), kernel)
 
 
 def describe(job: Job, params: Params, environment: Environment) -> dict[str, Any]:
@@ -212,7 +218,8 @@ def _train(
     steps = (next(rest) for _ in numbers)
 
     def rate(step: int) -> float:
-        return loop.learning_rate_at(step, course.steps or job.shape.steps, params.size.learning_rate, job.recipe)
+        steps, done = course.steps or job.shape.steps, step - course.skipped
+        return loop.learning_rate_at(done, steps, params.size.learning_rate, job.recipe)
 
     return loop.train(
         ranks.average_gradients(built.model),
@@ -226,6 +233,7 @@ def _train(
         clip_norm=job.recipe.clip_norm,
         settle=used,
         may_halve=not job.switches.cuda_graphs,
+        scaler=built.scaler,
     )
 
 
@@ -266,6 +274,7 @@ def _summarize(
         "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
         "loss_first": steps[0].loss,
         "loss_last": steps[-1].loss,
+        "skipped_steps": course.skipped,
         "val_loss": val_loss,
         "bits_per_byte": metrics.bits_per_byte(val_loss, shape.eval_tokens, text_bytes),
         "epochs_seen": epochs_seen,

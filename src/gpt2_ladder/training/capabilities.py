@@ -6,7 +6,8 @@ from itertools import pairwise
 from typing import TypeVar
 
 from gpt2_ladder.config import NO_EFFECT, Environment, Level, Switches, UserError
-from gpt2_ladder.training.runtime import PRECISIONS
+from gpt2_ladder.params import Params
+from gpt2_ladder.training.precisions import PRECISIONS
 
 # the values of switches that stand for "without this switch"
 OFF = {"precision": "fp32", "allocator": "system", "autotune": False, "cuda_graphs": False}
@@ -33,6 +34,15 @@ def check_machine(machine: str, rehearsal: bool, environment: Environment) -> No
         raise UserError("rehearsal: true is only for machine: gpu on a CPU: set rehearsal: false in params.yaml")
 
 
+def with_half(params: Params, environment: Environment) -> Params:
+    """Return `params` with fp16 instead of bf16 in levels and trial, if `half` says so; auto: on a GPU without bf16."""
+    if params.half == "bf16" or (params.half == "auto" and (environment.bf16 or environment.device == "cpu")):
+        return params
+    fp16 = {"bf16": {"precision": "fp16"}}  # changes, by the precision of a row
+    rows = {name: row.model_copy(update=fp16.get(row.precision)) for name, row in params.levels.items()}
+    return params.model_copy(update={"levels": rows, **fp16.get(params.precision, {})})
+
+
 def needs_own_process(switches: Switches, environment: Environment) -> bool:
     """Return whether `switches` change how the whole process, and so all other levels in it, gets memory."""
     return switches.allocator == "caching" and environment.device == "cpu"
@@ -44,11 +54,12 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
         return f"torch.compile cannot work here: {environment.compile_problem}"
     if switches.allocator == "caching" and environment.device == "cpu" and platform.libc_ver()[0] != "glibc":
         return "`allocator: caching` needs glibc, but this system has another C library"
-    if not PRECISIONS[switches.precision].autocast or environment.bf16:
+    if PRECISIONS[switches.precision].operand != "bf16" or environment.bf16:
         return None
     if environment.device == "cuda":
         # torch emulates bfloat16 on older GPUs, but Inductor refuses to compile it
-        return "torch.compile needs a GPU with compute capability 8.0 for bfloat16" if switches.compile else None
+        needs = "torch.compile needs a GPU with compute capability 8.0 for bfloat16; set half: auto to use float16"
+        return needs if switches.compile else None
     slow = "no hardware for bfloat16, so bf16 is slower than fp32; to train it, set run_slow_levels: true"
     return None if run_slow_levels else slow
 
@@ -56,7 +67,7 @@ def why_skipped(switches: Switches, environment: Environment, run_slow_levels: b
 def without_effect(switches: Switches, environment: Environment, micro_batches: int = 1) -> dict[str, str]:
     """Return the switches that do nothing here, and CUDA graphs if they lose gradients, each with the reason."""
     cuda, reasons = environment.device == "cuda", dict[str, str]()
-    if PRECISIONS[switches.precision].tf32 and not (cuda and environment.bf16):
+    if PRECISIONS[switches.precision].float32_matmul == "tf32" and not (cuda and environment.bf16):
         too_old = "this GPU has no TF32, which needs compute capability 8.0"
         reasons["precision"] = too_old if cuda else "TF32 is a mode of NVIDIA GPUs"
     if switches.allocator == "caching" and cuda:
@@ -93,6 +104,11 @@ def rows_without_effect(
 def note_for(switches: Switches, environment: Environment, micro_batches: int = 1) -> str | None:
     """Return a note for the report if a switch is left out or slow on this machine, or None."""
     notes = list(without_effect(switches, environment, micro_batches).values())
-    if PRECISIONS[switches.precision].autocast and not environment.bf16:
+    precision = PRECISIONS[switches.precision]
+    if precision.operand == "bf16" and not environment.bf16:
         notes.append("no bfloat16 hardware: bf16 is emulated and slow")
+    if precision.scaled and environment.device == "cpu":
+        notes.append("float16 is slow on a CPU without instructions for it (avx512_fp16, amx_fp16)")
+    elif precision.scaled and not switches.fused_adamw:
+        notes.append("every step waits for the GPU, because without fused_adamw an overflow in float16 must be read")
     return "; ".join(notes) or None

@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity
 from gpt2_ladder import ledger
 from gpt2_ladder.config import GPTConfig, UserError
 from gpt2_ladder.model import KERNELS
-from gpt2_ladder.training.runtime import DEFAULT, PRECISIONS, set_precision
+from gpt2_ladder.training.precisions import PRECISIONS
+from gpt2_ladder.training.runtime import DEFAULT, operand_type, set_precision
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # the ids of a batch and the ids that follow, int64 (B, T) each
 FIX_DRIVER = "fix the driver, or hide the GPU with CUDA_VISIBLE_DEVICES='' to train on the CPU"
@@ -190,7 +191,7 @@ def attention_kernel(config: GPTConfig, precision: str, rows: int, block_size: i
     """
     if config.attention == "eager":
         return None
-    shape, dtype = (rows, config.n_head, block_size, config.n_embd // config.n_head), PRECISIONS[precision].dtype
+    shape, dtype = (rows, config.n_head, block_size, config.n_embd // config.n_head), operand_type(precision)
     q, named = torch.empty(shape, dtype=dtype, device=device, requires_grad=True), KERNELS.get(config.attention)
     try:
         with sdpa_kernel(named) if named else nullcontext():
@@ -231,7 +232,7 @@ def matmul_tflops(precision: str, device: torch.device, repeats: int = 3) -> flo
     Other programs can only slow a product down, so the best one counts. The process then has the precision DEFAULT.
     """
     size = PRODUCT_SIZES[device.type]
-    a, seconds = torch.randn(size, size, device=device).to(PRECISIONS[precision].dtype), []
+    a, seconds = torch.randn(size, size, device=device).to(operand_type(precision)), []
     set_precision(precision, device)
     for _ in range(repeats + 1):
         synchronize(device)

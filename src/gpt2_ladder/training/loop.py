@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from gpt2_ladder import config
@@ -19,6 +20,7 @@ from gpt2_ladder.model import GPT
 from gpt2_ladder.training import devices, metrics, ranks
 from gpt2_ladder.training.devices import Moment, Reading
 from gpt2_ladder.training.metrics import Step
+from gpt2_ladder.training.runtime import NO_SCALER
 
 Batch = devices.Batch
 
@@ -76,12 +78,18 @@ def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, floa
 
 
 def accumulate(
-    model: nn.Module, batch: Batch, autocast: AbstractContextManager[object], device: torch.device, micro_batch: int
+    model: nn.Module,
+    batch: Batch,
+    autocast: AbstractContextManager[object],
+    device: torch.device,
+    micro_batch: int,
+    scaler: GradScaler = NO_SCALER,
 ) -> Tensor:
     """Add the gradient of the mean loss over `batch`, a pair of int64 (B, T), to the gradients; return that loss.
 
     `micro_batch` rows go through the network at a time. Fewer rows need less memory and give the same gradient, up to
-    rounding. Only forward and loss run under `autocast`. Ranks exchange gradients once, with the last rows.
+    rounding. Only forward and loss run under `autocast`. Ranks exchange gradients once, with the last rows. `scaler`
+    scales the gradients, not the returned loss.
     """
     total = torch.zeros((), device=device)
     parts = list(split(batch, micro_batch))
@@ -89,7 +97,7 @@ def accumulate(
         with ranks.no_sync_if(number < len(parts), model):
             with autocast:
                 loss = model(x, y)[1]  # drops the logits, which would add to the peak memory
-            (loss * share).backward()
+            scaler.scale(loss * share).backward()
         total += loss.detach() * share
     return total
 
@@ -102,8 +110,11 @@ def train_step(
     device: torch.device,
     micro_batch: int,
     clip_norm: float | None = None,
+    scaler: GradScaler = NO_SCALER,
 ) -> tuple[Tensor, Tensor | None]:
     """Train on one batch, a pair of int64 (B, T) on the device, without waiting for the device.
+
+    If `scaler` finds an overflow in the gradient, the weights stay as they are. Without fused AdamW, it must wait.
 
     Returns:
         The loss before the update, and the gradient's norm before clipping; this norm is None if `clip_norm` is None.
@@ -112,10 +123,11 @@ def train_step(
         UserError: memory ran out in the optimizer's step, after which only some parameters may be updated.
     """
     optimizer.zero_grad()
-    loss = accumulate(model, batch, autocast, device, micro_batch)
+    loss = accumulate(model, batch, autocast, device, micro_batch, scaler)
+    scaler.unscale_(optimizer)
     norm = None if clip_norm is None else clip_grad_norm_(model.parameters(), clip_norm)
     try:
-        optimizer.step()
+        scaler.step(optimizer)
     except (RuntimeError, MemoryError) as error:
         if not devices.is_out_of_memory(error):
             raise
@@ -123,6 +135,7 @@ def train_step(
             f"out of memory in the optimizer's step, which needs the same memory for any micro-batch: {error}; set a "
             "smaller model in params.yaml (`make plan` shows what fits)"
         ) from None
+    scaler.update()
     return loss, norm
 
 
@@ -133,6 +146,7 @@ def timed_step(
     autocast: AbstractContextManager[object],
     device: torch.device,
     micro_batch: int,
+    scaler: GradScaler = NO_SCALER,
 ) -> float:
     """Train on one batch, a pair of int64 (B, T), and return the milliseconds from an idle device to an idle device.
 
@@ -141,7 +155,7 @@ def timed_step(
     batch = devices.send(batch, device)
     devices.synchronize(device)
     start = time.perf_counter()
-    train_step(model, optimizer, batch, autocast, device, micro_batch)
+    train_step(model, optimizer, batch, autocast, device, micro_batch, scaler=scaler)
     devices.synchronize(device)
     return (time.perf_counter() - start) * 1000
 
@@ -178,6 +192,7 @@ def train(
     clip_norm: float | None = None,
     settle: Callable[[int], bool] = lambda steps: False,
     may_halve: bool = True,
+    scaler: GradScaler = NO_SCALER,
 ) -> Iterator[Step]:
     """Train one step on each batch, a pair of int64 (B, T), and yield its Step. Steps are numbered from `first_step`.
 
@@ -201,7 +216,7 @@ def train(
             while True:
                 start = outstanding[-1].numbers.end if outstanding else Moment(device)
                 try:
-                    loss, norm = train_step(model, optimizer, sent, autocast, device, micro_batch, clip_norm)
+                    loss, norm = train_step(model, optimizer, sent, autocast, device, micro_batch, clip_norm, scaler)
                     break
                 except (RuntimeError, MemoryError) as error:
                     reason = why_out_of_memory(error)

@@ -16,7 +16,7 @@ class Step:
     loss: float  # mean cross-entropy of the batch in nats, before the update
     step_ms: float  # from the end of the step before, or from its own start after a pause, to its end
     tokens_per_second: float  # of all ranks together
-    grad_norm: float  # Euclidean norm of the whole gradient, before clipping
+    grad_norm: float  # Euclidean norm of the whole gradient, before clipping; not finite: fp16 skipped the step
     micro_batch: int  # rows that went through the network at a time, on each device
     seconds: float  # from the loop's start in this process to the end of the step
 
@@ -29,6 +29,7 @@ MEASURED = (
     "parameters",
     "loss_first",
     "loss_last",
+    "skipped_steps",
     "val_loss",
     "bits_per_byte",
     "epochs_seen",
@@ -49,6 +50,12 @@ def read_losses(steps_csv: Path) -> list[float]:
     """Return the losses in a training's steps.csv; none if the file does not exist."""
     rows = csv.DictReader(steps_csv.read_text().splitlines()) if steps_csv.exists() else ()
     return [float(row["loss"]) for row in rows]
+
+
+def count_before_skip(steps_csv: Path) -> int:
+    """Return how many losses of a training come before the effect of its first skipped step."""
+    rows = csv.DictReader(steps_csv.read_text().splitlines())
+    return [*(math.isfinite(float(row["grad_norm"])) for row in rows), False].index(False) + 1
 
 
 def tokens_per_second(tokens: int, step_ms: float) -> float:

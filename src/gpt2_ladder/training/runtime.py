@@ -1,41 +1,19 @@
-"""Set the precision of the process and compile networks. Only this module knows what fp32, tf32 and bf16 mean.
+"""Set the precision of the process and compile networks. precisions.py lists the precisions.
 
 Changes to torch's state hold for the whole process.
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
+
+from gpt2_ladder.training.precisions import PRECISIONS
 
 DEFAULT = "fp32"
-
-
-@dataclass(frozen=True)
-class Precision:
-    """One row of PRECISIONS. Parameters, gradients and the optimizer's state are always float32."""
-
-    float32_matmul: str  # how float32 matrices are multiplied: "ieee", or "tf32" with 10-bit mantissas
-    autocast: torch.dtype | None  # type of matrix products in forward and loss; None: float32
-    operand: str  # "fp32" or "bf16": the operands' type; precisions that share it need the same memory
-
-    @property
-    def tf32(self) -> bool:
-        """Whether float32 products use TF32."""
-        return self.float32_matmul == "tf32"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of a matrix product's operands."""
-        return self.autocast or torch.float32
-
-
-PRECISIONS = {
-    "fp32": Precision("ieee", None, "fp32"),
-    "tf32": Precision("tf32", None, "fp32"),
-    "bf16": Precision("ieee", torch.bfloat16, "bf16"),
-}
+NO_SCALER = GradScaler(enabled=False)  # changes nothing and has no state
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by Precision.operand
 
 
 def set_precision(name: str, device: torch.device) -> AbstractContextManager[object]:
@@ -46,10 +24,20 @@ def set_precision(name: str, device: torch.device) -> AbstractContextManager[obj
     precision = PRECISIONS[name]
     # This call keeps torch's old and new flags consistent. The generic torch.backends.fp32_precision is silently
     # ignored once anything, torch.compile included, has set the flag of matrix products.
-    torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if precision.float32_matmul == "tf32" else "highest")
     if (actual := float32_matmul_precision()) != precision.float32_matmul:
         raise RuntimeError(f"float32 products run in {actual}, but precision {name} needs {precision.float32_matmul}")
-    return torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast is not None)
+    return torch.autocast(device.type, dtype=operand_type(name), enabled=precision.operand != "fp32")
+
+
+def operand_type(name: str) -> torch.dtype:
+    """Return the type of matrix products' operands at precision `name`."""
+    return DTYPES[PRECISIONS[name].operand]
+
+
+def make_scaler(name: str, device: torch.device) -> GradScaler:
+    """Return a new scaler for the losses of one training at precision `name`; it does nothing if none is needed."""
+    return GradScaler(device.type, enabled=PRECISIONS[name].scaled)
 
 
 def float32_matmul_precision() -> str:
