@@ -9,8 +9,7 @@ HOPPER_SXM = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5}
 HOPPER_NVL = {"fp32": 60.0, "tf32": 417.5, "bf16": 835.5}
 # {GPU name, as nvidia-smi prints it: (memory bandwidth in GB/s, {precision: TFLOP/s of dense matrix products})}, from
 # NVIDIA's data sheets and white papers: without sparsity, for GeForce with float32 accumulation, without unsupported
-# precisions. Those with bf16 have the same peak in fp16. B200 is left out, because NVIDIA's pages differ: 75 or 80
-# TFLOP/s in fp32, 1125 or 1100 in tf32.
+# precisions; fp16's is bf16's. B200 is left out, because NVIDIA's pages differ: 75 or 80 in fp32, 1125 or 1100 in tf32.
 GPUS: dict[str, tuple[float, dict[str, float]]] = {
     "Tesla T4": (320, {"fp32": 8.1, "fp16": 65.0}),  # T4 data sheet
     "Tesla V100-PCIE-16GB": (900, {"fp32": 14.0, "fp16": 112.0}),  # V100 data sheet
