@@ -7,6 +7,7 @@
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
 # make docs       write the numbers of machines/ into README.md and docs/
+# With TORCH=installed, all of these use the torch that came with the machine instead of the pinned one.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -14,6 +15,9 @@ ROUNDS ?= 30
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name, and a user id in a container may not have one
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
+# A file that adds the packages of PYTHON to .venv, so that later calls without TORCH keep its torch
+INSTALLED_TORCH := $(wildcard .venv/lib/python3.*/site-packages/installed_torch.pth)
+TORCH ?= $(if $(INSTALLED_TORCH),installed)
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
 $(foreach name,$(filter CHANGE ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
@@ -118,9 +122,22 @@ pins: .venv/installed
 		--output-file requirements.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.txt
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt $(if $(TORCH),$(if $(INSTALLED_TORCH),,new))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed; try make PYTHON=python3.11"; exit 1; }
+ifeq ($(TORCH),)
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --requirement requirements.txt
+else
+# Without pip, because some notebooks lack the package that installs it: pip comes from PYTHON, too. PYTHON may be in
+# another environment, whose packages --system-site-packages would not find.
+	@[ "$(TORCH)" = installed ] || { echo "error: TORCH=$(TORCH): the only value is installed"; exit 1; }
+	@own="$(CURDIR)/.venv/bin:" && export PATH="$${PATH//"$$own"}" && folders=$$($(PYTHON) -E -c 'import importlib.metadata, site; \
+		importlib.metadata.version("torch"); print(*site.getsitepackages(), sep="\n")' 2> /dev/null) \
+		|| { echo "error: TORCH=installed, but $(PYTHON) has no torch: set PYTHON to one that has, or leave TORCH out"; exit 1; } \
+		&& $(PYTHON) -m venv --clear --without-pip --system-site-packages .venv \
+		&& echo "$$folders" > "$$(echo .venv/lib/python3.*/site-packages)/installed_torch.pth"
+	grep -v '^torch==' requirements.txt | python -m pip install --quiet --ignore-installed --no-deps --requirement /dev/stdin
+endif
 	touch $@
+.PHONY: new
