@@ -21,7 +21,6 @@ from pipeline import ENVIRONMENT, run
 
 PROC, SYS = Path("/proc"), Path("/sys")
 AMPERE = 8.0  # the first compute capability with bfloat16
-DRIVERS = {12: "525 or newer", 13: "580 or newer"}  # for CUDA 12.x and 13.x: docs.nvidia.com/deploy/cuda-compatibility
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # instructions for matrix products, best first
 # What Inductor needs from the compiler. Python.h is not included, because that takes four times as long as this check.
 PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.h>\n"
@@ -130,19 +129,18 @@ def _nvidia_gpu(index: str) -> tuple[str, float] | None:
 
 def _check_driver(torch_version: str, version_py: str) -> None:
     """Raise UserError if the driver's CUDA has a lower major version than the one in `version_py`, a file of torch."""
+    # any minor version runs: docs.nvidia.com/deploy/cuda-compatibility
     output = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
     driver = re.search(r"Driver Version: *([\d.]+) .*CUDA Version: *((\d+)[\d.]*)", output)
     needed = re.search(r"^cuda\b.*'(\d+)\.", version_py, re.MULTILINE)
     if driver and needed and int(driver[3]) < int(needed[1]):
-        fix = f"update the driver to {DRIVERS.get(int(needed[1]), 'a newer one')}"
-        if driver[3] == "12":
-            wheel = (
-                f"torch=={torch_version.split('+')[0]}+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"
-            )
-            fix += f", run `.venv/bin/python -m pip install {wheel}`"
-        fix += ", or run `make repro TORCH=installed` if this machine came with its own torch"
-        has = f"the NVIDIA driver {driver[1]} has CUDA {driver[2]}"
-        raise UserError(f"torch {torch_version} needs CUDA {needed[1]}, but {has}: {fix}")
+        wheel = f"torch=={torch_version.split('+')[0]}+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"
+        other = f", run `.venv/bin/python -m pip install {wheel}`" if driver[3] == "12" else ""
+        raise UserError(
+            f"torch {torch_version} needs CUDA {needed[1]}, but the NVIDIA driver {driver[1]} has CUDA {driver[2]}: "
+            f"update the driver (525 or newer has CUDA 12, 580 CUDA 13){other}, or run `make repro TORCH=installed` if "
+            "this machine came with its own torch"
+        )
 
 
 def _cpu() -> tuple[str, set[str], int]:

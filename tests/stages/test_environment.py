@@ -144,10 +144,10 @@ def test_nvidia_smi_finds_an_nvidia_gpu(install, monkeypatch):
             "'13.0'",
             "570.86.15",
             "12.8",
-            "580 or newer, run `.venv/bin/python -m pip install torch==2.13.0+cu126 ",
+            ", run `.venv/bin/python -m pip install torch==2.13.0+cu126 --extra-index-url https:",
         ),
-        ("2.11.0+cu126", "'12.6'", "470.82", "11.4", "525 or newer, or run `make repro TORCH=installed`"),
-        ("3.0", "'14.0'", "580.65.06", "13.0", "a newer one, or run `make repro TORCH=installed`"),
+        ("2.11.0+cu126", "'12.6'", "470.82", "11.4", ", or run `make repro TORCH=installed` if"),
+        ("3.0", "'14.0'", "580.65.06", "13.0", ", or run `make repro TORCH=installed` if"),
         ("2.13.0", "'13.2'", "580.65.06", "13.0", None),  # a minor version does not matter
         ("2.13.0", "'13.0'", "535.104", "13.0", None),  # a container with CUDA's compatibility package
         ("2.11.0+cu128", "'12.8'", "535.104", "12.2", None),
@@ -162,9 +162,8 @@ def test_a_driver_that_is_too_old_for_torch_is_refused_with_the_fix(install, tor
         environment._check_driver(torch_version, source)
         return
     needs = f"torch {torch_version} needs CUDA {cuda[1:3]}, but the NVIDIA driver {driver} has CUDA {has}"
-    with pytest.raises(
-        UserError, match=f"^{re.escape(f'{needs}: update the driver to {fix}')}.*came with its own torch$"
-    ):
+    start = re.escape(f"{needs}: update the driver (525 or newer has CUDA 12, 580 CUDA 13){fix}")
+    with pytest.raises(UserError, match=f"^{start}.*came with its own torch$"):
         environment._check_driver(torch_version, source)
 
 
