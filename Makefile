@@ -7,11 +7,13 @@
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
 # make docs       write the numbers of machines/ into README.md and docs/
+# make gpu MINUTES=10   run all that a first climb on a GPU shows, as far as it fits into this time
 # With TORCH=installed, all of these use the torch that came with the machine instead of the pinned one.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 ROUNDS ?= 30
+MINUTES ?= 10
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name, and a user id in a container may not have one
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
@@ -20,10 +22,10 @@ INSTALLED_TORCH := $(wildcard .venv/lib/python3.*/site-packages/installed_torch.
 TORCH ?= $(if $(INSTALLED_TORCH),installed)
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
-$(foreach name,$(filter CHANGE ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+$(foreach name,$(filter CHANGE ROUNDS MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
+.PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
@@ -81,6 +83,9 @@ test-fast: .venv/installed
 # Takes a few minutes and writes gpu-report.md: please send it to us
 test-gpu: .venv/installed
 	python -m pytest -m gpu -n 0 tests/test_gpu.py
+
+gpu: .venv/installed
+	@PYTHONPATH=src python -m pipeline.tools.gpu "$$MINUTES"
 
 # For this machine, or for another GPU: make plan MEMORY=24GiB
 plan: .venv/installed
