@@ -25,7 +25,7 @@ def main(*arguments: str) -> None:
     gallery = re.sub("[^a-z0-9]+", "-", machine.device_name.lower()).strip("-")
     gallery += f" --commit {files.git('rev-parse', 'HEAD')} --date {date.today()}"
     plan = {  # with seconds from docs/gpu.md: of an H100; the tests of an H200; the trial and report are a guess
-        "dvc repro probe": 100,
+        "dvc repro overfit probe": 100,
         **{f"dvc repro train@{level}": 160 for level in tuned[:1]},  # at most: 120 to compile it, 40 to train it
         "dvc repro benchmark": 525,
         f"python -m pipeline.tools.contribute {gallery}": 10,

@@ -52,7 +52,7 @@ def test_everything_runs_in_the_order_of_importance(folder, capsys):
     gpu.main("60")
     gallery, tests = [call for call in calls(folder) if call.startswith("python")]
     dvc = [call for call in calls(folder) if call.startswith("dvc")]
-    assert dvc == ["dvc repro probe", TUNED, "dvc repro benchmark", "dvc repro"]
+    assert dvc == ["dvc repro overfit probe", TUNED, "dvc repro benchmark", "dvc repro"]
     assert calls(folder)[3] == gallery
     assert gallery.startswith("python -m pipeline.tools.contribute a-processor-r-2 --commit a1b2c3d --date 20")
     assert calls(folder)[-1] == tests == "python -m pytest -m gpu -n 0 tests/test_gpu.py --rehearse"
@@ -64,7 +64,7 @@ def test_everything_runs_in_the_order_of_importance(folder, capsys):
 
 def test_what_does_not_fit_is_skipped_unless_dvc_can_continue_it(folder, capsys):
     gpu.main("0.1")
-    assert calls(folder) == ["dvc repro probe", TUNED, "dvc repro benchmark", "dvc repro"]
+    assert calls(folder) == ["dvc repro overfit probe", TUNED, "dvc repro benchmark", "dvc repro"]
     assert "autotune" in params_yaml.load().levels
     skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert len(skipped) == 2
@@ -72,10 +72,10 @@ def test_what_does_not_fit_is_skipped_unless_dvc_can_continue_it(folder, capsys)
 
 
 def test_a_part_that_fails_ends_the_plan(folder):
-    put(folder / "dvc", '#!/bin/sh\necho "dvc $*" >> calls\n[ "$2" = probe ]\n')
+    put(folder / "dvc", '#!/bin/sh\necho "dvc $*" >> calls\n[ "$2" = overfit ]\n')
     with pytest.raises(UserError, match=f"^{TUNED}: failed, for the reason above$"):
         gpu.main("60")
-    assert calls(folder) == ["dvc repro probe", TUNED]
+    assert calls(folder) == ["dvc repro overfit probe", TUNED]
 
 
 def test_autotune_is_left_out_if_it_takes_too_long(folder, monkeypatch, capsys):
@@ -103,7 +103,7 @@ def test_a_stopped_part_leaves_no_process_behind(folder, monkeypatch, capsys):
     assert time.monotonic() - start < 15
     assert not psutil.pid_exists(int((folder / "child").read_text()))
     first, *rest = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gpu: ")]
-    assert first == "gpu: dvc repro probe: stopped at the end of its time"
+    assert first == "gpu: dvc repro overfit probe: stopped at the end of its time"
     assert len(rest) == 5
     assert all(line.endswith("skipped, because 0 s are left") for line in rest)
     assert "autotune" in params_yaml.load().levels
