@@ -129,10 +129,9 @@ def _nvidia_gpu(index: str) -> tuple[str, float] | None:
 
 def _check_driver(torch_version: str, version_py: str) -> None:
     """Raise UserError if the driver's CUDA has a lower major version than the one in `version_py`, a file of torch."""
-    # any minor version runs: docs.nvidia.com/deploy/cuda-compatibility
     output = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
     driver = re.search(r"Driver Version: *([\d.]+) .*CUDA Version: *((\d+)[\d.]*)", output)
-    needed = re.search(r"^cuda\b.*'(\d+)\.", version_py, re.MULTILINE)
+    needed = re.search(r"^cuda\b.*'(\d+)\.", version_py, re.MULTILINE)  # docs.nvidia.com/deploy/cuda-compatibility
     if driver and needed and int(driver[3]) < int(needed[1]):
         wheel = f"torch=={torch_version.split('+')[0]}+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"
         other = f", run `.venv/bin/python -m pip install {wheel}`" if driver[3] == "12" else ""

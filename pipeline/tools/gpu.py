@@ -35,8 +35,7 @@ def main(*arguments: str) -> None:
     print(f"Plan for {minutes:g} minutes, with estimates for an H100 and 16 cores:")
     print(*(f"{seconds:5} s  {command}" for command, seconds in plan.items()), sep="\n", flush=True)
     for command, seconds in plan.items():
-        left = deadline - time.monotonic()
-        tunes = "@" in command and left > seconds
+        tunes = (left := deadline - time.monotonic()) > seconds and "@" in command
         if left < (0 if command.startswith("dvc") else seconds):
             print(f"gpu: {command}: skipped, because {max(0, left):.0f} s are left", flush=True)
         elif not run_for(min(left, seconds) if tunes else left, command):
