@@ -7,19 +7,25 @@
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
 # make docs       write the numbers of machines/ into README.md and docs/
+# make gpu MINUTES=10   run all that a first climb on a GPU shows, as far as it fits into this time
+# With TORCH=installed, all of these use the torch that came with the machine instead of the pinned one.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 ROUNDS ?= 30
+MINUTES ?= 10
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name, and a user id in a container may not have one
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
+# A file that adds the packages of PYTHON to .venv, so that later calls without TORCH keep its torch
+INSTALLED_TORCH := $(wildcard .venv/lib/python3.*/site-packages/installed_torch.pth)
+TORCH ?= $(if $(INSTALLED_TORCH),installed)
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
-$(foreach name,$(filter CHANGE ROUNDS MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+$(foreach name,$(filter CHANGE ROUNDS MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu check schema pins docs
+.PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
@@ -78,6 +84,9 @@ test-fast: .venv/installed
 test-gpu: .venv/installed
 	python -m pytest -m gpu -n 0 tests/test_gpu.py
 
+gpu: .venv/installed
+	@PYTHONPATH=src python -m pipeline.tools.gpu "$$MINUTES"
+
 # For this machine, or for another GPU: make plan MEMORY=24GiB
 plan: .venv/installed
 	@dvc repro pipeline/environment-stage/dvc.yaml:environment > /dev/null
@@ -118,9 +127,22 @@ pins: .venv/installed
 		--output-file requirements.txt pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.txt
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt $(if $(TORCH),$(if $(INSTALLED_TORCH),,new))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed; try make PYTHON=python3.11"; exit 1; }
+ifeq ($(TORCH),)
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --requirement requirements.txt
+else
+# Without pip, because some notebooks lack the package that installs it: pip comes from PYTHON, too. PYTHON may be in
+# another environment, whose packages --system-site-packages would not find.
+	@[ "$(TORCH)" = installed ] || { echo "error: TORCH=$(TORCH): the only value is installed"; exit 1; }
+	@own="$(CURDIR)/.venv/bin:" && export PATH="$${PATH//"$$own"}" && folders=$$($(PYTHON) -E -c 'import importlib.metadata, site; \
+		importlib.metadata.version("torch"); print(*site.getsitepackages(), sep="\n")' 2> /dev/null) \
+		|| { echo "error: TORCH=installed, but $(PYTHON) has no torch: set PYTHON to one that has, or leave TORCH out"; exit 1; } \
+		&& $(PYTHON) -m venv --clear --without-pip --system-site-packages .venv \
+		&& echo "$$folders" > "$$(echo .venv/lib/python3.*/site-packages)/installed_torch.pth"
+	grep -v '^torch==' requirements.txt | python -m pip install --quiet --ignore-installed --no-deps --requirement /dev/stdin
+endif
 	touch $@
+.PHONY: new

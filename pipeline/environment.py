@@ -64,6 +64,7 @@ def describe() -> Environment:
     hidden = visible in ("", "-1") or torch_version.endswith("+cpu")
     if not hidden and (gpu := _nvidia_gpu(visible)):
         device, device_name, bf16, links_torch = "cuda", gpu[0], gpu[1] >= AMPERE, False
+        _check_driver(torch_version, distribution("torch").read_text("../torch/version.py") or "")
     return Environment(
         device=device,
         device_name=device_name,
@@ -124,6 +125,21 @@ def _nvidia_gpu(index: str) -> tuple[str, float] | None:
         return name, float(capability)
     except (OSError, subprocess.CalledProcessError, ValueError):  # no GPU, or a driver too old to know the field
         return None
+
+
+def _check_driver(torch_version: str, version_py: str) -> None:
+    """Raise UserError if the driver's CUDA has a lower major version than the one in `version_py`, a file of torch."""
+    output = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+    driver = re.search(r"Driver Version: *([\d.]+) .*CUDA Version: *((\d+)[\d.]*)", output)
+    needed = re.search(r"^cuda\b.*'(\d+)\.", version_py, re.MULTILINE)  # docs.nvidia.com/deploy/cuda-compatibility
+    if driver and needed and int(driver[3]) < int(needed[1]):
+        wheel = f"torch=={torch_version.split('+')[0]}+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"
+        other = f", run `.venv/bin/python -m pip install {wheel}`" if driver[3] == "12" else ""
+        raise UserError(
+            f"torch {torch_version} needs CUDA {needed[1]}, but the NVIDIA driver {driver[1]} has CUDA {driver[2]}: "
+            f"update the driver (525 or newer has CUDA 12, 580 CUDA 13){other}, or run `make repro TORCH=installed` if "
+            "this machine came with its own torch"
+        )
 
 
 def _cpu() -> tuple[str, set[str], int]:

@@ -2,6 +2,9 @@
 
 docs/gpu.md has an H200's report. `pytest -m gpu tests/test_gpu.py --rehearse` runs these tests on a CPU with the tiny
 model, which only shows that the tests themselves work; test_the_gpu_tests_can_be_rehearsed does so.
+
+Most of the time goes into compiling. So all tests share one network for each distinct graph, and start from its first
+weights by copying them into it. Tests of a kernel, whose graphs no level has, use a network with one layer.
 """
 
 import os
@@ -14,9 +17,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.config import CONTROL, Switches, UserError
+from gpt2_ladder.config import CONTROL, GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
@@ -29,7 +33,8 @@ from helpers.memory import Capped
 from pipeline import environment, probe
 
 ROUNDS = 10
-REHEARSED = ("fp32", "flash")  # uncompiled, because each compilation takes 10 s
+REHEARSED = ("fp32", "flash", "padded", "fused")  # compiled without Inductor, which takes 10 s for each graph
+DETERMINISTIC = ("bf16", "fused")  # one level that is not compiled, and the last one without autotuning
 # operators that launch a fused kernel, on CUDA and on a CPU; the math path has none of them
 ATTENTION = ("_flash_attention", "_efficient_attention", "_cudnn_attention")
 pytestmark = pytest.mark.filterwarnings("default")  # a new warning of a driver or profiler is no failure
@@ -38,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # a new warning of a driver 
 class Machine:
     """The GPU under test, or the CPU that stands in for it."""
 
-    def __init__(self, rehearsal: bool):
+    def __init__(self, rehearsal: bool, layers: int | None = None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at the first product
         self.rehearsal = rehearsal
         self.environment = environment.describe()
@@ -47,6 +52,9 @@ class Machine:
         shapes = {"gpu": small} if rehearsal else params.machines
         model = "tiny" if rehearsal else "gpt2"
         self.params: Params = params.model_copy(update={"model": model, "machine": "gpu", "machines": shapes})
+        if layers:
+            size = self.params.size.model_copy(update={"n_layer": layers})
+            self.params = self.params.model_copy(update={"models": {model: size}})
         self.shape = self.params.shape("speed")
         self.device = devices.open_device(self.environment.device, self.environment.threads, params.seed, False)
         self.repeated = capabilities.rows_without_effect(params.levels, self.environment)
@@ -58,29 +66,49 @@ class Machine:
             and name not in self.repeated
             and capabilities.why_skipped(level, self.environment, rehearsal) is None
         }
+        self.weights = turns.SharedWeights(self.params, self.device)
+        self.first_weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.networks: dict[tuple[GPTConfig, str, bool, bool, bool], GPT] = {}
 
     def acting(self, level: Switches, parts: int = 1) -> Switches:
-        """Return the switches that a training of `level` uses here; a rehearsal does not compile."""
-        compiled = level.compile and not self.rehearsal
-        return capabilities.effective(level, self.environment, parts).model_copy(update={"compile": compiled})
+        """Return the switches that a training of `level` uses here."""
+        return capabilities.effective(level, self.environment, parts)
 
     def batches(self, count: int) -> list[loop.Batch]:
         shape = (self.shape.batch_size, self.shape.block_size, 50257)
         return [(random_ids(*shape, seed=i), random_ids(*shape, seed=100 + i)) for i in range(count)]
 
-    def build(self, switches: Switches) -> tuple[GPT, torch.optim.Optimizer]:
-        """Return a new network and its optimizer."""
-        model = GPT(self.params.gpt(switches), self.params.seed).to(self.device)
-        if switches.compile:
-            runtime.compile_model(model, switches.autotune, switches.cuda_graphs)
+    def network(self, switches: Switches) -> GPT:
+        """Return the network of `switches`, the same for all switches that have the same graph."""
+        config, graphs = self.params.gpt(switches), (switches.autotune, switches.cuda_graphs)
+        key = config, switches.precision, switches.compile, *graphs
+        if key not in self.networks:
+            self.networks[key], _ = self.weights.build(config)
+            if switches.compile and self.rehearsal:
+                self.networks[key].compile(dynamic=False, fullgraph=True, backend="eager")
+            elif switches.compile:
+                runtime.compile_model(self.networks[key], *graphs)
+        return self.networks[key]
+
+    def arm(self, name: str, switches: Switches, micro_batch: int) -> Arm:
+        """Return an arm; all arms share weights and optimizers, as in the benchmark."""
+        _, optimizer = self.weights.build(self.params.gpt(switches), switches.fused_adamw)
+        return Arm(name, self.network(switches), optimizer, switches.precision, micro_batch)
+
+    def restart(self, switches: Switches) -> tuple[GPT, torch.optim.Optimizer]:
+        """Return the network of `switches` with its first weights, and a new optimizer."""
+        model, config = self.network(switches), self.params.gpt(switches)
+        if config.vocab_size not in self.first_weights:
+            self.first_weights[config.vocab_size] = GPT(config, self.params.seed).state_dict()
+        model.load_state_dict(self.first_weights[config.vocab_size])
         settings = self.params.size.learning_rate, self.params.optimizer, switches.fused_adamw
         return model, loop.make_optimizer(model, *settings)
 
     def losses(self, switches: Switches, steps: int, micro_batch: int, deterministic: bool = False) -> list[float]:
-        """Train a new network and return its losses."""
+        """Train from the first weights and return the losses."""
         devices.set_deterministic(deterministic)
         try:
-            model, optimizer = self.build(switches)
+            model, optimizer = self.restart(switches)
             autocast = runtime.set_precision(switches.precision, self.device)
             scaler, batches = runtime.make_scaler(switches.precision, self.device), self.batches(steps)
             trained = loop.train(model, optimizer, batches, autocast, self.device, micro_batch, scaler=scaler)
@@ -99,6 +127,18 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 
 @pytest.fixture(scope="module")
+def shallow(machine: Machine) -> Machine:
+    """The machine with a network of one layer, whose graphs compile in a fraction of the time."""
+    return Machine(machine.rehearsal, layers=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_before() -> int:
+    """The number of graphs that this process had compiled before these tests."""
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(scope="module")
 def micro_batch(machine: Machine) -> int:
     rows = probe.find_micro_batch(machine.params, machine.levels, machine.device)
     if rows < machine.shape.batch_size and "cuda_graphs" in machine.levels:  # left out, as in a climb
@@ -110,7 +150,7 @@ def micro_batch(machine: Machine) -> int:
 @pytest.fixture(scope="module")
 def arms(machine: Machine, micro_batch: int) -> list[Arm]:
     levels = {**machine.levels, CONTROL: next(iter(machine.levels.values()))}
-    made = turns.build_arms(machine.params, levels, machine.device, micro_batch)
+    made = [machine.arm(name, switches, micro_batch) for name, switches in levels.items()]
     graphs = any(switches.cuda_graphs for switches in levels.values())
     list(turns.warm_up(made, machine.batches(1)[0], machine.device, machine.params.seed, graphs))
     return made
@@ -258,7 +298,7 @@ def test_no_operation_of_a_step_waits_for_the_gpu(machine, arms):
 
 @pytest.mark.gpu
 def test_deterministic_runs_have_the_same_bits(machine, micro_batch, report):
-    for name, level in machine.levels.items():
+    for name, level in ((name, machine.levels[name]) for name in DETERMINISTIC if name in machine.levels):
         runs = {
             setting: [machine.losses(level, 2, micro_batch, setting) for _ in range(2)] for setting in (True, False)
         }
@@ -289,47 +329,46 @@ def test_every_step_after_the_warm_up_replays_its_cuda_graphs(machine, arms, rep
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_gradients_have_the_same_bits_with_and_without_cuda_graphs(machine, micro_batch, report, parts):
-    """With several micro-batches the graphs are left out; with one they are used from the third step on."""
-    level, rows = machine.params.levels["cuda_graphs"], machine.shape.batch_size // parts
-    if rows > micro_batch or capabilities.why_skipped(level, machine.environment, machine.rehearsal):
+def test_gradients_have_the_same_bits_with_and_without_cuda_graphs(shallow, micro_batch, report):
+    """The graphs are used from the third step on. With several micro-batches they are left out."""
+    level, rows = shallow.params.levels["cuda_graphs"], shallow.shape.batch_size
+    if rows > micro_batch or capabilities.why_skipped(level, shallow.environment, shallow.rehearsal):
         return
     level = level.model_copy(update={"autotune": False})  # it may choose other kernels for the second network
-    acting, gradients = machine.acting(level, parts), []
-    assert acting.cuda_graphs == (parts == 1 and not machine.rehearsal)
+    acting, gradients = shallow.acting(level), []
+    assert acting.cuda_graphs == (not shallow.rehearsal)
+    assert not shallow.acting(level, 2).cuda_graphs
     devices.set_deterministic(True)
     try:
         for switches in (acting, acting.model_copy(update={"cuda_graphs": False})):
-            model, optimizer = machine.build(switches)
-            autocast = runtime.set_precision(switches.precision, machine.device)
-            for batch in machine.batches(4):
-                loop.train_step(model, optimizer, batch, autocast, machine.device, rows)
+            model, optimizer = shallow.restart(switches)
+            autocast = runtime.set_precision(switches.precision, shallow.device)
+            for batch in shallow.batches(4):
+                loop.train_step(model, optimizer, batch, autocast, shallow.device, rows)
             gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     finally:
-        runtime.set_precision("fp32", machine.device)
+        runtime.set_precision("fp32", shallow.device)
         devices.set_deterministic(False)
     differ = [name for name, gradient in gradients[0].items() if not torch.equal(gradient, gradients[1][name])]
-    report["all"][f"gradients that differ with CUDA graphs, {parts} micro-batches"] = str(len(differ))
+    report["all"]["gradients that differ with CUDA graphs"] = str(len(differ))
     assert differ == []
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["cudnn", "efficient"])
-def test_a_named_attention_kernel_runs_alone_or_is_refused(machine, micro_batch, report, tmp_path, attention):
-    switches = machine.levels["flash"].model_copy(update={"attention": attention})
-    network = machine.params.gpt(switches)
+def test_a_named_attention_kernel_runs_alone_or_is_refused(shallow, micro_batch, report, tmp_path, attention):
+    switches = shallow.levels["flash"].model_copy(update={"attention": attention})
+    network = shallow.params.gpt(switches)
     try:
-        devices.attention_kernel(network, switches.precision, micro_batch, machine.shape.block_size, machine.device)
+        devices.attention_kernel(network, switches.precision, micro_batch, shallow.shape.block_size, shallow.device)
     except UserError as error:
         report["all"][f"attention: {attention}"] = str(error)
-        assert machine.rehearsal or "H100" not in machine.environment.device_name
+        assert shallow.rehearsal or "H100" not in shallow.environment.device_name
         return
-    (arm,) = turns.build_arms(machine.params, {attention: switches}, machine.device, micro_batch)
-    batch = machine.batches(1)[0]
-    list(turns.warm_up([arm], batch, machine.device, 0))
-    step = partial(arm.step, batch, machine.device)
-    operators = profiling.profile_step(step, devices.profiler_activities(machine.device), tmp_path / "trace.json.gz")
+    arm, batch = shallow.arm(attention, switches, micro_batch), shallow.batches(1)[0]
+    list(turns.warm_up([arm], batch, shallow.device, 0))
+    step = partial(arm.step, batch, shallow.device)
+    operators = profiling.profile_step(step, devices.profiler_activities(shallow.device), tmp_path / "trace.json.gz")
     used = {word for word in ATTENTION if any(word in operator.name for operator in operators)}
     report["all"][f"attention: {attention}"] = ", ".join(sorted(used))
     assert used == {f"_{attention}_attention"}
@@ -367,6 +406,17 @@ def test_a_batch_that_does_not_fit_is_halved_with_the_same_loss(machine, report,
     assert halved == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.gpu
+def test_each_distinct_graph_was_compiled_once(machine, shallow, graphs_before, report):
+    """In the tests above, of which some may not have run. `deterministic: true` makes another graph."""
+    repeated = [machine.levels[name] for name in DETERMINISTIC if name in machine.levels]
+    networks = [key for each in (machine, shallow) for key in each.networks]
+    distinct = sum(compiled for _, _, compiled, *_ in networks) + sum(level.compile for level in repeated)
+    compiled = counters["stats"]["unique_graphs"] - graphs_before
+    report["all"]["graphs compiled"] = f"{compiled}, distinct {distinct}"
+    assert compiled <= distinct
+
+
 @pytest.mark.slow
 def test_the_gpu_tests_can_be_rehearsed(tmp_path):
     path = tmp_path / "gpu-report.md"
@@ -374,6 +424,7 @@ def test_the_gpu_tests_can_be_rehearsed(tmp_path):
     assert "skipped" not in call(REPOSITORY, "python", "-m", "pytest", *options)
     written = path.read_text()
     assert written.startswith("# REHEARSAL on a CPU")
+    assert "- graphs compiled: 4, distinct 4" in written  # flash; padded; fused, deterministic; one layer
     for name in ("fp32", "flash"):
         (row,) = [line for line in written.splitlines() if line.startswith(f"| {name} |")]
         assert all(cell.strip() for cell in row.strip("|").split("|")[1:4])

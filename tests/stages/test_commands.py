@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from helpers.climbing import call
 from helpers.common import REPOSITORY
@@ -89,6 +90,8 @@ ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
         (["hellaswag", "MODEL="], "hellaswag][]"),
         (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
         (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
+        (["gpu", "MINUTES=7 8"], "gpu][7 8]"),
+        (["gpu"], "gpu][10]"),
     ],
 )
 def test_make_passes_a_value_on_as_it_was_typed(make, arguments, printed):
@@ -135,3 +138,26 @@ def test_an_old_python_is_refused_before_anything_is_installed(tmp_path):
     output = call(tmp_path, "make", "test", f"PYTHON={old_python}", exit_code=2)
     assert "error: Python 3.9.2: Python 3.11 or newer is needed" in output
     assert not (tmp_path / ".venv").exists()
+
+
+def test_torch_installed_keeps_the_torch_of_another_environment(tmp_path):
+    """Also in later calls, and after a change of requirements.txt; what is wrong is reported before .venv changes."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")  # exists nowhere
+    (tmp_path / "empty").write_text("#!/bin/sh\n[ $1 != -E ]\n")  # has no torch
+    (tmp_path / "empty").chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/installed").touch()
+    for options, error in (
+        (("TORCH=2.11", f"PYTHON={sys.executable}"), "error: TORCH=2.11: the only value is installed"),
+        (("TORCH=installed", f"PYTHON={tmp_path}/empty"), "/empty has no torch: set PYTHON to"),
+    ):
+        assert error in call(tmp_path, "make", ".venv/installed", *options, exit_code=2)
+        assert [path.name for path in (tmp_path / ".venv").iterdir()] == ["installed"]
+    call(tmp_path, "make", ".venv/installed", "TORCH=installed", f"PYTHON={sys.executable}")
+    find = "import importlib.util as u; print(u.find_spec('torch').origin)"
+    for _ in range(2):
+        assert call(tmp_path, ".venv/bin/python", "-c", find).strip() == torch.__file__
+        (tmp_path / "requirements.txt").touch()
+        call(tmp_path, "make", ".venv/installed", f"PYTHON={sys.executable}")
+    assert "up to date" in call(tmp_path, "make", ".venv/installed", "TORCH=installed")

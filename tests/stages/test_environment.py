@@ -1,6 +1,7 @@
 """The environment stage: how it describes a machine. test_repository.py tests its warnings."""
 
 import os
+import re
 import runpy
 from getpass import getuser
 from pathlib import Path
@@ -133,6 +134,47 @@ def test_nvidia_smi_finds_an_nvidia_gpu(install, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     install("nvidia-smi", "echo No devices were found")
     assert environment.describe().device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cuda", "driver", "has", "fix"),
+    [
+        (
+            "2.13.0",
+            "'13.0'",
+            "570.86.15",
+            "12.8",
+            ", run `.venv/bin/python -m pip install torch==2.13.0+cu126 --extra-index-url https:",
+        ),
+        ("2.11.0+cu126", "'12.6'", "470.82", "11.4", ", or run `make repro TORCH=installed` if"),
+        ("3.0", "'14.0'", "580.65.06", "13.0", ", or run `make repro TORCH=installed` if"),
+        ("2.13.0", "'13.2'", "580.65.06", "13.0", None),  # a minor version does not matter
+        ("2.13.0", "'13.0'", "535.104", "13.0", None),  # a container with CUDA's compatibility package
+        ("2.11.0+cu128", "'12.8'", "535.104", "12.2", None),
+        ("2.13.0", "'13.0'", "535.104", "N/A", None),
+        ("2.13.0+rocm7.2", "None", "535.104", "12.2", None),
+    ],
+)
+def test_a_driver_that_is_too_old_for_torch_is_refused_with_the_fix(install, torch_version, cuda, driver, has, fix):
+    install("nvidia-smi", f"echo '| NVIDIA-SMI {driver}    Driver Version: {driver}    CUDA Version: {has}     |'")
+    source = f"__version__ = '{torch_version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
+    if fix is None:
+        environment._check_driver(torch_version, source)
+        return
+    needs = f"torch {torch_version} needs CUDA {cuda[1:3]}, but the NVIDIA driver {driver} has CUDA {has}"
+    start = re.escape(f"{needs}: update the driver (525 or newer has CUDA 12, 580 CUDA 13){fix}")
+    with pytest.raises(UserError, match=f"^{start}.*came with its own torch$"):
+        environment._check_driver(torch_version, source)
+
+
+def test_the_cuda_version_of_torch_is_read_without_importing_it(install, monkeypatch):
+    install("nvidia-smi", "echo NVIDIA X, 9.0")
+    monkeypatch.setattr(environment, "version", lambda _: "2.13.0")
+    monkeypatch.setattr(environment, "compile_problem", lambda links_torch: None)
+    seen = []
+    monkeypatch.setattr(environment, "_check_driver", lambda *arguments: seen.append(arguments))
+    assert environment.describe().device == "cuda"
+    assert seen == [("2.13.0", Path(torch.__file__).with_name("version.py").read_text())]
 
 
 def test_a_missing_compiler_and_missing_python_headers_are_reported(monkeypatch, tmp_path):
