@@ -20,7 +20,7 @@ from gpt2_ladder.config import Environment, UserError
 from pipeline import ENVIRONMENT, run
 
 PROC, SYS = Path("/proc"), Path("/sys")
-AMPERE = 8.0  # the first compute capability with bfloat16
+VOLTA, AMPERE = 7.0, 8.0  # the first compute capabilities that Triton compiles for, and with bfloat16
 VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # instructions for matrix products, best first
 # What Inductor needs from the compiler. Python.h is not included, because that takes four times as long as this check.
 PROBE = "#if !__has_include(<Python.h>)\n#error Python.h\n#endif\n#include <omp.h>\n"
@@ -59,17 +59,18 @@ def describe() -> Environment:
     device_name, cpu_flags, cores = _cpu()
     device: Literal["cpu", "cuda"] = "cpu"
     bf16 = bool(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    links_torch = platform.system() != "Darwin"  # Inductor's code for a CPU links torch, except on macOS
+    links_torch, too_old = platform.system() != "Darwin", None  # Inductor's code links torch, except on macOS and GPUs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     hidden = visible in ("", "-1") or torch_version.endswith("+cpu")
     if not hidden and (gpu := _nvidia_gpu(visible)):
         device, device_name, bf16, links_torch = "cuda", gpu[0], gpu[1] >= AMPERE, False
+        too_old = "Triton needs a GPU with compute capability 7.0 or more" if gpu[1] < VOLTA else None
         _check_driver(torch_version, distribution("torch").read_text("../torch/version.py") or "")
     return Environment(
         device=device,
         device_name=device_name,
         bf16=bf16,
-        compile_problem=compile_problem(links_torch=links_torch),
+        compile_problem=too_old or compile_problem(links_torch=links_torch),
         threads=_threads(cores),
         python=platform.python_version(),
         torch=torch_version,

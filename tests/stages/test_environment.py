@@ -129,6 +129,8 @@ def test_nvidia_smi_finds_an_nvidia_gpu(install, monkeypatch):
         result = environment.describe()
         assert (result.device, result.device_name, result.bf16) == ("cuda", "NVIDIA X", bf16)
         assert result.compile_problem == "links torch: False"  # code compiled for a GPU does not link torch
+    install("nvidia-smi", "echo Tesla P100-PCIE-16GB, 6.0")
+    assert environment.describe().compile_problem == "Triton needs a GPU with compute capability 7.0 or more"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment.describe().device == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
