@@ -84,8 +84,8 @@ def _leave(module: Path, arguments: Sequence[str]) -> NoReturn:
     atexit._run_exitfuncs()  # ends W&B and Inductor's workers
     ledger.enter("exit")
     if module.parent.name == "pipeline" and module.stem != "environment" and is_first():
-        names = takewhile(lambda argument: not argument.startswith("-"), arguments)
-        files.write_json(SECONDS.joinpath(module.stem, *names).with_suffix(".json"), ledger.seconds)
+        stage, names = module.stem.removesuffix("_corpus"), takewhile(lambda name: not name.startswith("-"), arguments)
+        files.write_json(SECONDS.joinpath(stage, *names).with_suffix(".json"), ledger.seconds)
     sys.stdout.flush()
     os._exit(0)
 
