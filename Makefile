@@ -7,13 +7,13 @@
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
 # make docs       write the numbers of machines/ into README.md and docs/
-# make gpu MINUTES=10   run all that a first climb on a GPU shows, as far as it fits into this time
+# make gpu MINUTES=20   run all that a first climb on a GPU shows, as far as it fits into this time
 # With TORCH=installed, all of these use the torch that came with the machine instead of the pinned one.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 ROUNDS ?= 30
-MINUTES ?= 10
+MINUTES ?= 20
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name, and a user id in a container may not have one
 export USER := $(or $(USER),$(shell id -un 2> /dev/null),$(shell id -u))
@@ -138,8 +138,8 @@ else
 # another environment, whose packages --system-site-packages would not find.
 	@[ "$(TORCH)" = installed ] || { echo "error: TORCH=$(TORCH): the only value is installed"; exit 1; }
 	@own="$(CURDIR)/.venv/bin:" && export PATH="$${PATH//"$$own"}" && folders=$$($(PYTHON) -E -c 'import importlib.metadata, site; \
-		importlib.metadata.version("torch"); print(*site.getsitepackages(), sep="\n")' 2> /dev/null) \
-		|| { echo "error: TORCH=installed, but $(PYTHON) has no torch: set PYTHON to one that has, or leave TORCH out"; exit 1; } \
+		assert [*map(int, importlib.metadata.version("torch").split(".")[:2])] >= [2, 9]; print(*site.getsitepackages(), sep="\n")' 2> /dev/null) \
+		|| { echo "error: TORCH=installed, but $(PYTHON) has no torch 2.9 or newer: set PYTHON to one that has, or leave TORCH out"; exit 1; } \
 		&& $(PYTHON) -m venv --clear --without-pip --system-site-packages .venv \
 		&& echo "$$folders" > "$$(echo .venv/lib/python3.*/site-packages)/installed_torch.pth"
 	grep -v '^torch==' requirements.txt | python -m pip install --quiet --ignore-installed --no-deps --requirement /dev/stdin

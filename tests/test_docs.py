@@ -26,7 +26,7 @@ NOT_RUN = {
     "export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; pip install dvc-s3; "
     "rm -rf .venv; .venv/bin/pip check",
     "takes 20 minutes; the climb of the tests runs its `dvc repro`": "make repro",
-    "needs a GPU; test_gpu_plan.py runs it with fake commands": "make gpu MINUTES=10",
+    "needs a GPU; test_gpu_plan.py runs it with fake commands": "make gpu MINUTES=20",
     "runs the tests, or is the other half of .ci/run": "make test-fast; make check",
     "test_gallery.py compares what it writes with the pages": "make docs",
     "needs a GPU; test_gpu.py rehearses it": "make test-gpu",
