@@ -35,7 +35,7 @@ def main() -> None:
         steps = min(params.parity.steps, metrics.count_before_skip(path))
         expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
         parity = loss_parity.compare(name, losses[name], losses[baseline], tolerance, steps, expected)
-        largest = f"largest loss difference {parity.largest:.6f} nats at step {parity.largest_step}"
+        largest = f"largest loss difference of {steps} steps {parity.largest:.6f} nats at step {parity.largest_step}"
         print(f"{name:8}  {largest}, tolerance {tolerance}")
         levels[name] = {"switches": level.model_dump(), **asdict(parity)}
     content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
@@ -100,6 +101,8 @@ def compile_ahead(params: Params, levels: Mapping[str, Switches], micro_batch: i
 
     `autotune` is left out: it times kernels, for which it needs the GPU for itself.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # not at the top: it imports Dynamo, in a second
+
     graphs: dict[tuple[GPTConfig, str, bool], tuple[str, Switches]] = {}
     for name, row in levels.items():
         if row.compile and not row.autotune:
@@ -107,16 +110,16 @@ def compile_ahead(params: Params, levels: Mapping[str, Switches], micro_batch: i
     devices.reset_peak_memory(device)
     free, cuda, T = devices.free_memory(device), devices.allocates_like_cuda(device), params.shape("speed").block_size
     operands = [(config, precisions.PRECISIONS[precision].operand) for config, precision, _ in graphs]
-    needs = sorted((planning.trace_step(*each, micro_batch, T, cuda).peak_bytes for each in operands), reverse=True)
-    count = sum(need <= free for need in accumulate(needs))  # the largest at the same time
+    peaks = sorted((planning.trace_step(*each, micro_batch, T, cuda).peak_bytes for each in operands), reverse=True)
+    needs = accumulate(peak + planning.RESERVE for peak in peaks)  # of the largest ones at the same time
+    count = sum(need <= free for need in needs)
     print(f"probe: compiling {len(graphs)} networks, {max(count, 1)} at a time", flush=True)
-    with (
-        ledger.phase("compile"),
-        ProcessPoolExecutor(max(count, 1), get_context("spawn"), max_tasks_per_child=1) as pool,
-    ):
+    with ledger.phase("compile"), ProcessPoolExecutor(max(count, 1), get_context("spawn")) as pool:
         compiling = {name: pool.submit(compile_network, name, row, micro_batch) for name, row in graphs.values()}
         for name, future in compiling.items():  # an error only costs time: the level's training compiles again
             print(f"probe: {name} {future.exception() or 'is compiled'}", flush=True)
+    for choice in Path(cache_dir()).rglob("*.best_config"):  # of kernels that were timed beside other processes
+        choice.unlink()
 
 
 def compile_network(name: str, switches: Switches, micro_batch: int) -> None:

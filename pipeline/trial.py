@@ -108,7 +108,7 @@ def conclude(params: Params, environment: Environment) -> None:
     facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
-    count = metrics.count_before_skip(FOLDER / "steps.csv")
+    count = min(metrics.count_before_skip(FOLDER / "steps.csv"), *map(len, losses))
     facts |= trials.compare_losses(params, facts["changes"], *(curve[:count] for curve in losses))
     off = "" if facts["changes"] else f"nothing differs from {BASELINE}"
     off = off if seconds else f"trial.{params.machine}.seconds is 0"

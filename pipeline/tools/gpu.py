@@ -21,7 +21,7 @@ def main(*arguments: str) -> None:
     capabilities.check_machine("gpu", params.rehearsal, machine)
     apply_overrides("params.yaml", ["machine=gpu"])
     tuned = [name for name, level in params.levels.items() if level.autotune]
-    untuned = [f"~levels.{name}" for name in tuned[:1]] + [f"levels.{name}.autotune=false" for name in tuned[1:]]
+    untuned = [f"~levels.{name}" for name in tuned[:1]] + [f"++levels.{name}.autotune=false" for name in tuned[1:]]
     gallery = re.sub("[^a-z0-9]+", "-", machine.device_name.lower()).strip("-")
     gallery += f" --commit {files.git('rev-parse', 'HEAD')} --date {date.today()}"
     plan = {  # with seconds from docs/gpu.md: of an H100; the tests of an H200; the trial and report are a guess
@@ -51,7 +51,7 @@ def run_for(seconds: float, command: str) -> bool:
             code = process.wait()
         finally:
             process.terminate()  # after Ctrl-C, which does not reach the processes of timeout
-    if code not in (0, 124, 137):
+    if code not in (0, 124, -9):  # -9: timeout has killed its whole group, itself included
         raise UserError(f"{command}: failed, for the reason above")
     return code == 0
 

@@ -115,7 +115,7 @@ def load_network(args: argparse.Namespace, params: Params) -> GPT:
         return GPT(params.size.gpt(), params.seed)
     folder = args.model
     if args.hub is not None:
-        from gpt2_ladder.sources import pretrained  # not at the top: transformers takes seconds to import
+        from gpt2_ladder.sources import pretrained  # not at the top: it is not needed for other networks
 
         folder = pretrained.fetch_repository(args.hub)
     elif folder == TRIAL and not (folder / hub_format.CONFIG).exists():

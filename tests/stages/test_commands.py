@@ -91,7 +91,7 @@ ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
         (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
         (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
         (["gpu", "MINUTES=7 8"], "gpu][7 8]"),
-        (["gpu"], "gpu][10]"),
+        (["gpu"], "gpu][20]"),
     ],
 )
 def test_make_passes_a_value_on_as_it_was_typed(make, arguments, printed):

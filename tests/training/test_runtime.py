@@ -8,6 +8,7 @@ import torch
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import runtime
 from gpt2_ladder.training.precisions import PRECISIONS
+from helpers import processes
 from helpers.common import random_ids, tiny
 
 CPU = torch.device("cpu")
@@ -72,3 +73,19 @@ def test_a_compiled_model_keeps_its_parameter_names_and_its_output():
     torch.testing.assert_close(compiled(random_ids())[0], plain(random_ids())[0], rtol=0, atol=1e-6)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     assert runtime.compile_cache() in ("cold", "warm")
+
+
+def test_a_memory_format_is_pickled_in_the_same_way_whatever_was_imported_first():
+    """Otherwise Inductor's cache misses in one stage what another one compiled."""
+    code = """if True:
+        import pickle, sys, types
+        sys.modules["first"] = first = types.ModuleType("first")
+        import torch
+        {rest}
+        from gpt2_ladder.training import runtime
+        copied = pickle.loads(data := pickle.dumps(torch.contiguous_format))
+        print(data.hex(), copied is torch.contiguous_format)
+    """
+    outputs = {processes.run(code.format(rest=rest)) for rest in ("first.torch = torch", "")}
+    assert len(outputs) == 1
+    assert outputs.pop().endswith(" True\n")

@@ -169,7 +169,7 @@ def collect(
         **{"bf16": bf16, "half": levels[bf16].precision, "bf16_is_fast": is_fast},
         "reference": None if is_fast or bf16 == baseline else reference,
         "largest_difference": max(level["largest"] for level in parity["levels"].values()),
-        "parity_steps": max(level["steps"] for level in parity["levels"].values()),
+        "parity_steps": min(level["steps"] for level in parity["levels"].values()),
         "control": str(Gain(**gains["control"])),
         "speed": speed_table(levels, results, gains, parity),
         "training": training_table(levels, results, trial),

@@ -76,10 +76,10 @@ def device_time_table(device_time: Mapping[str, Metrics]) -> Table:
 
 def seconds_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
     """Return one row per stage with its seconds in each phase of ledger.PHASES, and a last row with the sums."""
-    total = {phase: sum(spent[phase] for spent in seconds.values()) for phase in PHASES}
+    total = {phase: sum(spent.get(phase, 0) for spent in seconds.values()) for phase in PHASES}
     rows = [["stage", *PHASES, "all"]]
     for name, spent in {**seconds, "all": total}.items():
-        values = [*(spent[phase] for phase in PHASES), sum(spent.values())]
+        values = [*(spent.get(phase, 0) for phase in PHASES), sum(spent.values())]
         rows.append([name, *(f"{value:.1f}" if value >= 0.05 else MISSING for value in values)])
     return rows
 

@@ -71,9 +71,19 @@ def load_gpt(folder: Path, attention: str = "flash", least_vocab_size: int = 1) 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files in `folder`: model.safetensors or, without it, the PARTS of a checkpoint, in order."""
+    """Return the weight files in `folder`: model.safetensors or, without it, the PARTS of a checkpoint, in order.
+
+    Raise UserError if the parts are not all those of one checkpoint.
+    """
     parts = sorted(folder.glob(PARTS))
-    return parts if parts and not (folder / WEIGHTS).exists() else [folder / WEIGHTS]
+    if not parts or (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    names = [path.name for path in parts]
+    if names != [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]:
+        raise UserError(
+            f"{folder}: parts of the weights are missing, or of several checkpoints: {', '.join(names):.300}"
+        )
+    return parts
 
 
 def from_hub(tensors: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 Changes to torch's state hold for the whole process.
 """
 
+import copyreg
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,16 @@ from gpt2_ladder.training.precisions import PRECISIONS
 DEFAULT = "fp32"
 NO_SCALER = GradScaler(enabled=False)  # changes nothing and has no state
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by Precision.operand
+
+
+def memory_format(name: str) -> Any:
+    """Return torch's memory format called `name`."""
+    return getattr(torch, name)
+
+
+# Inductor's cache hashes pickles of tensors' descriptions. For a memory format, pickle would name the first imported
+# module that has imported torch, which differs between stages, so that no stage would find what another one compiled.
+copyreg.pickle(torch.memory_format, lambda value: (memory_format, (str(value).removeprefix("torch."),)))
 
 
 def set_precision(name: str, device: torch.device) -> AbstractContextManager[object]:
