@@ -74,7 +74,7 @@ def start_seconds() -> float:
                 if not line:
                     raise SystemExit("error: the stage ended before its first step")
             seconds = time.perf_counter() - start
-            stage.stdout.readline()  # now steps 0 and 1 are in the file
+            stage.stdout.readline(), stage.stdout.readline()  # after step 2 is shown, steps 0 and 1 are in the file
             stage.kill()
         with (Path(folder) / RESULTS / "levels" / "fp32" / "steps.csv").open() as file:
             _, second, *_ = csv.DictReader(file)
