@@ -22,7 +22,7 @@ from gpt2_ladder.config import GPTConfig, Switches, UserError
 from gpt2_ladder.measuring import planning, turns
 from gpt2_ladder.model import count_bytes
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import capabilities, devices, loop, precisions, runtime
+from gpt2_ladder.training import capabilities, devices, loop, memory, precisions, runtime
 from pipeline import PROBE, read_settings, run
 
 MANY_CORES = 8  # a compilation keeps about one core busy, so fewer cores gain little
@@ -84,7 +84,7 @@ def find_micro_batch(params: Params, levels: Mapping[str, Switches], device: tor
         try:
             if not (micro_batch := fits(shape.batch_size, shape.block_size, most=micro_batch)):
                 raise UserError("one row is predicted not to fit")
-            micro_batch = loop.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
+            micro_batch = memory.within_memory(partial(_step, weights, kind, ids, device), micro_batch, device)
         except UserError as error:
             block_size = shape.block_size // 2
             while block_size and not fits(shape.batch_size, block_size, most=1):

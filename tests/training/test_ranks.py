@@ -27,7 +27,7 @@ from gpt2_ladder.files import ERROR_FILE, write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
 from gpt2_ladder.running import checkpoints, following, launch
-from gpt2_ladder.training import data, devices, loop, ranks, runtime
+from gpt2_ladder.training import data, devices, loop, memory, ranks, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers import trainings
 from helpers.common import REPOSITORY, params_with, random_ids, tiny
@@ -198,7 +198,7 @@ def test_a_rank_that_runs_out_of_memory_does_not_take_fewer_rows_alone(monkeypat
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     message = r"out of memory on rank 1 with 4 rows at a time \(CUDA out of memory\); lower machines\.\*\.batch_size"
     with pytest.raises(UserError, match=message):
-        loop.within_memory(step, 4, torch.device("cpu"))
+        memory.within_memory(step, 4, torch.device("cpu"))
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:

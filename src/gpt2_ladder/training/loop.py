@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from gpt2_ladder import config
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.training import devices, metrics, ranks
+from gpt2_ladder.training import devices, memory, metrics, ranks
 from gpt2_ladder.training.devices import Moment, Reading
 from gpt2_ladder.training.metrics import Step
 from gpt2_ladder.training.runtime import NO_SCALER
@@ -219,9 +219,9 @@ def train(
                     loss, norm = train_step(model, optimizer, sent, autocast, device, micro_batch, clip_norm, scaler)
                     break
                 except (RuntimeError, MemoryError) as error:
-                    reason = why_out_of_memory(error)
+                    reason = memory.why_out_of_memory(error)
                 yield from _read(outstanding)
-                micro_batch = halve(micro_batch, reason, device, may_halve)
+                micro_batch = memory.halve(micro_batch, reason, device, may_halve)
             if norm is None:  # every level records it
                 norm = get_total_norm(
                     [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -240,48 +240,6 @@ def _read(outstanding: list[Launched], but: int = 0) -> Iterator[Step]:
     """Yield the records of the `outstanding` steps, but not of the last `but`, and remove them from the list."""
     while len(outstanding) > but:
         yield outstanding.pop(0).read()
-
-
-def within_memory(step: Callable[[int], object], micro_batch: int, device: torch.device) -> int:
-    """Call `step(micro_batch)`, halving micro_batch until memory suffices, and return the micro_batch.
-
-    Raise UserError if memory runs out with one row, or on one of several ranks, which cannot repeat a step alone.
-    """
-    while True:
-        try:
-            step(micro_batch)
-            return micro_batch
-        except (RuntimeError, MemoryError) as error:
-            reason = why_out_of_memory(error)
-        micro_batch = halve(micro_batch, reason, device)
-
-
-def why_out_of_memory(error: Exception) -> str:
-    """Return the message of an out-of-memory `error`, whose traceback would keep the activations; raise others."""
-    if not devices.is_out_of_memory(error):
-        raise error
-    return " ".join(str(error).split())
-
-
-def halve(micro_batch: int, reason: str, device: torch.device, may_halve: bool = True) -> int:
-    """Return half of `micro_batch`, with which memory ran out, and release the device's cached memory.
-
-    Raise UserError with one row, on one of several ranks, which cannot repeat a step alone, or without `may_halve`.
-    """
-    if ranks.count() > 1:
-        raise UserError(
-            f"out of memory on rank {ranks.rank()} with {micro_batch} rows at a time ({reason}); lower "
-            "machines.*.batch_size, because a rank cannot use fewer rows than the others"
-        )
-    if not may_halve:
-        fix = "set cuda_graphs: false, or a smaller batch_size, because its step cannot be split"
-        raise UserError(f"out of memory with {micro_batch} rows at a time ({reason}); {fix}")
-    if micro_batch == 1:
-        fix = "set a smaller model (`make plan` shows what fits)"
-        raise UserError(f"out of memory with one row at a time ({reason}); {fix}")
-    print(f"out of memory with {micro_batch} rows at a time, continuing with {micro_batch // 2} ({reason})", flush=True)
-    devices.reset_peak_memory(device)
-    return micro_batch // 2
 
 
 @torch.no_grad()
