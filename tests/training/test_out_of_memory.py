@@ -15,7 +15,7 @@ from gpt2_ladder.measuring import planning
 from gpt2_ladder.model import GPT, count_bytes
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.run import build
-from gpt2_ladder.training import devices, loop, runtime
+from gpt2_ladder.training import devices, loop, memory, runtime
 from helpers.common import REPOSITORY, environment, random_ids, tiny
 from helpers.memory import Capped
 from pipeline import probe
@@ -95,7 +95,7 @@ def test_memory_that_runs_out_later_halves_the_later_steps_only():
 
 def test_a_step_that_does_not_fit_comes_after_the_step_before_it(monkeypatch):
     log = list[str]()
-    monkeypatch.setattr(loop, "halve", lambda *_: log.append("halve") or 4)
+    monkeypatch.setattr(memory, "halve", lambda *_: log.append("halve") or 4)
     read = loop.Launched.read
     monkeypatch.setattr(loop.Launched, "read", lambda step: log.append(f"step {step.index}") or read(step))
     train(Capped(float("inf")), before_step={3: (peak(8) + peak(4)) / 2})
