@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,3 +163,10 @@ def test_cuda_graphs_need_a_third_step_to_replay(monkeypatch, cuda_graphs, steps
     monkeypatch.setattr(Arm, "step", lambda *_: 1.0)
     arms = [Arm(name, *[None] * 4) for name in "ab"]
     assert sorted(turns.warm_up(arms, BATCHES[0], CPU, 0, cuda_graphs)) == sorted("ab" * steps)
+
+
+def test_a_timed_step_whose_gradient_overflowed_is_repeated():
+    scales, times = iter([8.0, 4.0, 4.0, 4.0]), iter([1.0, 3.0])  # the first step halves the scale
+    scaler = SimpleNamespace(get_scale=lambda: next(scales))
+    arm = SimpleNamespace(scaler=scaler, step=lambda *_: next(times))
+    assert turns.step_as_compiled(arm, None, None) == 3.0

@@ -69,6 +69,12 @@ def test_without_seconds_only_the_losses_are_compared(run):
     assert facts["not_compared"] == "other losses are expected with init"
 
 
+def test_the_losses_of_a_trial_that_is_shorter_than_the_checked_steps_are_compared(run, params):
+    numbers, facts = run(0, recipe=Recipe(steps=5).model_dump())
+    assert facts["steps"] == 5 < params.parity.steps
+    assert numbers["loss_apart"] == 0
+
+
 def test_a_trial_whose_change_has_no_effect_here_is_compared_but_not_measured(run):
     numbers, facts = run(600, precision="tf32")
     assert (facts["status"], facts["changes"], numbers["loss_apart"]) == ("trained", {"precision": "tf32"}, 0.0)
