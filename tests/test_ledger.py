@@ -71,3 +71,15 @@ def test_a_stage_that_fails_writes_no_seconds(params):
     Path("params.yaml").write_text(params.model_dump_json())
     stage("pipeline.train", "unknown", exit_code=1)
     assert not Path("results/seconds").exists()
+
+
+def test_a_command_calls_the_exit_handlers_before_it_ends_at_once(tmp_path):
+    lines = (
+        "import atexit",
+        "from pipeline import run",
+        "atexit.register(print, 'handler')",
+        "def main(): pass",
+        "run(main)",
+    )
+    (tmp_path / "command.py").write_text("\n".join(lines))
+    assert call(tmp_path, "env", f"PYTHONPATH={IMPORTABLE}", "python", "command.py") == "handler\n"
