@@ -12,6 +12,9 @@
 
 SHELL := /bin/bash
 PYTHON ?= python3
+ifdef PROCESSES
+ROUNDS ?= 6
+endif
 ROUNDS ?= 30
 MINUTES ?= 20
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -22,7 +25,7 @@ INSTALLED_TORCH := $(wildcard .venv/lib/python3.*/site-packages/installed_torch.
 TORCH ?= $(if $(INSTALLED_TORCH),installed)
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
-$(foreach name,$(filter CHANGE ROUNDS MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+$(foreach name,$(filter CHANGE ROUNDS PROCESSES MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
 .PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu gpu check schema pins docs
@@ -54,10 +57,11 @@ announce:
 	@echo "Takes about 20 minutes on two cores, 10 GB of memory and 3 GB of disk (several GB more with CUDA's packages)."
 	@echo "Free disk space here:$$(df -h . | awk 'END {print " " $$4}'). Safe to interrupt: make repro continues."
 
+# With PROCESSES=5, in five fresh processes, one after the other.
 # Saves the longer measurement as the result of the stage. `dvc repro` keeps it until a dependency changes.
 benchmark: .venv/installed
 	dvc repro parity
-	PYTHONPATH=src python -m pipeline.benchmark --rounds "$$ROUNDS"
+	PYTHONPATH=src python -m pipeline.benchmark --rounds "$$ROUNDS" $${PROCESSES+--processes "$$PROCESSES"}
 	dvc commit --force benchmark
 	dvc repro report
 	@cat results/report/ladder.md

@@ -163,6 +163,7 @@ def machines_part(climbs: Sequence[Climb]) -> str:
             "day": str(machine.date),
             "tokens a step": f"{run.batch_size} x {run.block_size}",
             "rounds": str(len(run.rounds)),
+            "processes": str(run.processes),
             f"`{BASELINE}` tokens/s": climb.cell(BASELINE, "tokens_per_second"),
             "fastest tokens/s": f"{climb.cell(climb.fastest, 'tokens_per_second')} (`{climb.fastest}`)",
             "losses within": f"{max(apart):.4f}" if apart else NOT_MEASURED,

@@ -1,21 +1,21 @@
 """Measure the gain of every speed level in rounds with one step of each level, and profile one step of each."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from gpt2_ladder import files
-from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
+from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
 from gpt2_ladder.measuring import profiling, summary, turns
 from gpt2_ladder.measuring.cost import Operator
-from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
+from gpt2_ladder.measuring.gains import BETWEEN, ESTIMATOR, Measurement, Round
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, data, devices, loop
@@ -29,38 +29,39 @@ from pipeline import (
     TRAIN_SHARD,
     Parser,
     read_json,
+    read_metrics,
     read_settings,
     run,
 )
+
+START_SECONDS = 30  # of a process: imports, weights, and uncompiled first steps
 
 
 def main(*arguments: str) -> None:
     params, environment = read_settings()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
-    limits, shape, seed = params.benchmark[params.machine], params.shape("speed"), params.seed
+    limits, shape = params.benchmark[params.machine], params.shape("speed")
     parser = Parser(prog="python -m pipeline.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, metavar="N", help="measure N rounds, without a time limit")
-    rounds, seconds = parser.parse_args(arguments).rounds, float("inf")
-    if rounds is None:
+    parser.add_argument("--processes", type=int, metavar="N", help="measure in N fresh processes, one after the other")
+    options = parser.parse_args(arguments)
+    rounds, seconds, processes = options.rounds, float("inf"), options.processes
+    if processes is not None and processes < 2:
+        raise UserError(f"--processes {processes}: the variance between processes needs at least 2; 5 are usual")
+    if rounds is None and processes:
+        rounds = MINIMUM_ROUNDS
+    elif rounds is None:
         rounds, seconds = limits.rounds, limits.seconds
     elif rounds < MINIMUM_ROUNDS:
         raise UserError(f"--rounds {rounds}: too few for an interval; use at least {MINIMUM_ROUNDS}")
-    levels, micro_batch = read_levels()
-    device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
-    batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
-    matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
-    measured = []
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
-        arms = place_arms(params, levels, environment, device, micro_batch, process)
-        for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
-            print(f"benchmark: warming up {name}", flush=True)
-        for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
-            measured.append(result)
-            times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in result.step_ms.items())
-            print(f"benchmark: round {len(measured)}/{rounds}, ms per step: {times}", flush=True)
-        profile(arms if params.profile else [], batches[0], device)
+    levels, _ = read_levels()
+    if processes:
+        print(f"benchmark: {processes} processes take about {estimate_minutes(levels, rounds, processes):.0f} minutes")
+        measured = list(chain.from_iterable(in_fresh_process(index, rounds, processes) for index in range(processes)))
+    else:
+        measured = measure(0, rounds, seconds, params.profile)
     measurement = Measurement(
-        estimator=ESTIMATOR,
+        estimator=BETWEEN if processes else ESTIMATOR,
         model=params.model,
         batch_size=shape.batch_size,
         block_size=shape.block_size,
@@ -71,6 +72,41 @@ def main(*arguments: str) -> None:
     )
     files.write_json(BENCHMARK, measurement.model_dump())
     files.write_json(GAINS, summary.summarize(params, levels, measurement))
+
+
+def in_fresh_process(index: int, rounds: int, processes: int) -> list[Round]:
+    """Return the rounds of process number `index`. The last of `processes` also profiles."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(measure, index, rounds, float("inf"), index == processes - 1).result()
+
+
+def measure(index: int, rounds: int, seconds: float, profiled: bool) -> list[Round]:
+    """Measure the levels in this process, number `index`, which has a seed of its own; profile them if `profiled`."""
+    params, environment = read_settings()
+    shape, seed = params.shape("speed"), params.seed + index
+    levels, micro_batch = read_levels()
+    device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
+    batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
+    matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
+    measured = list[Round]()
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
+        arms = place_arms(params, levels, environment, device, micro_batch, process)
+        for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
+            print(f"benchmark: warming up {name}", flush=True)
+        for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
+            measured.append(result.model_copy(update={"process": index}))
+            times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in result.step_ms.items())
+            print(f"benchmark: round {len(measured)}/{rounds}, ms per step: {times}", flush=True)
+        profile(arms if profiled and params.profile else [], batches[0], device)
+    return measured
+
+
+def estimate_minutes(levels: Mapping[str, Switches], rounds: int, processes: int) -> float:
+    """Estimate the minutes of a benchmark in several processes from the trainings of the levels."""
+    results = {name: read_metrics(name) for name in levels if name != CONTROL}
+    step_s = [results.get(name, results[BASELINE])["step_ms"] / 1000 for name in levels]
+    compilations = 10 * sum(row.compile for row in levels.values())  # from the cache
+    return processes * (START_SECONDS + compilations + (rounds + 2) * sum(step_s)) / 60
 
 
 def read_levels() -> tuple[dict[str, Switches], int]:

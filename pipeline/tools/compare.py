@@ -23,8 +23,8 @@ def main(*arguments: str) -> None:
         level, base = arguments
         measured = read_trial() if TRIAL in arguments else read_benchmark()
         result = measured.compare(level, base, measured.noise())
-        rounds = result["rounds_to_settle"]
-        more = f" (a clear result needs about {rounds:,} rounds)" if rounds else ""
+        needed, unit = result["count_to_settle"], "rounds" if measured.processes == 1 else "processes"
+        more = f" (a clear result needs about {needed:,} {unit})" if needed else ""
         print(f"{level} is {measured.gain(level, base)} times as fast as {base}: {result['verdict']}{more}")
         print(f"measured on {describe(measured)}")
     elif len(arguments) == 1:
@@ -70,10 +70,11 @@ def divide(gain: Gain, other: Gain) -> Gain:
 
 def describe(measurement: Measurement) -> str:
     """Describe the machine and the settings of a measurement in one line."""
-    machine = measurement.environment
+    machine, count = measurement.environment, measurement.processes
+    processes = "one process" if count == 1 else f"{count} processes"
     return (
         f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}, {measurement.model}, "
-        f"B={measurement.batch_size}, T={measurement.block_size}, {len(measurement.rounds)} rounds, "
+        f"B={measurement.batch_size}, T={measurement.block_size}, {len(measurement.rounds)} rounds in {processes}, "
         f"control gain {measurement.noise()}"
     )
 

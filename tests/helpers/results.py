@@ -68,6 +68,7 @@ def gains(run: Measurement = RUN) -> dict:
         "environment": environment().fingerprint,
         "estimator": run.estimator,
         "rounds": 4,
+        "processes": 1,
         "peak_source": "a bare matrix product in the same round",
         "control": {"ratio": 1.0, "low": 0.99, "high": 1.01},
         "levels": levels,

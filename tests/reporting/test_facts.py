@@ -210,7 +210,7 @@ def test_the_headline_has_the_gain_of_a_changed_trial(page):
 
 
 NOISY = measurement(fp32=[300.0, 310.0, 290.0, 305.0, 295.0, 300.0], trial=[295.0, 300.0, 296.0, 299.0, 301.0, 297.0])
-NO_GAIN = {**NOISY.compare("trial", "fp32", NOISY.noise()), "rounds_to_settle": 30}
+NO_GAIN = {**NOISY.compare("trial", "fp32", NOISY.noise()), "count_to_settle": 30}
 OTHER = {"loss_apart": None, "not_compared": "other losses are expected with init"}
 NOT_MEASURED = {"gain": None, "measurement": None}
 

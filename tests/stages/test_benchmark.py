@@ -59,3 +59,9 @@ def test_too_few_rounds_are_refused(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(UserError, match="--rounds 5: too few for an interval; use at least 6"):
         benchmark.main("--rounds", "5")
+
+
+def test_one_process_shows_no_variance_between_processes(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(UserError, match="--processes 1: the variance between processes needs at least 2; 5 are usual"):
+        benchmark.main("--processes", "1")

@@ -40,6 +40,7 @@ def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measu
         "environment": measurement.environment.fingerprint,
         "estimator": measurement.estimator,
         "rounds": len(measurement.rounds),
+        "processes": measurement.processes,
         "peak_source": PEAK_SOURCES[devices.peak_is_measured(measurement.environment.device)],
         "product_size": devices.PRODUCT_SIZES[measurement.environment.device],
         "control": asdict(noise),

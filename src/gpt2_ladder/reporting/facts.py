@@ -88,8 +88,8 @@ def undecided(gains: Metrics) -> list[str]:
         by_level = {gain["over"]: gain for gain in (measured["over_previous"], measured["over_baseline"]) if gain}
         for over, gain in by_level.items():
             if gain["verdict"] == NO_GAIN:
-                needed = gain["rounds_to_settle"] or math.inf
-                rounds = f"about {needed:,} rounds" if needed <= 10_000 else "over 10,000 rounds"
+                needed, unit = gain["count_to_settle"] or math.inf, "rounds" if gains["processes"] == 1 else "processes"
+                rounds = f"about {needed:,} {unit}" if needed <= 10_000 else f"over 10,000 {unit}"
                 measured_as = f"{NO_GAIN} in {gains['rounds']} rounds; {rounds} are needed to measure a gain of"
                 lines.append(f"`{name}` over `{over}`: {measured_as} {gain['ratio']:.3f}")
     return lines
