@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from gpt2_ladder import files
+from gpt2_ladder import files, ledger
 from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
-from gpt2_ladder.measuring import profiling, summary, turns
+from gpt2_ladder.measuring import profiling, step_check, summary, turns
 from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.measuring.gains import BETWEEN, ESTIMATOR, Measurement, Round
+from gpt2_ladder.measuring.step_check import StepCheck
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, data, devices, loop
@@ -57,9 +59,9 @@ def main(*arguments: str) -> None:
     levels, _ = read_levels()
     if processes:
         print(f"benchmark: {processes} processes take about {estimate_minutes(levels, rounds, processes):.0f} minutes")
-        measured = list(chain.from_iterable(in_fresh_process(index, rounds, processes) for index in range(processes)))
+        measured = [in_fresh_process(index, rounds) for index in range(processes)]
     else:
-        measured = measure(0, rounds, seconds, params.profile)
+        measured = [measure(0, rounds, seconds)]
     measurement = Measurement(
         estimator=BETWEEN if processes else ESTIMATOR,
         model=params.model,
@@ -68,37 +70,66 @@ def main(*arguments: str) -> None:
         levels=[name for name in levels if name != CONTROL],
         control=CONTROL,
         environment=environment,
-        rounds=measured,
+        rounds=[round_ for part in measured for round_ in part.rounds],
     )
+    gains = summary.summarize(params, levels, measurement)
+    for name, row in gains["levels"].items():
+        row["step_check"] = asdict(measured[0].checks[name])
     files.write_json(BENCHMARK, measurement.model_dump())
-    files.write_json(GAINS, summary.summarize(params, levels, measurement))
+    files.write_json(GAINS, gains)
 
 
-def in_fresh_process(index: int, rounds: int, processes: int) -> list[Round]:
-    """Return the rounds of process number `index`. The last of `processes` also profiles."""
+class Part(NamedTuple):
+    """What one process measured."""
+
+    rounds: list[Round]
+    checks: dict[str, StepCheck]  # by level; only of process 0
+
+
+def in_fresh_process(index: int, rounds: int) -> Part:
+    """Call `measure` in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        return fresh.submit(measure, index, rounds, float("inf"), index == processes - 1).result()
+        return fresh.submit(measure, index, rounds, float("inf")).result()
 
 
-def measure(index: int, rounds: int, seconds: float, profiled: bool) -> list[Round]:
-    """Measure the levels in this process, number `index`, which has a seed of its own; profile them if `profiled`."""
+def measure(index: int, rounds: int, seconds: float) -> Part:
+    """Measure the levels in this process, number `index`, which has a seed of its own.
+
+    Process 0 first checks the steps of every level, and profiles them at the end. Raise UserError if a step is wrong.
+    """
     params, environment = read_settings()
     shape, seed = params.shape("speed"), params.seed + index
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
     batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
     matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
-    measured = list[Round]()
+    measured = Part([], {})
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
+        for arm in arms if index == 0 else []:
+            measured.checks[arm.name] = check(arm, levels[arm.name].precision, batches[0], device, params)
         for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
             print(f"benchmark: warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
-            measured.append(result.model_copy(update={"process": index}))
+            measured.rounds.append(result.model_copy(update={"process": index}))
             times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in result.step_ms.items())
-            print(f"benchmark: round {len(measured)}/{rounds}, ms per step: {times}", flush=True)
-        profile(arms if profiled and params.profile else [], batches[0], device)
+            print(f"benchmark: round {len(measured.rounds)}/{rounds}, ms per step: {times}", flush=True)
+        profile(arms if index == 0 and params.profile else [], batches[0], device)
     return measured
+
+
+@ledger.phase("compile")
+def check(arm: Arm | RemoteArm, precision: str, batch: loop.Batch, device: torch.device, params: Params) -> StepCheck:
+    """Return the errors of an arm's steps; raise UserError if they are larger than rounding."""
+    result = arm.run(step_check.check, batch, device, params.size.learning_rate, params.optimizer)
+    about = f"gradient off by {result.gradient:.1e} ({result.gradient_of}), update by {result.update:.1e}"
+    print(f"benchmark: checked {arm.name}: {about}", flush=True)
+    if fault := result.fault(precision):
+        raise UserError(
+            f"benchmark: the steps of level '{arm.name}' are not those of GPT-2 and AdamW: off is {fault}; "
+            "fix the level's code in src/gpt2_ladder"
+        )
+    return result
 
 
 def estimate_minutes(levels: Mapping[str, Switches], rounds: int, processes: int) -> float:

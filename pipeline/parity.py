@@ -13,6 +13,8 @@ from gpt2_ladder.training import capabilities, metrics
 from gpt2_ladder.training.precisions import PRECISIONS
 from pipeline import PARITY, RESULTS, read_metrics, read_settings, run
 
+ROUNDING = "precision", "compile", "attention", "vocab_size"  # a level that changes one of these rounds differently
+
 
 def main() -> None:
     params, environment = read_settings()
@@ -27,13 +29,17 @@ def main() -> None:
     for name in capabilities.rows_without_effect(params.levels, environment, parts):
         trained.pop(name, None)
     baseline, levels = next(iter(trained)), {}
-    losses = {name: metrics.read_losses(RESULTS / "levels" / name / "steps.csv") for name in trained}
-    for name, result in trained.items():
-        level = capabilities.effective(params.levels[name], environment, parts)
-        check_matmul_precision(name, level, result["float32_matmul_precision"])
-        path, tolerance = RESULTS / "levels" / name / "steps.csv", getattr(params.parity, level.precision)
-        steps = min(params.parity.steps, metrics.count_before_skip(path))
-        expected = loss_parity.padding_cost(level.vocab_size, params.levels[baseline].vocab_size)
+    curves = {name: RESULTS / "levels" / name / "steps.csv" for name in trained}
+    losses = {name: metrics.read_losses(path) for name, path in curves.items()}
+    counts = {name: min(params.parity.steps, metrics.count_before_skip(path)) for name, path in curves.items()}
+    acting = {name: capabilities.effective(params.levels[name], environment, parts) for name in trained}
+    for above, (name, level) in zip([baseline, *trained], acting.items(), strict=False):
+        check_matmul_precision(name, level, trained[name]["float32_matmul_precision"])
+        if all(getattr(level, switch) == getattr(acting[above], switch) for switch in ROUNDING):
+            steps, tolerance = min(counts[name], counts[above]), params.parity.level_before
+            loss_parity.compare(name, losses[name], losses[above], tolerance, steps, 0, f"level '{above}'")
+        steps, tolerance = counts[name], getattr(params.parity, level.precision)
+        expected = loss_parity.padding_cost(level.vocab_size, acting[baseline].vocab_size)
         parity = loss_parity.compare(name, losses[name], losses[baseline], tolerance, steps, expected)
         largest = f"largest loss difference of {steps} steps {parity.largest:.6f} nats at step {parity.largest_step}"
         print(f"{name:8}  {largest}, tolerance {tolerance}")

@@ -35,7 +35,7 @@ def arms(weights) -> list[Arm]:
 def no_training(monkeypatch) -> list[int]:
     """Replace the training step; the ids of the batches it was given."""
     batches: list[int] = []
-    monkeypatch.setattr(loop, "timed_step", lambda *call: batches.append(id(call[2])) or 1.0)
+    monkeypatch.setattr(loop, "timed_step", lambda *call, **_: batches.append(id(call[2])) or 1.0)
     return batches
 
 
@@ -167,6 +167,5 @@ def test_cuda_graphs_need_a_third_step_to_replay(monkeypatch, cuda_graphs, steps
 
 def test_a_timed_step_whose_gradient_overflowed_is_repeated():
     scales, times = iter([8.0, 4.0, 4.0, 4.0]), iter([1.0, 3.0])  # the first step halves the scale
-    scaler = SimpleNamespace(get_scale=lambda: next(scales))
-    arm = SimpleNamespace(scaler=scaler, step=lambda *_: next(times))
-    assert turns.step_as_compiled(arm, None, None) == 3.0
+    arm = Arm("arm", None, None, "fp16", 2, SimpleNamespace(get_scale=lambda: next(scales)))
+    assert arm.take(lambda *_, **__: next(times), None, CPU) == 3.0

@@ -28,9 +28,15 @@ class Parity:
 
 
 def compare(
-    name: str, losses: Sequence[float], baseline: Sequence[float], tolerance: float, steps: int, expected: float = 0.0
+    name: str,
+    losses: Sequence[float],
+    baseline: Sequence[float],
+    tolerance: float,
+    steps: int,
+    expected: float = 0.0,
+    other: str = "the baseline",
 ) -> Parity:
-    """Compare the losses of level `name` with the baseline's; raise UserError if the first `steps` losses differ.
+    """Compare the losses of level `name` with those of `other`; raise UserError if the first `steps` losses differ.
 
     A padded vocabulary adds `expected` nats to the loss at step 0, when all tokens are equally likely, and less later,
     because the network learns that the added tokens never occur. So differences from 0 to `expected` are allowed, plus
@@ -42,10 +48,10 @@ def compare(
     for step, difference in enumerate(checked):
         if not lowest - tolerance <= difference <= highest + tolerance:  # written so that NaN fails too
             raise UserError(
-                f"parity: at step {step} level '{name}' has a loss of {losses[step]:.5f}, the baseline has "
+                f"parity: at step {step} level '{name}' has a loss of {losses[step]:.5f}, {other} has "
                 f"{baseline[step]:.5f}: the difference of {difference:+.5f} is not within {lowest - tolerance:.5f} to "
                 f"{highest + tolerance:+.5f}. Fix the level's code, or, if you raised the learning rate, "
-                "raise the tolerance of its precision in params.yaml, under `parity`"
+                "raise the tolerance in params.yaml, under `parity`"
             )
     beyond = [max(lowest - difference, difference - highest, 0.0) for difference in checked]
     largest_step = max(range(len(beyond)), key=beyond.__getitem__)

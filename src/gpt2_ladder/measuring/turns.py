@@ -39,10 +39,21 @@ class Arm:
     scaler: GradScaler = runtime.NO_SCALER
 
     def step(self, batch: loop.Batch, device: torch.device) -> float:
-        """Train on `batch` at this arm's precision, then restore float32. Return the step's milliseconds."""
+        """Train on `batch` and return the step's milliseconds."""
+        return self.take(loop.timed_step, batch, device)
+
+    def take(self, step: Callable[..., Result], batch: loop.Batch, device: torch.device) -> Result:
+        """Return what `step`, a function of loop.py, returns at this arm's precision; then restore float32.
+
+        A step in float16 whose gradient overflowed is repeated, because AdamW skips it. The scale is then halved.
+        """
         autocast = runtime.set_precision(self.precision, device)
         try:
-            return loop.timed_step(self.model, self.optimizer, batch, autocast, device, self.micro_batch, self.scaler)
+            while True:
+                scale, parts = self.scaler.get_scale(), (self.model, self.optimizer)
+                result = step(*parts, batch, autocast, device, self.micro_batch, scaler=self.scaler)
+                if self.scaler.get_scale() >= scale:
+                    return result
         finally:
             runtime.set_precision(runtime.DEFAULT, device)
 
@@ -69,15 +80,9 @@ def _run(open_arm: Callable[[str], Arm], name: str, function: Callable[..., Any]
 
 
 def step_as_compiled(arm: Arm, batch: loop.Batch, device: torch.device) -> float:
-    """Take one step and return its milliseconds. Raise RuntimeError if the network would be compiled again.
-
-    A step in float16 whose gradient overflowed is repeated, because AdamW skips it. The scale is then halved.
-    """
+    """Take one step and return its milliseconds. Raise RuntimeError if the network would be compiled again."""
     with torch.compiler.set_stance("fail_on_recompile"):
-        while True:
-            scale, step_ms = arm.scaler.get_scale(), arm.step(batch, device)
-            if arm.scaler.get_scale() >= scale:
-                return step_ms
+        return arm.step(batch, device)
 
 
 class SharedWeights:

@@ -48,7 +48,7 @@ def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gai
                 rows[-1]["over the previous level"] = NO_EFFECT
         if gain := gains["levels"].get(name):
             result, difference = results[name], f"{parity['levels'][name]['largest']:.4f}"
-            share = gain.get("mfu_of_product")  # older results have none
+            share, check = gain.get("mfu_of_product"), gain.get("step_check")  # older results have none
             compiled = f"{result['compile_seconds'] or 0:,.0f} {result['compile_cache']}"
             rows[-1] |= {
                 "over the previous level": gain_cell(gain["over_previous"]),
@@ -59,6 +59,7 @@ def speed_table(levels: Mapping[str, Level], results: Mapping[str, Metrics], gai
                 "peak memory MiB": f"{result['peak_memory_mib']:,.0f}",
                 "compilation s": MISSING if result["compile_seconds"] is None else compiled,
                 "loss difference": MISSING if name == parity["baseline"] else difference,
+                **({"gradient difference": f"{check['gradient']:.0e}"} if check else {}),
             }
     titles = max(map(list, rows), key=len)
     return [titles, *([row.get(title, MISSING) for title in titles] for row in rows)]
