@@ -106,7 +106,7 @@ def measure(index: int, rounds: int, seconds: float) -> Part:
     measured = Part([], {})
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
-        for arm in arms if index == 0 else []:
+        for arm in arms[:-1] if index == 0 else []:  # the last, the control, repeats the baseline
             measured.checks[arm.name] = check(arm, levels[arm.name].precision, batches[0], device, params)
         for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
             print(f"benchmark: warming up {name}", flush=True)
