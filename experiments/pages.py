@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline import environment
 
-PERFORMANCE, RELIABILITY = Path("docs/performance.md"), Path("docs/reliability.md")
+EVIDENCE, PERFORMANCE, RELIABILITY = (Path(f"docs/{name}.md") for name in ("evidence", "performance", "reliability"))
 
 
 def conditions() -> str:
