@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -115,7 +115,6 @@ def make_plan(params: Params, environment: Environment, micro_batches: int) -> P
         raise UserError(f"attribution: this machine cannot train the full set: {reason}")
     pairs = [pair for pair in INTERACTIONS if {*pair} <= changes.keys()]
     first = [name for name, change in changes.items() if not NEEDS.keys() & change.keys()]
-    first.sort(key=lambda name: name not in chain(*pairs))
     arms = {f"{a} + {b}": base.model_copy(update=changes[a] | changes[b]) for a, b in pairs}
     arms |= {f"first {name}": base.model_copy(update=changes[name]) for name in first} | {CONTROL: base}
     arms |= {f"last {name}": less for name, change in changes.items() if (less := without(full, change, base))}
