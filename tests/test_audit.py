@@ -2,12 +2,14 @@
 
 A level that is only slower than it should be has the right loss curve, so every operator of forward, backward and
 optimizer is recorded, on a CPU, whose autocast and flash kernel stand for CUDA's. Planted faults must be found. A
-recorder switches torch.compile off: compiled levels are recorded uncompiled, and their graphs are counted.
+recorder switches torch.compile off: compiled levels are recorded uncompiled, and their graphs are counted. The steps
+that the benchmark times must follow the gradients of transformers.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -18,10 +20,12 @@ from functorch.compile import aot_module_simplified, make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ladder import model, params_yaml
-from gpt2_ladder.config import AdamW, GPTConfig, Switches
+from gpt2_ladder.config import AdamW, GPTConfig, Size, Switches
+from gpt2_ladder.measuring import turns
 from gpt2_ladder.model import GPT
+from gpt2_ladder.sources import hub_format
 from gpt2_ladder.training import devices, loop, runtime
-from helpers.common import REPOSITORY, random_ids, tiny
+from helpers.common import REPOSITORY, params_with, random_ids, tiny
 
 CPU = torch.device("cpu")
 LEVELS = params_yaml.load(REPOSITORY / "params.yaml").levels
@@ -237,3 +241,43 @@ def test_the_optimizer_copies_no_parameter_or_gradient_to_the_cpu():
     read = [ins for name, ins, _ in recorder.calls if name == "aten._local_scalar_dense"]
     assert len(read) == len(list(network.parameters()))  # its step counters, which are on the CPU for every device
     assert {state["step"].device for state in optimizer.state.values()} == {CPU}
+
+
+def fill(network: GPT) -> None:
+    """Draw large weights, so that attention is far from uniform, GELU far from linear, and no bias is zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            mean = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+            parameter.normal_(mean, 0.3, generator=generator)
+
+
+def compile_without_inductor(network: GPT, dynamic: bool, fullgraph: bool, options: object) -> None:
+    torch.nn.Module.compile(network, backend="aot_eager", dynamic=dynamic, fullgraph=fullgraph)
+
+
+@pytest.mark.parametrize(
+    "level", [pytest.param(name, marks=[pytest.mark.slow] * row.compile) for name, row in LEVELS.items()]
+)
+def test_the_benchmarked_steps_of_a_level_follow_the_gradients_of_transformers(monkeypatch, level):
+    """Two rows, one at a time. SGD replaces AdamW, which would turn small differences into large ones."""
+    monkeypatch.setattr(GPT, "compile", compile_without_inductor)
+    params = params_with(model="tiny")
+    sizes = tiny(n_layer=N_LAYER).model_dump(include=set(Size.model_fields))
+    params.models["tiny"] = params.models["tiny"].model_copy(update=sizes)
+    (arm,) = turns.build_arms(params, {level: LEVELS[level]}, CPU, micro_batch=1)
+    fill(arm.model)
+    arm = replace(arm, optimizer=torch.optim.SGD(arm.model.parameters(), lr=1.0))
+    tolerance = 1e-4 if TYPES[arm.precision] == torch.float32 else 0.1  # the largest differences are 1.4e-5 and 0.024
+    for seed in range(3):
+        x, y = random_ids(B, T, seed=seed), random_ids(B, T, seed=seed + 10)
+        reference = hub_format.to_transformers(arm.model).eval()
+        F.cross_entropy(reference(x).logits.flatten(0, 1), y.flatten()).backward()
+        before = {name: parameter.detach().clone() for name, parameter in arm.model.named_parameters()}
+        arm.step((x, y), CPU)
+        for name, parameter in arm.model.named_parameters():
+            theirs = reference.get_parameter(name if name == "lm_head.weight" else f"transformer.{name}").grad
+            expected = theirs.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else theirs
+            difference = before[name] - parameter.detach() - expected
+            assert difference.norm() < tolerance * expected.norm(), f"{name} in step {seed}"
+    torch._dynamo.reset()

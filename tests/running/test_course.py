@@ -8,13 +8,14 @@ from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
-from gpt2_ladder.running import following, run
+from gpt2_ladder.running import checkpoints, following, run
 from gpt2_ladder.training import loop
 from helpers.trainings import train
 
@@ -105,3 +106,23 @@ def test_validation_does_not_change_the_training(params):
 def test_a_training_too_short_for_its_minutes_validates_its_last_step(params):
     train(with_recipe(params, minutes=60.0, steps=6, eval_every=4))
     assert list(facts()["validations"]) == ["0", "4", "6"]
+
+
+def test_every_validation_is_the_loss_on_the_validation_shard(params, monkeypatch):
+    ids = torch.from_numpy(np.fromfile("data/val.bin", dtype="<u2").astype(np.int64))[: 32 + 1]
+    expected, validated = dict[str, float](), checkpoints.Course.validated
+
+    def by_hand(model: GPT) -> float:
+        with torch.no_grad():
+            logits, _ = model(ids[:-1].view(2, 16))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1:]).item()
+
+    def noted(course: checkpoints.Course, step: int, loss: float, model: GPT) -> None:
+        expected[str(step)] = by_hand(model)
+        validated(course, step, loss, model)
+
+    monkeypatch.setattr(checkpoints.Course, "validated", noted)
+    train(with_recipe(params, eval_every=4), keep=lambda model: expected.update(last=by_hand(model)))
+    assert [*expected] == ["0", "4", "8", "12", "last"]
+    # the same operations; eval_tokens is 32
+    assert {**facts()["validations"], "last": facts()["val_loss"]} == pytest.approx(expected, abs=1e-5)

@@ -1,5 +1,6 @@
 """The benchmark stage: where its arms run, what it profiles, and its arguments."""
 
+import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -7,12 +8,13 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from gpt2_ladder import config
+from gpt2_ladder import config, params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring import turns
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
+from gpt2_ladder.training import loop
 from helpers.common import REPOSITORY, environment, params_with
-from pipeline import PROFILE, TRACES, benchmark
+from pipeline import BENCHMARK, PROFILE, TRACES, benchmark
 
 
 def test_levels_that_keep_freed_memory_are_measured_in_another_process_only_on_a_cpu():
@@ -65,3 +67,19 @@ def test_one_process_shows_no_variance_between_processes(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(UserError, match="--processes 1: the variance between processes needs at least 2; 5 are usual"):
         benchmark.main("--processes", "1")
+
+
+def test_every_time_in_a_benchmark_is_that_of_a_step_it_has_just_taken(params, monkeypatch):
+    levels = dict.fromkeys(("fp32", config.CONTROL), params.levels["fp32"])
+    monkeypatch.setattr(params_yaml, "load", lambda: params.model_copy(update={"profile": False}))
+    monkeypatch.setattr(benchmark, "read_levels", lambda: (levels, 2))
+    monkeypatch.setattr(turns, "matmul_tflops", lambda *_: 1.0)
+    times, returned = itertools.count(100.0), list[float]()
+    monkeypatch.setattr(loop, "timed_step", lambda *_, **__: returned.append(next(times)) or returned[-1])
+    for _ in range(2):
+        returned.clear()
+        benchmark.main("--rounds", "6")
+        rounds = json.loads(BENCHMARK.read_text())["rounds"]
+        measured = [each["step_ms"][name] for each in rounds for name in each["order"]]
+        assert measured == returned[-12:]  # 6 rounds of two arms, in order
+        assert len(returned) == 16  # with two steps of each arm to warm up

@@ -19,7 +19,7 @@ from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY
 from helpers.memory import Capped
 from helpers.trainings import train
-from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, probe
+from pipeline import ENVIRONMENT, TRAIN_SHARD, environment, overfit, probe, trial
 from pipeline import train as train_stage
 
 
@@ -148,6 +148,26 @@ def test_a_loss_that_is_no_number_stops_the_training():
     with pytest.raises(UserError, match=r"bf16: at step 1 the loss is nan and the gradient's norm 1\.0; lower models"):
         follow(steps, recorder, job)
     assert len(logged) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"), [(overfit, []), (train_stage, ["fp32"]), (trial, [])], ids=["overfit", "train", "trial"]
+)
+def test_a_stage_that_is_run_again_trains_again(params, monkeypatch, stage, names):
+    monkeypatch.setattr(overfit, "check", lambda *_: None)
+    document = params.model_dump() | {"checkpoint_every": None}
+    document["trial"]["cpu"]["seconds"] = 0
+    Path("params.yaml").write_text(json.dumps(document))
+    taken, step, clocks = [], loop.train_step, []
+    monkeypatch.setattr(loop, "train_step", lambda *args: taken.append(1) or step(*args))
+    for _ in range(2):
+        taken.clear()
+        stage.main(*names)
+        (path,) = Path("results").rglob("steps.csv")
+        rows = path.read_text().splitlines()[1:]
+        assert len(rows) == len(taken) > 10
+        clocks.append([row.split(",")[-1] for row in rows])
+    assert clocks[0] != clocks[1]
 
 
 def test_the_overfit_stage_scales_its_loss_if_its_level_is_in_float16(params, monkeypatch):

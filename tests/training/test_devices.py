@@ -15,6 +15,7 @@ from gpt2_ladder.files import write_json
 from gpt2_ladder.training import capabilities, devices, runtime
 from helpers import processes
 from helpers.common import REPOSITORY, environment, tiny
+from helpers.fake_gpu import CUDA, FakeGPU
 from pipeline import ENVIRONMENT, TRIAL, read_environment
 from pipeline import environment as environment_stage
 
@@ -313,6 +314,22 @@ def test_a_product_is_large_and_runs_in_its_precision_which_does_not_remain(monk
             assert devices.matmul_tflops(precision, CPU) > 0
         assert runtime.float32_matmul_precision() == "ieee"
     assert seen == [("tf32", torch.float32, 64)] * 4 + [("ieee", torch.bfloat16, 64)] * 4
+
+
+def test_a_product_is_timed_from_an_idle_gpu_to_an_idle_gpu(monkeypatch):
+    class Matrix:
+        def __matmul__(self, other: "Matrix") -> None:
+            gpu.launch(2.0)
+
+        def to(self, dtype: torch.dtype) -> "Matrix":
+            gpu.launch(1.0)
+            return self
+
+    gpu = FakeGPU(monkeypatch)
+    monkeypatch.setattr(torch, "randn", lambda *_, device: Matrix())
+    monkeypatch.setattr(devices, "set_precision", lambda *_: None)
+    gpu.launch(5.0)  # of a step
+    assert devices.matmul_tflops("bf16", CUDA) == 2 * 8192**3 / 2.0 / 1e12
 
 
 DEVICES = {"cpu", "cuda"}

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from unittest import mock
 
 import pytest
@@ -14,6 +14,7 @@ from gpt2_ladder.training import devices, loop, metrics, runtime
 from gpt2_ladder.training.metrics import Step
 from helpers import processes
 from helpers.common import random_ids, tiny
+from helpers.fake_gpu import CUDA, FakeGPU
 
 CPU = torch.device("cpu")
 SETTINGS = AdamW(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -24,9 +25,9 @@ def batches(count: int = 4) -> list[loop.Batch]:
 
 
 def test_the_losses_equal_those_of_a_loop_written_by_hand():
-    model, expected = GPT(tiny()), []
+    model, expected, two_epochs = GPT(tiny()), [], 2 * batches()  # a batch has another loss in the second epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
-    for x, y in batches():
+    for x, y in two_epochs:
         loss = torch.nn.functional.cross_entropy(model(x)[0].view(-1, 97), y.view(-1))
         optimizer.zero_grad()
         loss.backward()
@@ -34,7 +35,7 @@ def test_the_losses_equal_those_of_a_loop_written_by_hand():
         expected.append(loss.item())
     model = GPT(tiny())
     optimizer = loop.make_optimizer(model, 1e-2, SETTINGS)
-    steps = loop.train(model, optimizer, batches(), runtime.set_precision("fp32", CPU), CPU, 2)
+    steps = loop.train(model, optimizer, two_epochs, runtime.set_precision("fp32", CPU), CPU, 2)
     assert [step.loss for step in steps] == pytest.approx(expected, abs=1e-6)
 
 
@@ -165,6 +166,36 @@ def test_otherwise_a_step_lasts_from_the_end_of_the_step_before_to_its_own(monke
     steps = train_with_clock(monkeypatch)
     # the caller gets step 0 after step 1 has been launched
     assert [step.step_ms for step in steps] == [1000, 1000, 11000]
+
+
+def test_a_timed_step_lasts_from_an_idle_gpu_to_an_idle_gpu(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    monkeypatch.setattr(devices, "send", lambda batch, device: gpu.launch(3.0) or batch)
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: gpu.launch(10.0))
+    for _ in range(3):
+        gpu.launch(5.0)  # of another level
+        assert loop.timed_step(GPT(tiny()), None, batches(1)[0], nullcontext(), CUDA, 2) == 10_000
+
+
+@pytest.mark.parametrize("settled", [None, 2])
+def test_a_training_on_a_gpu_reports_times_and_losses_of_finished_steps(monkeypatch, settled):
+    gpu, losses, steps = FakeGPU(monkeypatch), itertools.count(), list[Step]()
+
+    def train_step(*_: object) -> tuple[object, object]:
+        gpu.launch(10.0)
+        gpu.now += 0.5  # which the host needs to launch a step
+        return gpu.number(next(losses)), gpu.number(1.0)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(devices, "send", lambda batch, device: batch)
+    training = loop.train(GPT(tiny()), None, batches(4), nullcontext(), CUDA, 2, settle=lambda n: n == settled)
+    for step in training:
+        steps.append(step)
+        gpu.now += 1.0  # the caller's second
+    assert [step.step_ms for step in steps] == [10_000] * 4
+    assert [(step.loss, step.grad_norm) for step in steps] == [(index, 1) for index in range(4)]
+    # after two steps, the GPU waits for the caller for a second
+    assert [step.seconds for step in steps] == ([10, 20, 30, 40] if settled is None else [10, 20, 31, 41])
 
 
 def events(settle: Callable[[int], bool], fault: int | None = None) -> list[str]:

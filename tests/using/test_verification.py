@@ -117,6 +117,22 @@ def test_a_larger_size_is_verified_without_llmcs_loss(checkout):
     assert all(verify.PROMPT in sample for sample in samples)
 
 
+def test_a_verification_that_is_run_again_compares_again(checkout, monkeypatch):
+    choose("gpt2-medium")
+    verify.main()
+    load_gpt = hub_format.load_gpt
+
+    @torch.no_grad()
+    def load_broken(path: Path, attention: str) -> GPT:
+        model = load_gpt(path, attention)
+        model.h[0].attn.c_attn.weight.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(hub_format, "load_gpt", load_broken)
+    with pytest.raises(UserError, match="our GPT and transformers differ on the downloaded weights"):
+        verify.main()
+
+
 def test_a_stand_in_is_verified_and_not_sampled(checkout, capsys):
     params = params_yaml.load()
     pretrained.fetch(WEIGHTS, Pretrained(source="stand-in", folder=None), params.model, params.size, params.seed)
