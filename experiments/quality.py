@@ -5,6 +5,7 @@ new weights and, as with `data.shuffle: true`, a new order of the text, the same
 after each seed, so an interrupted run continues. `make quality` runs all of this, and updates the report.
 """
 
+import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ def train(params: Params, environment: Environment, name: str) -> float:
     with TemporaryDirectory() as folder:
         job = replace(make_job(params, name), name=f"{name}, seed {params.seed}", folder=Path(folder))
         training.run(job, params, environment, training.Inputs(*TRAINING_INPUTS), job.shape.batch_size)
+        gc.collect()  # reference cycles could keep the network in memory
         return float(read_json(job.folder / "metrics.json")["loss_last"])
 
 
