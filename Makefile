@@ -7,6 +7,7 @@
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
 # make docs       write the numbers of machines/ into README.md and docs/
+# make quality    train the quality levels with 10 seeds, to see which losses differ by more than chance
 # make gpu MINUTES=20   run all that a first climb on a GPU shows, as far as it fits into this time
 # With TORCH=installed, all of these use the torch that came with the machine instead of the pinned one.
 
@@ -16,6 +17,7 @@ ifdef PROCESSES
 ROUNDS ?= 6
 endif
 ROUNDS ?= 30
+SEEDS ?= 10
 MINUTES ?= 20
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DVC needs a user name, and a user id in a container may not have one
@@ -25,10 +27,10 @@ INSTALLED_TORCH := $(wildcard .venv/lib/python3.*/site-packages/installed_torch.
 TORCH ?= $(if $(INSTALLED_TORCH),installed)
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
-$(foreach name,$(filter CHANGE ROUNDS PROCESSES MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+$(foreach name,$(filter CHANGE ROUNDS PROCESSES SEEDS MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro try write announce benchmark show plots plan hellaswag sample share test test-fast test-gpu gpu check schema pins docs
+.PHONY: repro try write announce benchmark quality show plots plan hellaswag sample share test test-fast test-gpu gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
@@ -65,6 +67,12 @@ benchmark: .venv/installed
 	dvc commit --force benchmark
 	dvc repro report
 	@cat results/report/ladder.md
+
+# Trains the quality levels once more for each seed after the first. If you stop it, the same command continues.
+quality: .venv/installed
+	dvc repro parity
+	PYTHONPATH=src:. python -m experiments.quality --seeds "$$SEEDS"
+	dvc repro report
 
 show: .venv/installed
 	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|seconds|(json|csv)$$).*' \

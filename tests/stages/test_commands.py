@@ -90,6 +90,7 @@ ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
         (["hellaswag", "MODEL="], "hellaswag][]"),
         (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
         (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
+        (["quality", "SEEDS=7 8"], "[-m][experiments.quality][--seeds][7 8]"),
         (["gpu", "MINUTES=7 8"], "gpu][7 8]"),
         (["gpu"], "gpu][20]"),
     ],
