@@ -2,10 +2,12 @@
 
 A fault is planted in a network or in its training, at float32 and bfloat16. Then the step check of the benchmark runs,
 and ten training steps, whose losses are compared as in the stage `parity`. `right` takes the errors of right runs of
-every level, with several seeds, one and two threads. `write` writes the tables of docs/evidence.md from both.
+every level, with several seeds, one and two threads; `right-fp32` of the same levels in float32. `write` writes the
+tables of docs/evidence.md from all files.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -37,7 +39,7 @@ from pipeline.environment import describe
 CPU = torch.device("cpu")
 B, T, MICRO_BATCH, STEPS = 2, 256, 1, 10  # as in the climb on a CPU, but in two micro-batches
 SIZES, PRECISIONS = ("tiny", "gpt2"), ("fp32", "bf16")
-PADDED, SEED = 50304, 1337
+PADDED, SEED, MOST = 50304, 1337, 99.0
 KEYS = {
     "loss": "loss",
     "gradient": "gradient",
@@ -252,7 +254,7 @@ def train(params: Params, arm: Arm, batches: Sequence[loop.Batch], recipe: Recip
 def differences(losses: Sequence[float], others: Sequence[float], expected: float = 0.0) -> list[float]:
     """Return the difference at each step, in nats, beyond the cost `expected` of a padded vocabulary."""
     apart = (loss - other for loss, other in zip(losses, others, strict=True))
-    return [max(min(0.0, expected) - each, each - max(0.0, expected), 0.0) if each == each else 99.0 for each in apart]
+    return [max(min(0.0, expected) - each, each - max(0.0, expected), 0.0) if each == each else MOST for each in apart]
 
 
 def check(params: Params, arm: Arm, batch: loop.Batch, seed: int = 0) -> StepCheck:
@@ -267,8 +269,9 @@ def read_batches(first: int) -> list[loop.Batch]:
 
 
 def errors_of(result: StepCheck) -> Errors:
-    """Return the three errors of a step check."""
-    return {"loss": result.loss, "gradient": result.gradient, "update": result.update}
+    """Return the three errors of a step check, at most MOST, because JSON has no infinity."""
+    errors = {"loss": result.loss, "gradient": result.gradient, "update": result.update}
+    return {name: error if error < MOST else MOST for name, error in errors.items()}
 
 
 def run_faults(size: str, _: int) -> dict[str, dict[str, Errors]]:
@@ -285,6 +288,7 @@ def run_faults(size: str, _: int) -> dict[str, dict[str, Errors]]:
                 if (name, *kind) not in curves:
                     arm = make_arm(params, switches.model_copy(update={"precision": name}), SEED)
                     curves[name, *kind] = train(params, arm, batches, fault.recipe)
+            gc.collect()
             with fault.patch():
                 arm = make_arm(params, switches, SEED)
                 fault.plant(arm)
@@ -299,19 +303,28 @@ def run_faults(size: str, _: int) -> dict[str, dict[str, Errors]]:
     return found
 
 
-def run_right(size: str, seeds: int) -> dict[str, list[Errors]]:
-    """Return the errors of right runs by level, over `seeds` seeds with one and two threads."""
+def run_right(size: str, seeds: int, precision: str | None = None) -> dict[str, list[Errors]]:
+    """Return the errors of right runs by level, over `seeds` seeds with one and two threads.
+
+    With `precision`, all levels use it.
+    """
     settings = params_yaml.load()
     params, environment = settings.model_copy(update={"model": size}), describe()
     speed = {name: row for name, row in settings.levels.items() if row.group == "speed"}
-    left_out = capabilities.rows_without_effect(settings.levels, environment)
-    levels = {name: capabilities.effective(row, environment) for name, row in speed.items() if name not in left_out}
+    left_out = {*capabilities.rows_without_effect(settings.levels, environment), *(["bf16"] if precision else [])}
+    changes = {"precision": precision} if precision else {}
+    levels = {
+        name: capabilities.effective(row.model_copy(update=changes), environment)
+        for name, row in speed.items()
+        if name not in left_out
+    }
     found: dict[str, list[Errors]] = {name: [] for name in levels}
     for seed, threads in itertools.product(range(seeds), (2, 1)):
         torch.set_num_threads(threads)
         batches, curves, above = read_batches(seed * STEPS), {}, BASELINE
         for name, switches in levels.items():
             torch._dynamo.reset()
+            gc.collect()  # frees the networks of the level before
             errors = errors_of(check(params, make_arm(params, switches, seed), batches[0], seed))
             curves[name] = train(params, make_arm(params, switches, seed), batches)
             for key, other in (("before", above), ("baseline", BASELINE)):
@@ -347,41 +360,49 @@ def cell(errors: Mapping[str, float], most: Mapping[str, float]) -> str:
 
 def write() -> None:
     """Write both tables into the page."""
-    faults, right = (
-        {size: json.loads(errors_file(what, size).read_text()) for size in SIZES} for what in ("faults", "right")
-    )
-    columns = list(itertools.product(SIZES, PRECISIONS))
+
+    def read(what: str) -> dict[str, Any]:
+        return {size: json.loads(path.read_text()) for size in SIZES if (path := errors_file(what, size)).exists()}
+
+    columns, found = list(itertools.product(SIZES, PRECISIONS)), read("faults")
     rows = [["fault", *(f"{size}, {precision}" for size, precision in columns)]]
     for fault in FAULTS:
-        cells = (cell(checked(faults[size][precision][fault.name]), limits(precision)) for size, precision in columns)
+        cells = (cell(checked(found[size][precision][fault.name]), limits(precision)) for size, precision in columns)
         rows.append([fault.name, *cells])
     pages.put(pages.EVIDENCE, "power", tables.markdown_table(rows, len(rows[0])))
-    rows = [["model", "level", "runs", *KEYS.values(), "false alarms"]]
-    for size, name, all_runs in ((size, *item) for size, found in right.items() for item in found.items()):
-        runs = [*map(checked, all_runs)]
-        most = limits(params_yaml.load().levels[name].precision)
-        if name not in SAME_ROUNDING:
-            most["before"] = math.inf
-        alarms = sum(any(not run[key] <= most[key] for key in KEYS) for run in runs)
-        largest_errors = (f"{max(run[key] for run in runs):.1e}" for key in KEYS)
-        rows.append([size, f"`{name}`", str(len(runs)), *largest_errors, str(alarms)])
-    pages.put(pages.EVIDENCE, "right runs", tables.markdown_table(rows))
+    rows = [["model", "level", "precision", "runs", *KEYS.values(), "false alarms"]]
+    for what in ("right", "right-fp32"):
+        for size, name, runs in ((size, *item) for size, levels in read(what).items() for item in levels.items()):
+            precision = "fp32" if what == "right-fp32" else params_yaml.load().levels[name].precision
+            most, errors = limits(precision), [*map(checked, runs)]
+            if name not in SAME_ROUNDING:
+                most["before"] = math.inf
+            alarms = sum(any(not run[key] <= most[key] for key in KEYS) for run in errors)
+            largest = (f"{max(run[key] for run in errors):.1e}" for key in KEYS)
+            rows.append([size, f"`{name}`", precision, str(len(runs)), *largest, str(alarms)])
+    pages.put(pages.EVIDENCE, "right runs", tables.markdown_table(rows, 3))
+
+
+RUNS: dict[str, Callable[[str, int], Any]] = {
+    "faults": run_faults,
+    "right": run_right,
+    "right-fp32": partial(run_right, precision="fp32"),
+}
 
 
 def main() -> None:
     """Plant the faults, or run right trainings, and save the errors; or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["faults", "right", "write"])
+    parser.add_argument("what", choices=[*RUNS, "write"])
     parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
-    parser.add_argument("--seeds", type=int, default=5, help="of the right runs")
+    parser.add_argument("--seeds", type=int, default=6, help="of the right runs")
     arguments = parser.parse_args()
     if arguments.what == "write":
         write()
         return
     devices.keep_freed_memory(CPU)
     for size in arguments.sizes:
-        found = {"faults": run_faults, "right": run_right}[arguments.what](size, arguments.seeds)
-        files.write_json(errors_file(arguments.what, size), found)
+        files.write_json(errors_file(arguments.what, size), RUNS[arguments.what](size, arguments.seeds))
 
 
 if __name__ == "__main__":

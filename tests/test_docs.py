@@ -37,7 +37,7 @@ NOT_RUN = {
     "python experiments/scaling.py; python experiments/tokenizing.py; python experiments/reliability.py; "
     "python -m experiments.replication run xeon-amx-tiny --processes 10; python -m experiments.replication write; "
     "python -m experiments.power faults; python -m experiments.power right; python -m experiments.power write",
-    "takes half an hour; test_benchmark.py measures in two processes": "make benchmark PROCESSES=5",
+    "test_commands.py tests how make passes the number on": "make benchmark ROUNDS=100",
     "a column's title; the tests below it are part of the suite": "python -m pytest -n 0",
     "needs two machines; test_ranks.py starts two ranks on one": "torchrun --nnodes 2 --nproc-per-node 8 "
     "--max-restarts 3 --rdzv-backend c10d --rdzv-id ladder --rdzv-endpoint HOST:29400 -m pipeline.trial",

@@ -90,6 +90,8 @@ ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
         (["hellaswag", "MODEL="], "hellaswag][]"),
         (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
         (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
+        (["benchmark", "PROCESSES=3 4"], "benchmark][--rounds][6][--processes][3 4]"),
+        (["benchmark"], "benchmark][--rounds][30]"),
         (["quality", "SEEDS=7 8"], "[-m][experiments.quality][--seeds][7 8]"),
         (["gpu", "MINUTES=7 8"], "gpu][7 8]"),
         (["gpu"], "gpu][20]"),

@@ -200,8 +200,15 @@ def test_a_second_run_executes_only_the_environment_stage(clone):
 
 
 def test_a_longer_benchmark_stays_until_something_changes(clone):
-    call(clone, "make", "benchmark", "ROUNDS=7")
-    assert json.loads((clone / "results/gains.json").read_text())["rounds"] == 7
+    output = call(clone, "make", "benchmark", "PROCESSES=2")
+    assert "benchmark: 2 processes take about" in output
+    gains, measured = (json.loads((clone / f"results/{name}.json").read_text()) for name in ("gains", "benchmark"))
+    assert (gains["processes"], gains["rounds"]) == (2, 12)
+    assert [row["process"] for row in measured["rounds"]] == [0] * 6 + [1] * 6
+    orders = [[row["order"] for row in measured["rounds"][start : start + 6]] for start in (0, 6)]
+    assert orders[0] != orders[1]  # drawn again
+    assert "They ran in 2 processes" in (clone / "results/report/ladder.md").read_text()
+    assert output.count("checked fp32") == 1
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
     get_back(clone)
 
