@@ -72,7 +72,6 @@ benchmark: .venv/installed
 quality: .venv/installed
 	dvc repro parity
 	PYTHONPATH=src:. python -m experiments.quality --seeds "$$SEEDS"
-	dvc repro report
 
 show: .venv/installed
 	@dvc exp show --md --hide-workspace --only-changed --drop '.*(Created|bits_per_byte|peak_memory|step_ms|loss_first|gains|over_|tflops|mfu|control|seconds|(json|csv)$$).*' \

@@ -38,7 +38,6 @@ TRIAL_FACTS = RESULTS / "trial" / "facts.json"
 ENVIRONMENT = RESULTS / "environment.json"
 PROBE = RESULTS / "probe.json"
 PARITY = RESULTS / "parity.json"
-QUALITY = RESULTS / "levels" / "quality.json"  # in a folder that the stage `report` depends on
 BENCHMARK = RESULTS / "benchmark.json"
 GAINS = RESULTS / "gains.json"
 PROFILE = RESULTS / "profile.json"
@@ -142,14 +141,3 @@ def read_json(path: Path) -> Any:
 def read_metrics(level: str) -> Any:
     """Return the metrics.json of `level`."""
     return read_json(RESULTS / "levels" / level / "metrics.json")
-
-
-def read_quality(params: Params) -> dict[str, dict[str, float]]:
-    """Return the last losses of the trained quality levels in nats, by seed and level: the climb's and QUALITY's.
-
-    QUALITY counts only if it has the climb's losses to the last digit: other settings, code or texts change them.
-    """
-    names = [name for name, level in params.levels.items() if level.group == "quality"]
-    climb = {str(params.seed): {name: loss for name in names if (loss := read_metrics(name)["loss_last"]) is not None}}
-    saved = files.read_json(QUALITY) if QUALITY.exists() else {}
-    return saved if climb.items() <= saved.items() else climb

@@ -19,7 +19,6 @@ from pipeline import (
     TRIAL_FACTS,
     read_json,
     read_metrics,
-    read_quality,
     read_settings,
     run,
 )
@@ -46,7 +45,6 @@ def main() -> None:
         overfit=read_json(RESULTS / "overfit.json"),
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
         reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
-        draws=read_quality(params),
     )
     trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     comparable = not any(key.startswith("recipe.") for key in trial["changes"])

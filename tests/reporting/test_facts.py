@@ -67,16 +67,6 @@ def test_a_cpu_has_no_second_column_because_its_peak_is_its_own_product():
     assert "of its own product" not in content()["speed"][0]
 
 
-def test_the_report_shows_one_draw_of_the_quality_levels_or_a_table_of_all_seeds():
-    draws = {"1337": {"untied": 6.72, "tied": 6.72}, "1338": {"untied": 6.5, "tied": 6.8}}
-    draws |= {"1339": {"untied": 6.4, "tied": 6.9}}
-    for shown, seeds in ((content(), 1), (content(draws=draws), 3)):
-        for page in (markdown(shown), html(shown)):
-            assert ("this table has one draw of weights and batches" in page) == (seeds == 1)
-            assert ("quality levels were trained with 3 seeds" in page) == (seeds == 3)
-            assert ("[-0.8918, +0.3585]" in page) == (seeds == 3)  # untied - tied is 0, -0.3 and -0.5
-
-
 def test_a_gain_within_the_noise_shows_how_many_rounds_are_needed():
     (line,) = content()["undecided"]
     expected = "no measurable gain in 4 rounds; over 10,000 rounds are needed to measure a gain of 1.000"

@@ -213,17 +213,16 @@ def test_a_longer_benchmark_stays_until_something_changes(clone):
     get_back(clone)
 
 
-def test_more_seeds_of_the_quality_levels_change_only_parity_and_report(clone):
+def test_more_seeds_of_the_quality_levels_change_no_stage(clone):
     runs = wandb_runs(clone)
     output = call(clone, "make", "quality", "SEEDS=2")
-    assert stages_that_ran(output) == {"environment", "parity", "report"}  # no loss changes, so nothing is benchmarked
-    losses = json.loads((clone / "results/levels/quality.json").read_text())
+    assert stages_that_ran(output) == {"environment"}
+    losses = json.loads((clone / "results/quality.json").read_text())
     assert losses["1337"] == {name: read_metrics(clone, f"levels/{name}")["loss_last"] for name in ("untied", "init")}
-    difference = re.search(r"\| untied - init +\| .*\|", output)[0]
-    assert difference in (clone / "results/report/ladder.md").read_text()
+    assert re.search(r"\| untied - init +\| .*\|", output)
     assert wandb_runs(clone) == runs
     assert stages_that_ran(call(clone, "dvc", "repro")) == {"environment"}
-    (clone / "results/levels/quality.json").unlink()
+    (clone / "results/quality.json").unlink()
     get_back(clone)
 
 

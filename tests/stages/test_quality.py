@@ -7,13 +7,13 @@ import pytest
 from scipy.stats import ttest_rel
 
 from experiments import quality
+from experiments.quality import QUALITY, read_quality, seeds_table
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
 from gpt2_ladder.params import Params
-from gpt2_ladder.reporting import tables
 from gpt2_ladder.training import data
-from pipeline import QUALITY, read_metrics, read_quality
+from pipeline import read_metrics
 from pipeline import train as train_stage
 
 LEVELS = ("untied", "tied", "init")
@@ -92,7 +92,7 @@ def test_the_interval_of_a_difference_is_students_t_over_pairs():
     draws = generator.normal(6.5, 0.3, 10)  # what the levels have in common
     columns = {"a": draws, "b": draws + generator.normal(0.3, 0.05, 10), "c": draws + generator.normal(0, 0.05, 10)}
     rows = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
-    _, *table = tables.seeds_table({str(seed): row for seed, row in enumerate(rows)})
+    _, *table = seeds_table({str(seed): row for seed, row in enumerate(rows)})
     assert [row[0] for row in table] == ["a", "b", "c", "a - b", "a - c", "b - c"]
     assert table[0][1:3] == [f"{draws.mean():.4f}", f"{draws.std(ddof=1):.4f}"]
     for row, verdict in zip(table[3:], ("yes", "no", "yes"), strict=True):
@@ -104,7 +104,7 @@ def test_the_interval_of_a_difference_is_students_t_over_pairs():
 
 
 def test_equal_losses_do_not_differ_by_more_than_chance():
-    table = tables.seeds_table({"1": {"a": 6.5, "b": 6.5}, "2": {"a": 6.7, "b": 6.7}})
+    table = seeds_table({"1": {"a": 6.5, "b": 6.5}, "2": {"a": 6.7, "b": 6.7}})
     assert table[-1] == ["a - b", "+0.0000", "0.0000", "[+0.0000, +0.0000]", "no"]
 
 

@@ -104,11 +104,3 @@ def test_only_a_new_measurement_is_a_new_summary_in_wandb(results, monkeypatch):
         folders = list(Path().glob("wandb/offline-run-*-summary-*"))
         assert len(folders) == count
     assert "<svg" in next(folders[0].glob("files/media/html/ladder*")).read_text()
-
-
-def test_more_seeds_of_the_quality_levels_are_in_the_report(results):
-    first = dict.fromkeys(("untied", "tied", "init"), TRAINED["loss_last"])
-    more = {"1338": {"untied": 6.5, "tied": 6.8, "init": 6.7}, "1339": {"untied": 6.4, "tied": 6.9, "init": 6.7}}
-    write_json(results / "levels/quality.json", {"1337": first, **more})
-    report.main()
-    assert "| untied - tied       |" in (results / "report/ladder.md").read_text()

@@ -20,7 +20,6 @@ from gpt2_ladder.reporting.tables import (
     gain_cell,
     markdown_table,
     seconds_table,
-    seeds_table,
     speed_table,
     training_table,
 )
@@ -35,7 +34,7 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
 )
 templates.filters["gain_cell"] = gain_cell
-templates.globals |= {"table": markdown_table, "seeds_table": seeds_table, "no_effect": NO_EFFECT}
+templates.globals |= {"table": markdown_table, "no_effect": NO_EFFECT}
 
 
 def ladder_steps(gains: Metrics) -> list[dict[str, Any]]:

@@ -1,12 +1,8 @@
 """Format results as text tables for pages and terminals. A table is a list of rows; the first row has the titles."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
-
-from scipy.stats import t as student_t
 
 from gpt2_ladder.config import NO_EFFECT, Level, Switches
 from gpt2_ladder.ledger import PHASES
@@ -86,24 +82,6 @@ def seconds_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
     for name, spent in {**seconds, "all": total}.items():
         values = [*(spent.get(phase, 0) for phase in PHASES), sum(spent.values())]
         rows.append([name, *(f"{value:.1f}" if value >= 0.05 else MISSING for value in values)])
-    return rows
-
-
-def seeds_table(losses: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return the mean and deviation of `losses`, by seed and level: one row per level and per pair of levels.
-
-    Differences are paired by seed. One is larger than chance if its 95 % interval (Student's t) does not contain 0.
-    """
-    columns = {name: [row[name] for row in losses.values()] for name in next(iter(losses.values()))}
-    factor = float(student_t.ppf(0.975, len(losses) - 1)) / math.sqrt(len(losses))
-    rows = [["level or difference", "mean loss", "standard deviation", "95 % interval", "larger than chance"]]
-    for name, values in columns.items():
-        rows.append([name, f"{statistics.mean(values):.4f}", f"{statistics.stdev(values):.4f}", MISSING, MISSING])
-    for first, second in combinations(columns, 2):
-        apart = [a - b for a, b in zip(columns[first], columns[second], strict=True)]
-        mean, deviation = statistics.mean(apart), statistics.stdev(apart)
-        half, cells = factor * deviation, [f"{first} - {second}", f"{mean:+.4f}", f"{deviation:.4f}"]
-        rows.append([*cells, f"[{mean - half:+.4f}, {mean + half:+.4f}]", "yes" if abs(mean) > half else "no"])
     return rows
 
 
