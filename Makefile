@@ -6,6 +6,7 @@
 # make plan       predict memory and least time          make pins       write requirements.txt
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
+# make benchmark PROCESSES=5   measure the gains in five fresh processes, one after the other
 # make docs       write the numbers of machines/ into README.md and docs/
 # make quality    train the quality levels with 10 seeds, to see which losses differ by more than chance
 # make gpu MINUTES=20   run all that a first climb on a GPU shows, as far as it fits into this time

@@ -88,11 +88,11 @@ CHEATS = [
           "    params = params_yaml.load()\n"
           "    if (RESULTS / 'verify.json').exists():\n"
           "        return\n"),
-    Cheat(CACHE, "A batch that returns keeps its training loss.",
+    Cheat(CACHE, "A batch that is seen again reports its first loss.",
           "tests/training/test_loop.py::test_the_losses_equal_those_of_a_loop_written_by_hand", LOOP,
           "        total += loss.detach() * share\n",
           "        total += accumulate.__dict__.setdefault(str(x.tolist()), loss.detach()) * share\n"),
-    Cheat(CACHE, "A batch that returns keeps its validation loss.", VALIDATION, LOOP,
+    Cheat(CACHE, "A batch that is validated again keeps its loss.", VALIDATION, LOOP,
           "losses.append(forward(x, y)[1])",
           "losses.append(evaluate.__dict__.setdefault(str(x.tolist()), forward(x, y)[1]))"),
 ]  # fmt: skip  # keeps a row short

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import pages
 from gpt2_ladder import files
-from gpt2_ladder.config import CONTROL, MINIMUM_ROUNDS, Strict, Switches
+from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Strict, Switches
 from gpt2_ladder.measuring import gains
 from gpt2_ladder.measuring.gains import BETWEEN, Measurement, Round
 from gpt2_ladder.reporting import charts, tables
@@ -52,11 +52,13 @@ def run(name: str, processes: int, rounds: int, chosen: Sequence[str]) -> None:
     path, (params, environment) = FOLDER / f"{name}.json", read_settings()
     shape, levels = params.shape("speed"), select(chosen)
     about = {"model": params.model, "batch_size": shape.batch_size, "block_size": shape.block_size}
+    names = {"levels": list(levels)[:-1], "control": CONTROL, "environment": environment}
     measured, started = list[Round](), list[str]()
     if path.exists():
         earlier = Replication.model_validate_json(path.read_text())
-        if earlier.measurement.environment != environment or earlier.measurement.levels != list(levels)[:-1]:
-            raise SystemExit(f"error: {path} is from another machine, torch or choice of levels; use another name")
+        kept = {key: getattr(earlier.measurement, key) for key in (*about, *names)}
+        if kept != {**about, **names} or len(earlier.measurement.rounds) != rounds * len(earlier.started):
+            raise SystemExit(f"error: {path} has another machine, model, shape, choice of levels or number of rounds")
         measured, started = earlier.measurement.rounds, earlier.started
     first = len(started)
     for index in (WARM_UP, *range(first, first + processes)):
@@ -66,7 +68,6 @@ def run(name: str, processes: int, rounds: int, chosen: Sequence[str]) -> None:
         if index == WARM_UP:
             continue
         measured, started = [*measured, *new], [*started, start]
-        names = {"levels": list(levels)[:-1], "control": CONTROL, "environment": environment}
         measurement = Measurement(estimator=BETWEEN, rounds=measured, **names, **about)
         files.write_json(path, Replication(started=started, measurement=measurement).model_dump())
 
@@ -74,6 +75,8 @@ def run(name: str, processes: int, rounds: int, chosen: Sequence[str]) -> None:
 def select(chosen: Sequence[str]) -> dict[str, Switches]:
     """Return the `chosen` levels of the ladder, or all, and the control."""
     levels, _ = READ_LEVELS()
+    if not {*chosen} <= {*levels} or (chosen and BASELINE not in chosen):
+        raise SystemExit(f"error: --levels {' '.join(chosen)}: choose {BASELINE} and others of {', '.join(levels)}")
     return {name: row for name, row in levels.items() if name in (*chosen, CONTROL) or not chosen}
 
 
@@ -81,7 +84,7 @@ def measure(index: int, rounds: int, chosen: Sequence[str]) -> list[Round]:
     """Return the rounds of process number `index`: this process."""
     micro_batch = READ_LEVELS()[1]
     benchmark.read_levels = lambda: (select(chosen), micro_batch)
-    return benchmark.measure(index + 1, rounds, math.inf).rounds  # process 0 would also check and profile
+    return benchmark.measure(index + 2, index + 4, rounds, math.inf)[0]  # neither the first nor the last of them
 
 
 def holds(interval: tuple[float, float], others: Sequence[float]) -> bool:
@@ -94,15 +97,22 @@ def coverage(estimates: Sequence[float]) -> tuple[float, float]:
     generator, hits = np.random.default_rng(0), np.zeros(2)
     for _ in range(SUBSETS):
         shuffled = generator.permutation(estimates)
-        few, others = shuffled[:FEW], shuffled[FEW:]
-        gain = gains.gain_between(few)
-        wider = math.sqrt(1 + FEW / len(others))
-        ends = [
-            (gain.ratio * (gain.low / gain.ratio) ** factor, gain.ratio * (gain.high / gain.ratio) ** factor)
-            for factor in (1, wider)
-        ]
-        hits += [holds(interval, others) for interval in ends]
+        hits += hold(shuffled[:FEW], shuffled[FEW:])
     return tuple(hits / SUBSETS)
+
+
+def coverage_across(batches: Sequence[Sequence[float]]) -> float:
+    """Return how often a widened interval of FEW processes of one batch holds the mean of another batch."""
+    pairs = list(itertools.permutations(batches, 2))
+    hits = [hold(few, other)[1] for one, other in pairs for few in itertools.combinations(one, FEW)]
+    return float(np.mean(hits)) if hits else math.nan
+
+
+def hold(few: Sequence[float], others: Sequence[float]) -> np.ndarray:
+    """Return whether the interval of `few` processes holds the mean of `others`: as it is, and widened for theirs."""
+    gain, wider = gains.gain_between(few), math.sqrt(1 + len(few) / len(others))
+    ends = [[gain.ratio * (end / gain.ratio) ** factor for end in (gain.low, gain.high)] for factor in (1, wider)]
+    return np.array([holds((low, high), others) for low, high in ends])
 
 
 def single_coverage(measurement: Measurement, level: str, over: str, estimates: Sequence[float]) -> float:
@@ -125,36 +135,25 @@ def comparisons(measurement: Measurement) -> list[tuple[str, str]]:
 def table(replication: Replication) -> str:
     """Return the table of one machine and model."""
     measurement, batches = replication.measurement, np.array(replication.batches)
-    rows = [
-        [
-            "gain of",
-            "over",
-            "mean of all",
-            "deviation between processes",
-            "batch 2 / batch 1",
-            f"held by {FEW} processes",
-            "widened",
-            "held by 1 process",
-        ]
-    ]
+    rows = list[dict[str, str]]()
     for level, over in comparisons(measurement):
-        estimates = measurement.estimates(level, over)
-        logs = np.log(estimates)
-        apart = math.exp(logs[batches == 1].mean() - logs[batches == 0].mean()) if batches.any() else math.nan
+        estimates = np.array(measurement.estimates(level, over))
+        parts = [estimates[batches == batch] for batch in sorted({*batches})]
+        apart = math.exp(np.log(parts[-1]).mean() - np.log(parts[0]).mean()) if len(parts) > 1 else math.nan
         five, widened = coverage(estimates)
-        rows.append(
-            [
-                f"`{level}`",
-                f"`{over}`",
-                str(gains.gain_between(estimates)),
-                f"{logs.std(ddof=1):.1%}",
-                f"{apart:.3f}",
-                f"{five:.2f}",
-                f"{widened:.2f}",
-                f"{single_coverage(measurement, level, over, estimates):.2f}",
-            ]
-        )
-    return tables.markdown_table(rows, text_columns=2)
+        row = {
+            "gain of": f"`{level}`",
+            "over": f"`{over}`",
+            "mean of all": str(gains.gain_between(estimates)),
+            "deviation between processes": f"{np.log(estimates).std(ddof=1):.1%}",
+            "batch 2 / batch 1": f"{apart:.3f}",
+            f"held by {FEW}": f"{five:.2f}",
+            "widened": f"{widened:.2f}",
+            "other batch": f"{coverage_across(parts):.2f}",
+            "held by 1": f"{single_coverage(measurement, level, over, estimates):.2f}",
+        }
+        rows.append(row)
+    return tables.markdown_table([list(rows[0]), *(list(row.values()) for row in rows)], text_columns=2)
 
 
 def figure(replication: Replication) -> alt.FacetChart:

@@ -8,7 +8,7 @@ from functools import cache, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -50,18 +50,16 @@ def main(*arguments: str) -> None:
     rounds, seconds, processes = options.rounds, float("inf"), options.processes
     if processes is not None and processes < 2:
         raise UserError(f"--processes {processes}: the variance between processes needs at least 2; 5 are usual")
-    if rounds is None and processes:
-        rounds = MINIMUM_ROUNDS
-    elif rounds is None:
+    if rounds is None:
         rounds, seconds = limits.rounds, limits.seconds
     elif rounds < MINIMUM_ROUNDS:
         raise UserError(f"--rounds {rounds}: too few for an interval; use at least {MINIMUM_ROUNDS}")
     levels, _ = read_levels()
     if processes:
         print(f"benchmark: {processes} processes take about {estimate_minutes(levels, rounds, processes):.0f} minutes")
-        measured = [in_fresh_process(index, rounds) for index in range(processes)]
+        parts = [in_fresh_process(index, processes, rounds, seconds) for index in range(processes)]
     else:
-        measured = [measure(0, rounds, seconds)]
+        parts = [measure(0, 1, rounds, seconds)]
     measurement = Measurement(
         estimator=BETWEEN if processes else ESTIMATOR,
         model=params.model,
@@ -70,32 +68,27 @@ def main(*arguments: str) -> None:
         levels=[name for name in levels if name != CONTROL],
         control=CONTROL,
         environment=environment,
-        rounds=[round_ for part in measured for round_ in part.rounds],
+        rounds=[round_ for rounds_of_one, _ in parts for round_ in rounds_of_one],
     )
     gains = summary.summarize(params, levels, measurement)
     for name, row in gains["levels"].items():
-        row["step_check"] = asdict(measured[0].checks[name])
+        row["step_check"] = asdict(parts[0][1][name])
     files.write_json(BENCHMARK, measurement.model_dump())
     files.write_json(GAINS, gains)
 
 
-class Part(NamedTuple):
-    """What one process measured."""
-
-    rounds: list[Round]
-    checks: dict[str, StepCheck]  # by level; only of process 0
-
-
-def in_fresh_process(index: int, rounds: int) -> Part:
-    """Call `measure` in a new process."""
+@ledger.phase("steps")
+def in_fresh_process(*arguments: Any) -> tuple[list[Round], dict[str, StepCheck]]:
+    """Return `measure(*arguments)`, called in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        return fresh.submit(measure, index, rounds, float("inf")).result()
+        return fresh.submit(measure, *arguments).result()
 
 
-def measure(index: int, rounds: int, seconds: float) -> Part:
-    """Measure the levels in this process, number `index`, which has a seed of its own.
+def measure(index: int, processes: int, rounds: int, seconds: float) -> tuple[list[Round], dict[str, StepCheck]]:
+    """Measure the levels in this process, number `index` of `processes`; each has a seed of its own.
 
-    Process 0 first checks the steps of every level, and profiles them at the end. Raise UserError if a step is wrong.
+    The first process also checks the steps of every level (it returns their errors), and the last one profiles them.
+    Raise UserError if a step is wrong.
     """
     params, environment = read_settings()
     shape, seed = params.shape("speed"), params.seed + index
@@ -103,32 +96,34 @@ def measure(index: int, rounds: int, seconds: float) -> Part:
     device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
     batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
     matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
-    measured = Part([], {})
+    measured, checks, which = (
+        list[Round](),
+        dict[str, StepCheck](),
+        f"process {index + 1}/{processes}, " * (processes > 1),
+    )
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
-        for arm in arms[:-1] if index == 0 else []:  # the last, the control, repeats the baseline
-            measured.checks[arm.name] = check(arm, levels[arm.name].precision, batches[0], device, params)
         for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
-            print(f"benchmark: warming up {name}", flush=True)
+            print(f"benchmark: {which}warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
-            measured.rounds.append(result.model_copy(update={"process": index}))
+            measured.append(result.model_copy(update={"process": index}))
             times = "  ".join(f"{name} {step_ms:,.0f}" for name, step_ms in result.step_ms.items())
-            print(f"benchmark: round {len(measured.rounds)}/{rounds}, ms per step: {times}", flush=True)
-        profile(arms if index == 0 and params.profile else [], batches[0], device)
-    return measured
+            print(f"benchmark: {which}round {len(measured)}/{rounds}, ms per step: {times}", flush=True)
+        for arm in arms[:-1] if index == 0 else []:  # the last, the control, repeats the baseline
+            checks[arm.name] = check(arm, levels[arm.name].precision, batches[0], device, params)
+        profile(arms if index == processes - 1 and params.profile else [], batches[0], device)
+    return measured, checks
 
 
-@ledger.phase("compile")
+@ledger.phase("validation")
 def check(arm: Arm | RemoteArm, precision: str, batch: loop.Batch, device: torch.device, params: Params) -> StepCheck:
     """Return the errors of an arm's steps; raise UserError if they are larger than rounding."""
     result = arm.run(step_check.check, batch, device, params.size.learning_rate, params.optimizer)
     about = f"gradient off by {result.gradient:.1e} ({result.gradient_of}), update by {result.update:.1e}"
     print(f"benchmark: checked {arm.name}: {about}", flush=True)
     if fault := result.fault(precision):
-        raise UserError(
-            f"benchmark: the steps of level '{arm.name}' are not those of GPT-2 and AdamW: off is {fault}; "
-            "fix the level's code in src/gpt2_ladder"
-        )
+        fix = "fix its code in src/gpt2_ladder; if you changed nothing, tell us which machine this is"
+        raise UserError(f"benchmark: level '{arm.name}' computes a wrong step: {fault}; {fix}")
     return result
 
 

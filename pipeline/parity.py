@@ -13,7 +13,7 @@ from gpt2_ladder.training import capabilities, metrics
 from gpt2_ladder.training.precisions import PRECISIONS
 from pipeline import PARITY, RESULTS, read_metrics, read_settings, run
 
-ROUNDING = "precision", "compile", "attention", "vocab_size"  # a level that changes one of these rounds differently
+ROUNDING = "precision", "compile", "attention", "vocab_size", "autotune"  # changing one of these changes the rounding
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     for above, (name, level) in zip([baseline, *trained], acting.items(), strict=False):
         check_matmul_precision(name, level, trained[name]["float32_matmul_precision"])
         if all(getattr(level, switch) == getattr(acting[above], switch) for switch in ROUNDING):
-            steps, tolerance = min(counts[name], counts[above]), params.parity.level_before
+            steps, tolerance = min(counts[name], counts[above]), params.parity.previous_level
             loss_parity.compare(name, losses[name], losses[above], tolerance, steps, 0, f"level '{above}'")
         steps, tolerance = counts[name], getattr(params.parity, level.precision)
         expected = loss_parity.padding_cost(level.vocab_size, acting[baseline].vocab_size)

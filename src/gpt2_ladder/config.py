@@ -189,7 +189,7 @@ class Tolerances(Strict):
     """Largest allowed difference, in nats, from the baseline's loss in the first `steps` steps, by precision."""
 
     steps: Count
-    level_before: PositiveFloat  # from the loss of the level before, if only its rounding is the same
+    previous_level: PositiveFloat  # from the previous level's loss, if both round in the same way
     fp32: PositiveFloat
     tf32: PositiveFloat
     bf16: PositiveFloat

@@ -17,6 +17,7 @@ from gpt2_ladder.config import Environment, Strict, UserError
 ESTIMATOR = "Hodges-Lehmann estimate of the per-round log ratios"  # chosen by experiments/estimators.py
 BETWEEN = "mean of the processes' log ratios, with Student's t"
 CONFIDENCE, RESAMPLES = 0.95, 9999
+MOST_COUNT = 10_000  # rounds or processes
 NO_GAIN = "no measurable gain"
 
 
@@ -78,7 +79,7 @@ class Measurement(Strict):
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of one level over another, with its 95 % bootstrap interval."""
+    """The gain of one level over another, with its 95 % interval."""
 
     ratio: float  # 1.3: the level is 1.3 times as fast as the other
     low: float  # lower end of the interval of `ratio`
@@ -151,10 +152,13 @@ def verdict(gain: Gain, control: Gain) -> str:
 
 
 def count_to_settle(gain: Gain, control: Gain, count: int) -> int | None:
-    """Estimate how many rounds or processes show that `gain`, measured in `count`, is not noise; None if it is 1."""
+    """Estimate how many rounds or processes show that `gain`, measured in `count`, is not noise.
+
+    An interval of n is as wide as Student's t / sqrt(n). Return None if MOST_COUNT are not enough.
+    """
     effect = abs(math.log(gain.ratio))
-    if effect == 0:
-        return None
-    # an interval shrinks with the square root of their number
     towards_one = abs(math.log(gain.ratio / (gain.low if gain.ratio > 1 else gain.high)))
-    return max(count + 1, math.ceil(count * (max(towards_one, control.uncertainty) / effect) ** 2))
+    counts = np.arange(count, MOST_COUNT + 1)
+    widths = t.ppf((1 + CONFIDENCE) / 2, counts - 1) / np.sqrt(counts)
+    enough = counts[1:][widths[1:] / widths[0] * max(towards_one, control.uncertainty) <= effect]
+    return int(enough[0]) if len(enough) else None

@@ -1,4 +1,4 @@
-"""Check that the steps of an arm compute what GPT-2 and AdamW define, in the process that then times the arm.
+"""Check that the steps of an arm compute what GPT-2 and AdamW define, in the process that has timed the arm.
 
 A loss curve is a blunt probe: GPT-2 starts with nearly flat attention, so its loss hardly depends on the scale of the
 scores. So the network gets random weights with sharp attention and takes two real steps. The loss and all gradients of
@@ -9,12 +9,14 @@ update of the second with AdamW in float64. docs/evidence.md has the faults that
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_ladder.config import AdamW
+from gpt2_ladder.config import AdamW, GPTConfig
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import devices, loop
@@ -25,7 +27,7 @@ LOSS = {"fp32": 1e-6, "tf32": 3e-4, "bf16": 3e-4, "fp16": 3e-4}  # largest relat
 GRADIENT = {"fp32": 1e-5, "tf32": 2.5e-2, "bf16": 2.5e-2, "fp16": 5e-3}  # TF32's is not measured: at most bfloat16's
 UPDATE = 1e-5
 SAMPLES = 10_000  # compared entries of each parameter's update
-ULP = torch.finfo(torch.float32).eps  # AdamW rounds each weight twice, by up to half of this
+ULP = torch.finfo(torch.float32).eps  # AdamW rounds each weight twice, by up to half of this, which is not counted
 
 
 @dataclass(frozen=True)
@@ -40,30 +42,33 @@ class StepCheck:
 
     def fault(self, precision: str) -> str | None:
         """Return what differs by more than rounding explains, or None. NaN differs."""
-        if not self.loss <= LOSS[precision]:
-            return f"the loss by {self.loss:.1e} of its value"
-        if not self.gradient <= GRADIENT[precision]:
-            return f"the gradient of {self.gradient_of} by {self.gradient:.1e} of its norm"
-        if not self.update <= UPDATE:
-            return f"AdamW's update of {self.update_of} by {self.update:.1e} of its norm"
+        for what, error, most in (
+            ("the loss", self.loss, LOSS[precision]),
+            (f"the gradient of {self.gradient_of}", self.gradient, GRADIENT[precision]),
+            (f"AdamW's update of {self.update_of}", self.update, UPDATE),
+        ):
+            if not error <= most:
+                return f"{what} is off by {error:.1e}, where {most:g} is allowed"
         return None
 
 
 def check(arm: Arm, batch: loop.Batch, device: torch.device, learning_rate: float, adamw: AdamW) -> StepCheck:
     """Take two steps of `arm` on `batch`, a pair of int64 (B, T), from sharp weights; return their errors."""
-    sharpen(arm.model)
+    arm.optimizer.zero_grad()
     batch = devices.send(batch, device)
-    expected_loss, expected = plain_gradients(arm.model, batch, arm.micro_batch)
+    plain = arm.model.config.model_copy(update={"attention": "eager", "chunked_loss": False})
+    expected_loss, expected = plain_gradients(plain, *batch)
+    sharpen(arm.model)
     loss = float(arm.take(loop.train_step, batch, device)[0])
     weights, state = dict(arm.model.named_parameters()), arm.optimizer.state
     gradients = {name: _error(weights[name].grad, gradient) for name, gradient in expected.items()}
     before = {
         name: [_sample(each) for each in (weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"])]
         for name, weight in weights.items()
-        if weight in state
+        if weight in state and weight.grad is not None
     }
     arm.take(loop.train_step, batch, device)
-    updates = {}
+    updates = dict.fromkeys(expected, math.inf)  # of a parameter that is not trained
     for name, (old, *moments) in before.items():
         new, gradient, step = weights[name], _sample(weights[name].grad), int(state[weights[name]]["step"])
         update = adamw_update(learning_rate, adamw, step, gradient, old, *moments)
@@ -88,22 +93,17 @@ def sharpen(model: GPT, seed: int = 0) -> None:
         parameter.copy_(values + 1 if "ln_" in name and name.endswith("weight") else values)
 
 
-def plain_gradients(model: GPT, batch: loop.Batch, rows: int) -> tuple[float, dict[str, Tensor]]:
-    """Return the mean loss and, on the host, its gradients in float32, by eager code and `rows` rows at a time."""
-    config = model.config.model_copy(update={"attention": "eager", "chunked_loss": False})
-    with torch.device("meta"):
-        plain = GPT(config, seed=None)
-    plain.load_state_dict(model.state_dict(), assign=True)  # the same memory, but other parameters
-    if config.tie_weights:
-        plain.wte.weight = plain.lm_head.weight
-    plain.to(batch[0].device)
-    total = 0.0
-    for x, y in zip(*(ids.split(rows) for ids in batch), strict=True):
-        logits = plain(x)[0]  # (rows, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / batch[1].numel()
+@lru_cache(maxsize=1)
+def plain_gradients(config: GPTConfig, x: Tensor, y: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """Return the mean loss of sharp weights on x and y, int64 (B, T), and its gradients, in float32 on the host."""
+    model, total = GPT(config, seed=None).to(x.device), 0.0
+    sharpen(model)
+    for row, targets in zip(x.split(1), y.split(1), strict=True):
+        logits = model(row)[0]  # (1, T, V)
+        loss = F.cross_entropy(logits[0], targets[0], reduction="sum") / y.numel()
         loss.backward()
         total += loss.item()
-    return total, {name: weight.grad.cpu() for name, weight in plain.named_parameters() if weight.grad is not None}
+    return total, {name: weight.grad.cpu() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def adamw_update(
@@ -120,9 +120,8 @@ def adamw_update(
     return -learning_rate * (direction + settings.weight_decay * weight)
 
 
-def _sample(tensor: Tensor | None) -> Tensor:
+def _sample(tensor: Any) -> Tensor:
     """Return about SAMPLES entries of `tensor` on the host, copied to float64."""
-    assert tensor is not None
     flat = tensor.detach().flatten()
     return flat[:: max(1, len(flat) // SAMPLES)].cpu().double()
 

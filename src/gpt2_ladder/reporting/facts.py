@@ -1,6 +1,5 @@
 """Collect the contents of the report for its two templates, ladder.md and ladder.html."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import jinja2
 
 from gpt2_ladder.config import NO_EFFECT, Environment
 from gpt2_ladder.measuring.cost import KNOWN_PEAKS
-from gpt2_ladder.measuring.gains import NO_GAIN, Gain
+from gpt2_ladder.measuring.gains import MOST_COUNT, NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting.gallery import Machine
@@ -88,8 +87,8 @@ def undecided(gains: Metrics) -> list[str]:
         by_level = {gain["over"]: gain for gain in (measured["over_previous"], measured["over_baseline"]) if gain}
         for over, gain in by_level.items():
             if gain["verdict"] == NO_GAIN:
-                needed, unit = gain["count_to_settle"] or math.inf, "rounds" if gains["processes"] == 1 else "processes"
-                rounds = f"about {needed:,} {unit}" if needed <= 10_000 else f"over 10,000 {unit}"
+                needed, unit = gain["count_to_settle"], "rounds" if gains["processes"] == 1 else "processes"
+                rounds = f"about {needed:,} {unit}" if needed else f"over {MOST_COUNT:,} {unit}"
                 measured_as = f"{NO_GAIN} in {gains['rounds']} rounds; {rounds} are needed to measure a gain of"
                 lines.append(f"`{name}` over `{over}`: {measured_as} {gain['ratio']:.3f}")
     return lines
