@@ -186,7 +186,7 @@ def figure(replication: Replication) -> alt.FacetChart:
     title = "gain over the mean of all, in %"
     layers = [
         base.mark_bar(color="#dddddd", width=28).encode(alt.Y("low:Q", title=title), alt.Y2("high:Q")),
-        base.mark_tick(color="black", width=28).encode(alt.Y("center:Q")),
+        base.mark_tick(color="black", width=28, orient="horizontal").encode(alt.Y("center:Q")),
         alt.Chart()
         .mark_point(filled=True, size=25)
         .encode(
