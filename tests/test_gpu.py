@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import CONTROL, GPTConfig, Switches, UserError
-from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, summary, turns
+from gpt2_ladder.measuring import cost, loss_parity, planning, profiling, step_check, summary, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.model import GPT
@@ -227,6 +227,17 @@ def test_gains_are_measured_and_no_level_exceeds_the_peak(machine, arms, report)
         assert abs(noise.ratio - 1) < 0.02
         if machine.environment.bf16:
             assert measurement.compare("bf16", "fp32", noise)["verdict"] == "faster"
+
+
+@pytest.mark.gpu
+def test_the_steps_of_every_level_are_those_of_gpt2_and_adamw(machine, arms, report):
+    (batch,), settings = machine.batches(1), (machine.params.size.learning_rate, machine.params.optimizer)
+    faults = {}
+    for arm in arms[:-1]:  # not the control
+        result = step_check.check(arm, batch, machine.device, *settings)
+        report[arm.name]["gradient differs"] = f"{result.gradient:.1e} ({result.gradient_of})"
+        faults[arm.name] = result.fault(arm.precision)
+    assert faults == dict.fromkeys(machine.levels)
 
 
 @pytest.mark.gpu
