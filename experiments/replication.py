@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -215,10 +216,12 @@ def write() -> None:
         replication = Replication.model_validate(json.loads(path.read_text()))
         run, machine = replication.measurement, replication.measurement.environment
         rounds = len(run.rounds) // run.processes
+        about = f"{machine.device_name}, {machine.threads} threads, torch {machine.torch}"
+        count = f"{run.processes} processes of {rounds} rounds in {max(replication.batches) + 1} batches"
         parts.append(
-            f"{run.model} on {machine.device_name}, {machine.threads} threads, torch {machine.torch}, "
-            f"{run.batch_size} x {run.block_size} tokens a step, {run.processes} processes of {rounds} rounds in "
-            f"{max(replication.batches) + 1} batches:"
+            textwrap.fill(
+                f"`model: {run.model}` on {about}, {run.batch_size} x {run.block_size} tokens a step, {count}:", 120
+            )
         )
         parts += [table(replication), f"![gains of each process](replication/{path.stem}.svg)"]
         files.write(PICTURES / f"{path.stem}.svg", charts.svg(figure(replication)))
