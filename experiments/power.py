@@ -376,7 +376,8 @@ def write() -> None:
     def read(what: str) -> dict[str, Any]:
         return {size: json.loads(path.read_text()) for size in SIZES if (path := errors_file(what, size)).exists()}
 
-    columns, found = list(itertools.product(SIZES, PRECISIONS)), read("faults")
+    found = read("faults")
+    columns = list(itertools.product(found, PRECISIONS))
     rows = [["fault", *(f"{size}, {precision}" for size, precision in columns)]]
     for fault in FAULTS:
         cells = (cell(checked(found[size][precision][fault.name]), limits(precision)) for size, precision in columns)
