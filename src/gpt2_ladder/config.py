@@ -4,7 +4,8 @@ Every stage imports this module first, so it does not import torch, which takes 
 """
 
 import hashlib
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
@@ -39,6 +40,10 @@ class Strict(BaseModel):
     """Base class of all settings: no type conversion, no change after loading, no unknown keys."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with those of `values` whose keys are its own, without validation."""
+        return self.model_copy(update={key: values[key] for key in values.keys() & type(self).model_fields})
 
 
 class Switches(Strict):

@@ -1,14 +1,13 @@
 """All settings of params.yaml, and what they must have in common; params_yaml.py reads the file."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gpt2_ladder import config
 from gpt2_ladder.config import require
 
-Row = TypeVar("Row", bound=config.Strict)
 # in the JSON schema of `levels`, all keys of a row are optional, because `defaults` has them too
 SPARSE_ROWS: dict[str, Any] = {"additionalProperties": config.Level.model_json_schema() | {"required": []}}
 
@@ -112,13 +111,9 @@ class Params(config.Switches):
 
         With `recipe.minutes`, the shape has MOST_STEPS steps, because their number is not known yet.
         """
-        own, name = self.recipe.model_dump(exclude_none=True), self.recipe.model or self.model
-
-        def with_own(row: Row) -> Row:
-            return row.model_copy(update={key: own[key] for key in own.keys() & type(row).model_fields})
-
-        shape, size = self.shape("speed"), with_own(self.models[name])
-        shape = with_own(shape.model_copy(update={"steps": config.MOST_STEPS} if self.recipe.minutes else {}))
+        unlimited = {"steps": config.MOST_STEPS} if self.recipe.minutes else {}
+        own, name = unlimited | self.recipe.model_dump(exclude_none=True), self.recipe.model or self.model
+        shape, size = self.shape("speed").with_values(own), self.models[name].with_values(own)
         tokens = shape.batch_size * shape.block_size
         rest = {"eval_tokens": max(shape.eval_tokens // tokens, 1) * tokens}
         rest["warmup_steps"] = min(shape.warmup_steps, shape.steps - 1)
@@ -126,7 +121,7 @@ class Params(config.Switches):
             size = size.model_copy(update={"n_positions": min(shape.block_size, size.n_positions)})
         changes = {
             "model": name,
-            "optimizer": with_own(self.optimizer),
+            "optimizer": self.optimizer.with_values(own),
             "models": {**self.models, name: size},
             "machines": {**self.machines, self.machine: shape.model_copy(update=rest)},
             "data": self.data.model_copy(update={"shuffle": self.data.shuffle or self.recipe.shuffle}),
@@ -135,4 +130,4 @@ class Params(config.Switches):
 
     def gpt(self, switches: config.Switches) -> config.GPTConfig:
         """Return the configuration of the network with the chosen size and `switches`."""
-        return self.size.gpt().model_copy(update=switches.model_dump(include=set(config.GPTConfig.model_fields)))
+        return self.size.gpt().with_values(switches.model_dump())
