@@ -23,14 +23,11 @@ from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import devices, tokenizer
 from pipeline import BPE, TRIAL, Parser, check_weights, read_environment, run
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, except line feed and tab
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but line feed and tab; some clear the screen
 
 
 class Printer(TextStreamer):
-    """Print the words from transformers' `generate` as soon as they are complete.
-
-    Control characters are printed as escapes, so that a network cannot clear the screen.
-    """
+    """Print the words from transformers' `generate` once they are complete, with control characters as escapes."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print `text`, without a line feed at the end of the stream: another call of `generate` may continue it."""
@@ -66,13 +63,10 @@ def main(*arguments: str) -> None:
 
 
 def write(model: Any, idx: torch.Tensor, length: int, printer: TextStreamer, how: Mapping[str, object]) -> None:
-    """Print `length` tokens after `idx`, int64 (1, T); `how` goes to transformers' `generate`.
-
-    When all positions are in use, the text continues from the last half of them.
-    """
+    """Print `length` tokens after `idx`, int64 (1, T); `how` goes to transformers' `generate`."""
     n_positions = model.config.n_positions
     while length:
-        idx = idx if idx.size(1) < n_positions else idx[:, -(n_positions // 2) :]
+        idx = idx if idx.size(1) < n_positions else idx[:, -(n_positions // 2) :]  # full: continue from the last half
         count = min(length, n_positions - idx.size(1))
         mask = torch.ones_like(idx)
         idx = model.generate(idx, attention_mask=mask, max_new_tokens=count, streamer=printer, **how)

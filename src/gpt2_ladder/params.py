@@ -107,11 +107,8 @@ class Params(config.Switches):
         return self.quality if group == "quality" else self.machines[self.machine]
 
     def for_trial(self) -> "Params":
-        """Return these settings with the trial's own size, optimizer, shape and order of the text.
-
-        With `recipe.minutes`, the shape has MOST_STEPS steps, because their number is not known yet.
-        """
-        unlimited = {"steps": config.MOST_STEPS} if self.recipe.minutes else {}
+        """Return these settings with the trial's own size, optimizer, shape and order of the text."""
+        unlimited = {"steps": config.MOST_STEPS} if self.recipe.minutes else {}  # the number that fits is not known yet
         own, name = unlimited | self.recipe.model_dump(exclude_none=True), self.recipe.model or self.model
         shape, size = self.shape("speed").with_values(own), self.models[name].with_values(own)
         tokens = shape.batch_size * shape.block_size

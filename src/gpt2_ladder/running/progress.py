@@ -13,10 +13,7 @@ LOG_LINES = 10  # in a log file, about this many per training
 
 
 def show(steps: Iterable[Step], title: str, count: Callable[[], int | None]) -> Iterator[Step]:
-    """Yield `steps` unchanged. Show step, loss, tokens/s and the remaining time of a training.
-
-    `count` returns the number of all steps, or None if it is not known yet.
-    """
+    """Yield `steps` and show their progress. `count` returns the number of all steps; None: it is not known yet."""
     console = Console()
     bar_columns = BarColumn(bar_width=20), MofNCompleteColumn()
     columns = "{task.description}", *bar_columns, "{task.fields[values]} left", TimeRemainingColumn()

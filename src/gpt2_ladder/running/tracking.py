@@ -143,10 +143,7 @@ def trial_name(changes: Mapping[str, str]) -> str:
 
 
 def run_group(params: Params, environment: Environment) -> str:
-    """Return the name of the W&B group for all runs with the same code, environment and settings.
-
-    It stays the same if a climb is interrupted and resumed. WANDB_RUN_GROUP replaces it.
-    """
+    """Return the W&B group of all runs with the same code, environment and settings; WANDB_RUN_GROUP replaces it."""
     commit = files.git("log", "-1", "--format=%H", "--", "src", "pipeline", "dvc.yaml", "requirements.txt") or ""
     # the trial's settings, which the trial has instead of params.yaml's; a user may set the excluded one to resume
     settings = params.for_trial().model_dump_json(exclude={"checkpoint_every"})
