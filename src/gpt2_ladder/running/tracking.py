@@ -5,11 +5,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -27,7 +27,7 @@ FINISH_TIMEOUT_S = 60  # by default, W&B waits forever for a server that stopped
 FAILURES = (Exception, SystemExit)  # W&B may raise anything, and its teardown exits; Ctrl-C still stops a training
 
 
-class Tracker:
+class Tracker(AbstractContextManager["Tracker"]):
     """Record one training's steps in `steps_csv` and in the W&B run `run`; close both on exit, also after an error.
 
     Each of the two may be None. If W&B fails, print one line and continue without it.
@@ -55,10 +55,7 @@ class Tracker:
         """Put `metrics` into the summary of the run, which W&B shows in its table of runs."""
         self._mirror(lambda run: run.summary.update(dict(metrics)))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
