@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +94,12 @@ def start_run(config: Mapping[str, Any], **about: Any) -> wandb.Run | None:
         times = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
         about |= {"config": {**config, "experiment": os.environ.get("DVC_EXP_NAME")}, "settings": times}
         about |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": folder}
-        init = partial(wandb.init, **about)
         mode = mode or ("online" if has_key() else "offline")
         try:
-            run = init(mode=mode)
+            run = wandb.init(mode=mode, **about)
         except wandb.errors.Error as error:
             wandb.teardown()
-            run = init(mode="offline")
+            run = wandb.init(mode="offline", **about)
             reason = _one_line(error)
             print(f"W&B cannot be reached or refused the run ({reason}): upload it later with `wandb sync`", flush=True)
         for metric in ("loss", "val_loss"):  # trainings with other batches share this axis
