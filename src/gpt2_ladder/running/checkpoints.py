@@ -23,7 +23,6 @@ from torch.amp import GradScaler
 
 from gpt2_ladder import files, ledger
 from gpt2_ladder.config import UserError
-from gpt2_ladder.files import printable
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.data import Batches
@@ -127,7 +126,7 @@ class Checkpoints:
             rows = [dict(zip(STEP_FIELDS, row, strict=True)) for row in tensors["steps"].tolist()]
             steps = TypeAdapter(list[Step]).validate_python(rows)  # turns 3.0 into an int where Step has one
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = printable(" ".join(str(error).split()))[:500]
+            reason = files.printable(" ".join(str(error).split()))[:500]
             fix = f"remove {self.folder} to train from the start"
             raise UserError(f"{path}: the checkpoint is damaged ({reason}); {fix}") from None
         print(f"{self.name}: resuming after step {steps[-1].step} from {state}", flush=True)
