@@ -64,10 +64,9 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
     keys = list(mistake["loc"])
     if keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden":  # pydantic's mark for a wrong key
         keys.pop()
-    message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":  # raised by config.require as "key = value: what is wrong"
-        keys += message.split(" = ")[0].split(".")
-        message = message.partition(" = ")[2]
+        name, _, message = mistake["msg"].removeprefix("Value error, ").partition(" = ")
+        keys += name.split(".")
     node, line = document, 1
     for key in keys:
         if not isinstance(node, CommentedMap) or key not in node:
@@ -83,13 +82,12 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
         return f"{where}: unknown key; {hint}"
     if mistake["type"] == "value_error":
         return f"{where} = {message}"
-    return f"{where} = {mistake['input']!r:.200}: {message}"
+    return f"{where} = {mistake['input']!r:.200}: {mistake['msg']}"
 
 
 def _known_keys(parents: list[Any]) -> list[str]:
     """Return the keys that are allowed below `parents`, from the JSON schema of params.yaml."""
-    schema = Params.model_json_schema()
-    node = schema
+    node = schema = Params.model_json_schema()
     for key in parents:
         child = node.get("properties", {}).get(key) or node.get("additionalProperties", {})
         node = schema["$defs"][child["$ref"].rsplit("/", 1)[-1]] if "$ref" in child else child
