@@ -13,7 +13,6 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gpt2_ladder import files, params_yaml
@@ -48,35 +47,24 @@ def main(*arguments: str) -> None:
     examples = [json.loads(line) for line in QUESTIONS.read_bytes().splitlines()]
     origin = downloads.read_provenance(*hub_format.weight_files(args.model))
     print(f"{args.model}: {origin['note'] or origin['source']}", flush=True)
-    grades, chosen = [], examples[: args.limit]
+    grades, chosen, scores = [], examples[: args.limit], dict[str, Any]()
     for right in grade(model, chosen, encoding, device):
         grades.append(right)
         if len(grades) % 100 == 0 or len(grades) == len(chosen):
-            (acc, bounds), (acc_norm, norm_bounds) = (accuracy(column) for column in zip(*grades, strict=True))
-            print(
-                f"hellaswag: {len(grades):,}/{len(chosen):,}  acc {acc:.4f} [{bounds[0]:.4f}, {bounds[1]:.4f}]  "
-                f"acc_norm {acc_norm:.4f} [{norm_bounds[0]:.4f}, {norm_bounds[1]:.4f}]",
-                flush=True,
-            )
-    result = {
-        "model": str(args.model),
-        **origin,
-        "environment": environment.fingerprint,
-        "n": len(grades),
-        "of": len(examples),
-        "acc": acc,
-        "acc_interval": bounds,
-        "acc_norm": acc_norm,
-        "acc_norm_interval": norm_bounds,
-        "intervals": "95 %, Wilson",
-    }
-    files.write_json(RESULTS / "hellaswag.json", result)
+            line = f"hellaswag: {len(grades):,}/{len(chosen):,}"
+            for name, column in zip(("acc", "acc_norm"), zip(*grades, strict=True), strict=True):
+                share, bounds = accuracy(column)
+                scores |= {name: share, f"{name}_interval": bounds}
+                line += f"  {name} {share:.4f} [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+            print(line, flush=True)
+    about = {"model": str(args.model), **origin, "environment": environment.fingerprint, "intervals": "95 %, Wilson"}
+    files.write_json(RESULTS / "hellaswag.json", {**about, "n": len(grades), "of": len(examples), **scores})
 
 
 @torch.no_grad()
 def log_probabilities(
     model: GPT, context: list[int], endings: list[list[int]], device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log probability in nats of each ending after `context`, and its mean over the tokens of the ending.
 
     The E endings are one batch. Padding is on the right, so no token attends to it. Both results are float32 (E,).
