@@ -117,22 +117,19 @@ def trimmed(model: GPT) -> GPT:
 
 
 def write_folder(folder: Path, model: GPT, card: str, vocab_bpe: Path, encoder_json: Path) -> None:
-    """Write to the new `folder` `model`, the `card` and GPT-2's tokenizer to it, completely or not at all."""
+    """Write `model`, the `card` and GPT-2's tokenizer to the new `folder`, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     ends = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
     generation: dict[str, Any] = {**ends, "pad_token_id": END_OF_TEXT_ID}  # transformers warns if it is missing
     if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
         generation["suppress_tokens"] = padding  # these ids have no text
-    contents = {
-        hub_format.CONFIG: hub_format.describe(model) | ends | {"dtype": "float32"},
-        "generation_config.json": generation,
-        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions},
-    }
+    tokenizer_config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.n_positions}
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
         complete = Path(temporary) / "complete"
         hub_format.save_gpt(model, complete)
-        for name, content in contents.items():
-            files.write_json(complete / name, content)
+        files.write_json(complete / hub_format.CONFIG, hub_format.describe(model) | ends | {"dtype": "float32"})
+        files.write_json(complete / "generation_config.json", generation)
+        files.write_json(complete / "tokenizer_config.json", tokenizer_config)
         files.write(complete / "vocab.json", encoder_json.read_bytes())
         files.write(complete / "merges.txt", vocab_bpe.read_bytes())
         files.write(complete / CARD, card)
