@@ -57,8 +57,7 @@ def main(*arguments: str) -> None:
     write_folder(target, model, card + "\n", *BPE)
     print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
     print(f"Read {target / CARD} and choose a license at its top. Then publish the folder:")
-    name, folder = shlex.quote(target.resolve().name), shlex.quote(str(target))
-    print(f"hf auth login && hf upload OWNER/{name} {folder} .")
+    print("hf auth login && " + shlex.join(["hf", "upload", f"OWNER/{target.resolve().name}", str(target), "."]))
 
 
 def read_run() -> dict[str, Any]:
@@ -69,8 +68,7 @@ def read_run() -> dict[str, Any]:
         raise UserError(f"{TRIAL}: contains no network ({reason}); train it with `dvc repro trial`")
     if changes := _changes("tokenize", "trial"):
         wrong = "the card would not describe the run that trained this network, because something has changed"
-        fix = "run `dvc repro trial`, or restore the committed files"
-        raise UserError(f"{TRIAL}: {wrong}: {changes}; {fix}")
+        raise UserError(f"{TRIAL}: {wrong}: {changes}; run `dvc repro trial`, or restore the committed files")
     (params, environment), manifest = read_settings(), data.read_manifest(SHARDS)
     params = params.for_trial()
     shape, recipe = params.shape("speed"), params.recipe

@@ -130,7 +130,7 @@ def test_the_card_of_an_unknown_network_states_what_is_unknown(project, capsys):
     assert "the rows that padded its vocabulary during training were removed" in card.text
     assert "Training" not in card.text
     assert "none has been chosen for these weights" in card.text
-    assert "hf upload OWNER/'my net' 'to/my net' ." in capsys.readouterr().out
+    assert "hf upload 'OWNER/my net' 'to/my net' ." in capsys.readouterr().out
 
 
 def test_a_trial_that_was_not_trained_is_refused(project):
