@@ -48,8 +48,7 @@ def main(*arguments: str) -> None:
     how: dict[str, object] = {"do_sample": False}
     if args.temperature:
         how = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p or 1.0}
-    if padding := list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)):
-        how["suppress_tokens"] = padding  # these ids have no text
+    how["suppress_tokens"] = list(range(GPT2_VOCAB_SIZE, model.config.vocab_size)) or None  # these ids have no text
     torch.manual_seed(args.seed)
     printer = Printer(encoding, skip_prompt=True)  # type: ignore[arg-type]  # it only calls encoding.decode
     try:
