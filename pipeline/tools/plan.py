@@ -12,7 +12,7 @@ from gpt2_ladder.measuring import cost, planning
 from gpt2_ladder.training import devices, precisions
 from pipeline import Parser, read_settings, run
 
-SHOWN = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
+SHOWN: tuple[str, ...] = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
 NOTE = """\
 Peak: the memory of torch's tensors; compiled levels need at most as much. Largest B: the largest batch size that leaves
 1 GiB and a tenth of the remaining memory free. Least ms: a lower bound (roofline) from the GPU's peak arithmetic rate
@@ -25,8 +25,7 @@ def main(*arguments: str) -> None:
     memory = parser.parse_args(arguments).memory
     if memory is not None:
         params = params_yaml.load()
-        cuda, free, where = True, parse_memory(memory), f"an NVIDIA GPU with {memory} free"
-        gpus: tuple[str, ...] = SHOWN
+        cuda, free, where, gpus = True, parse_memory(memory), f"an NVIDIA GPU with {memory} free", SHOWN
     else:
         params, environment = read_settings()
         device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
