@@ -36,7 +36,6 @@ def main(*arguments: str) -> None:
 
 
 def read_benchmark() -> Measurement:
-    """Return the rounds of this machine's benchmark."""
     return Measurement.model_validate(read_json(BENCHMARK))
 
 
@@ -69,7 +68,6 @@ def divide(gain: Gain, other: Gain) -> Gain:
 
 
 def describe(measurement: Measurement) -> str:
-    """Describe the machine and the settings of a measurement in one line."""
     machine, count = measurement.environment, measurement.processes
     processes = "one process" if count == 1 else f"{count} processes"
     return (
