@@ -18,7 +18,6 @@ from gpt2_ladder.config import Environment, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.training.metrics import HEADER, Step
 
-PROJECT = "gpt2-ladder"
 INTERVAL, SPEED = ("ratio", "low", "high", "verdict"), ("tokens_per_second", "step_ms", "mfu")  # in gains.json
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 20  # by default, W&B delays a training by 90 s if there is a key but no network
@@ -93,7 +92,7 @@ def start_run(config: Mapping[str, Any], **about: Any) -> wandb.Run | None:
     try:
         times = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
         about |= {"config": {**config, "experiment": os.environ.get("DVC_EXP_NAME")}, "settings": times}
-        about |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": folder}
+        about |= {"project": os.environ.get("WANDB_PROJECT", "gpt2-ladder"), "dir": folder}
         mode = mode or ("online" if has_key() else "offline")
         try:
             run = wandb.init(mode=mode, **about)
