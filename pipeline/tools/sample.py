@@ -67,8 +67,7 @@ def write(model: Any, idx: torch.Tensor, length: int, printer: TextStreamer, how
     while length:
         idx = idx if idx.size(1) < n_positions else idx[:, -(n_positions // 2) :]  # full: continue from the last half
         count = min(length, n_positions - idx.size(1))
-        mask = torch.ones_like(idx)
-        idx = model.generate(idx, attention_mask=mask, max_new_tokens=count, streamer=printer, **how)
+        idx = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=count, streamer=printer, **how)
         length -= count
     print()
 
