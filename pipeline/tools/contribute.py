@@ -62,10 +62,9 @@ def describe(options: argparse.Namespace) -> str:
 
 def committed(results: Path) -> tuple[str, str]:
     """Return the last commit of the code that made `results`, and their day; raise UserError if not committed."""
-    changed = files.git("status", "--porcelain", "--", str(results))
     last = files.git("log", "-1", "--format=%H %cs", "--", str(results / "benchmark.json")) or ""
     commit, _, date = last.partition(" ")
-    if changed != "" or not date:
+    if files.git("status", "--porcelain", "--", str(results)) != "" or not date:
         raise UserError(f"{results}: not committed; commit the results first, or give --commit and --date")
     return files.git("log", "-1", "--format=%H", commit, "--", "src/*.py", "pipeline/*.py") or commit, date
 
