@@ -14,6 +14,7 @@ from typing import Any
 from gpt2_ladder.config import UserError
 
 ERROR_FILE = "GPT2_LADDER_ERROR_FILE"  # environment variable: the file to which a rank writes its error
+REPEAT_DOWNLOAD = "run `dvc repro -f download`"
 
 
 @contextmanager
@@ -66,9 +67,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(
-    path: Path, expected: str | None, source: object = None, fix: str = "run `dvc repro -f download`"
-) -> None:
+def check_sha256(path: Path, expected: str | None, source: object = None, fix: str = REPEAT_DOWNLOAD) -> None:
     """Raise UserError if the SHA-256 of `path` is not `expected`. The message has `source` (or `path`) and `fix`."""
     if (actual := sha256(path)) != expected:
         raise UserError(f"{source or path}: sha256 is {actual}, expected {expected}: changed or incomplete; {fix}")
