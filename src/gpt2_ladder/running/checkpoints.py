@@ -89,8 +89,7 @@ class Checkpoints:
             save_file(tensors, new_weights)
             rest = {"position": self.batches.position, "scaler": self.scaler.state_dict(), "settings": self.settings}
             course = {"steps": self.course.steps, "validations": self.course.validations}
-            state = {"sha256": files.sha256(new_weights), **course, **rest}
-            new_state.write_text(json.dumps(state, indent=2) + "\n")
+            new_state.write_text(json.dumps({"sha256": files.sha256(new_weights), **course, **rest}, indent=2) + "\n")
         for path in older - {weights, state_file}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # left by a killed process
 
