@@ -43,8 +43,7 @@ def main(*arguments: str) -> None:
     tokenizer.open_encoding(*BPE)  # raises UserError if a file is damaged
     model = hub_format.load_gpt(args.model, "flash", GPT2_VOCAB_SIZE)  # flash: builds no masks
     padding = model.config.vocab_size - GPT2_VOCAB_SIZE
-    if args.trim:
-        model = trimmed(model)
+    model = trimmed(model) if args.trim else model
     card = templates.get_template("card.md").render(
         name=target.resolve().name,
         config=model.config,
