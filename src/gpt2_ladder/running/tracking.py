@@ -58,8 +58,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        tokens = (step + 1) * self._tokens_per_step
-        self._mirror(lambda run: run.log({**values, "tokens": tokens}, step=step))
+        self._mirror(lambda run: run.log({**values, "tokens": (step + 1) * self._tokens_per_step}, step=step))
 
     @ledger.phase("recording")
     def _mirror(self, do: Callable[[wandb.Run], object]) -> None:
