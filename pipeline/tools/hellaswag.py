@@ -84,9 +84,8 @@ def grade(
     """For each example, yield whether the right ending has the largest log probability, and the largest mean.
 
     An example has a context `ctx`, four `endings`, and the index `label` of the right one. The texts are not changed.
-    Each ending is tokenized separately from its context, with a space before it. build-nanogpt's hellaswag.py does the
-    same: its acc of OpenAI's 124M weights is 0.2859 on all 10,042 examples, its acc_norm 0.2955. The numbers of
-    lm-evaluation-harness (0.2892, 0.3114) differ: it cleans the text, and its acc_norm divides by characters.
+    Each ending is tokenized apart from its context, with a space before it, as build-nanogpt does (its numbers are in
+    docs/usage.md). lm-evaluation-harness (0.2892, 0.3114) cleans the text, and its acc_norm divides by characters.
 
     Source: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?".
     """
