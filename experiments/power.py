@@ -367,7 +367,8 @@ def cell(errors: Mapping[str, float], most: Mapping[str, float]) -> str:
     """Name the checks that find a fault, with its errors."""
     words = {"before": "curve to previous", "baseline": "curve to `fp32`"}
     by = {words.get(key, key): error for key, error in errors.items() if not error <= most[key]}
-    return ", ".join(f"{name} {error:.0e}" for name, error in by.items()) or "not found"
+    texts = (f"{name} {'missing' if error == MOST else f'{error:.0e}'}" for name, error in by.items())
+    return ", ".join(texts) or "not found"
 
 
 def write() -> None:
