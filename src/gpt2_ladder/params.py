@@ -8,8 +8,10 @@ from pydantic import Field, model_validator
 from gpt2_ladder import config
 from gpt2_ladder.config import require
 
-# in the JSON schema of `levels`, all keys of a row are optional, because `defaults` has them too
-SPARSE_ROWS: dict[str, Any] = {"additionalProperties": config.Level.model_json_schema() | {"required": []}}
+
+def _allow_sparse_rows(schema: dict[str, Any]) -> None:
+    """Make all keys optional in the JSON schema of `levels`, because `defaults` has them too."""
+    schema["additionalProperties"] = config.Level.model_json_schema() | {"required": []}
 
 
 class Params(config.Switches):
@@ -37,7 +39,7 @@ class Params(config.Switches):
     peak_tflops: config.Peaks
     models: dict[config.Model, config.ModelSize]
     defaults: config.Level
-    levels: Annotated[dict[config.LevelName, config.Level], Field(json_schema_extra=SPARSE_ROWS)]
+    levels: Annotated[dict[config.LevelName, config.Level], Field(json_schema_extra=_allow_sparse_rows)]
 
     @model_validator(mode="before")
     @classmethod
