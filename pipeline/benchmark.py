@@ -96,11 +96,8 @@ def measure(index: int, processes: int, rounds: int, seconds: float) -> tuple[li
     device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
     batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
     matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
-    measured, checks, which = (
-        list[Round](),
-        dict[str, StepCheck](),
-        f"process {index + 1}/{processes}, " * (processes > 1),
-    )
+    measured, checks = list[Round](), dict[str, StepCheck]()
+    which = f"process {index + 1}/{processes}, " if processes > 1 else ""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
         arms = place_arms(params, levels, environment, device, micro_batch, process)
         for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
