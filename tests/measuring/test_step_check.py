@@ -82,6 +82,8 @@ def test_the_attention_is_sharp():
     q, k, _ = (each.view(4, 64, 2, 32).transpose(1, 2) for each in outputs[0].split(64, dim=2))
     deviation = float((q @ k.transpose(-2, -1) / math.sqrt(32)).std())
     assert deviation == pytest.approx(step_check.SHARPNESS, rel=0.2)
+    projection = model.h[0].mlp.c_proj.weight.detach()
+    assert float(projection.std()) == pytest.approx(step_check.STD / 2, rel=0.05)  # over sqrt(2 n_layer)
 
 
 def test_the_update_is_that_of_torch_in_float64():
