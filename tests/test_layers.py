@@ -17,7 +17,7 @@ FLOORS = (  # a module imports from lower floors and from its own room (folder)
     {"training"},
     {"running", "measuring", "sources"},
     {"reporting"},
-    {"using"},
+    {"using", "checking"},
     {"pipeline"},
     {"experiments"},
 )

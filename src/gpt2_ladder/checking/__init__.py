@@ -1,0 +1,1 @@
+"""Check a GPT of the user's own."""

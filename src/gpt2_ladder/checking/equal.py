@@ -1,0 +1,264 @@
+"""Give the user's network our weights, and compare what both compute."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2_ladder.checking.causes import CAUSES, Cause, changed
+from gpt2_ladder.checking.loading import NAMES, Theirs, tensors
+from gpt2_ladder.config import GPTConfig
+from gpt2_ladder.measuring import step_check
+from gpt2_ladder.model import GPT
+
+LOGITS, GRADIENT = 2e-5, 1e-4  # largest relative errors in float32; docs/check.md has those of right runs
+POINTS = (  # in a block, in order: our module, whether its input, and the name in a sentence
+    ("ln_1", True, "the block's input"),
+    ("ln_1", False, "ln_1's output"),
+    ("attn.c_attn", False, "c_attn's output"),
+    ("attn.c_proj", True, "attention's result"),
+    ("attn.c_proj", False, "c_proj's output"),
+    ("ln_2", True, "the sum after attention"),
+    ("ln_2", False, "ln_2's output"),
+    ("mlp.c_fc", False, "c_fc's output"),
+    ("mlp.c_proj", True, "the activation's result"),
+    ("mlp.c_proj", False, "the MLP's output"),
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter of theirs, and its place in ours: `rows` of the parameter `name`."""
+
+    parameter: nn.Parameter
+    name: str
+    rows: slice
+    transposed: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this piece of `tensor`, which is laid out as our parameter, laid out as theirs."""
+        return tensor[self.rows].T if self.transposed else tensor[self.rows]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which parameters and modules of a user's network are which of `ours`."""
+
+    ours: GPT
+    pieces: list[Piece]
+    modules: dict[str, nn.Module]  # theirs, by the name of ours
+
+    @torch.no_grad()
+    def copy_weights(self) -> None:
+        """Copy the weights of ours to theirs; those that theirs has no place for become 0 in ours."""
+        names = {piece.name for piece in self.pieces}
+        for name, parameter in self.ours.named_parameters():
+            if name not in names:
+                parameter.zero_()
+        for piece in self.pieces:
+            piece.parameter.copy_(piece.of(self.ours.get_parameter(piece.name)))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return their gradients by our names, laid out as ours; 0 where theirs has none."""
+        gathered = {piece.name: torch.zeros_like(self.ours.get_parameter(piece.name)) for piece in self.pieces}
+        for piece in self.pieces:
+            if piece.parameter.grad is not None:
+                piece.of(gathered[piece.name]).copy_(piece.parameter.grad)
+        return gathered
+
+
+def blocks(network: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+    """Return the list of the network's blocks: that with the most parameters, equally many in each entry."""
+    lists = [each for each in network.modules() if isinstance(each, nn.ModuleList | nn.Sequential) and len(each)]
+    sizes = {each: [sum(p.numel() for p in block.parameters()) for block in each] for each in lists}
+    return max((each for each in lists if len({*sizes[each]}) == 1), key=lambda each: sum(sizes[each]), default=None)
+
+
+def weight(module: nn.Module) -> nn.Parameter:
+    """Return the own parameter of `module` that has the most dimensions, the first of them."""
+    return max(module.parameters(recurse=False), key=Tensor.dim)
+
+
+def layers(modules: Iterable[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return those of `modules` that have a matrix, and the LayerNorms, which have only vectors; tied weights once."""
+    first: dict[nn.Parameter, nn.Module] = {}
+    for module in modules:
+        if [*module.parameters(recurse=False)]:
+            first.setdefault(weight(module), module)
+    matrices = [module for parameter, module in first.items() if parameter.dim() == 2]
+    return matrices, [module for parameter, module in first.items() if parameter.dim() == 1]
+
+
+def outer_layers(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the layers outside the blocks."""
+    inside = {*(blocks(network) or nn.ModuleList()).modules()}
+    return layers(each for each in network.modules() if each not in inside)
+
+
+def build_ours(network: nn.Module, n_head: int) -> GPT | None:
+    """Return a GPT of the size of `network`, without weights, or None if `network` does not look like a GPT-2.
+
+    `n_head` is used unless a module of `network` has a number of heads.
+    """
+    known = [vars(module).get(name) for module in network.modules() for name in NAMES["n_head"]]
+    n_head = next((number for number in known if isinstance(number, int)), n_head)
+    stack, shapes = blocks(network), [weight(each).shape for each in outer_layers(network)[0]]
+    if stack is None or len(shapes) not in (2, 3) or shapes[0][1] % n_head or len({C for _, C in shapes}) > 1:
+        return None
+    sizes = {"n_layer": len(stack), "n_embd": shapes[0][1], "n_positions": shapes[1][0], "vocab_size": shapes[0][0]}
+    return GPT(GPTConfig.model_validate({**sizes, "n_head": n_head, "tie_weights": len(shapes) == 2}), seed=None)
+
+
+def pairings(network: nn.Module, ours: GPT) -> Iterator[Pairing]:
+    """Yield the ways in which `network` may be `ours`, by shape and order of registration.
+
+    Three square matrices before the last one are tried as q, k and v in every order.
+    """
+    for order in permutations(range(3)):
+        matrices, norms = outer_layers(network)
+        places = dict(zip(("wte", "wpe", "lm_head"), [[each] for each in matrices], strict=False))
+        places |= {"ln_f": norms[-1:]}
+        turned = False
+        for index, block in enumerate(blocks(network) or ()):
+            matrices, norms = layers(block.modules())
+            kinds: dict[float, list[nn.Module]] = {1: [], 3: [], 4: []}
+            for module in matrices:
+                kinds.setdefault(max(weight(module).shape) / min(weight(module).shape), []).append(module)
+            if len(kinds[1]) == 4:
+                kinds[3], kinds[1] = [kinds[1][i] for i in order], kinds[1][3:]
+            turned = turned or weight(kinds[4][0]).size(0) < weight(kinds[4][0]).size(1) if kinds[4] else turned
+            parts = {
+                "attn.c_attn": kinds[3],
+                "attn.c_proj": kinds[1],
+                "mlp.c_fc": kinds[4][:1],
+                "mlp.c_proj": kinds[4][1:],
+            }
+            parts |= {"ln_1": norms[:1], "ln_2": norms[1:]}
+            places |= {f"h.{index}.{name}": modules for name, modules in parts.items()}
+        pieces = [*_pieces(places, ours, turned)] if all(places.values()) else []
+        if pieces and all(piece.of(ours.get_parameter(piece.name)).shape == piece.parameter.shape for piece in pieces):
+            yield Pairing(ours, pieces, {name: modules[0] for name, modules in places.items() if len(modules) == 1})
+        if not any(len(modules) == 3 for modules in places.values()):
+            return
+
+
+def _pieces(places: dict[str, list[nn.Module]], ours: GPT, turned: bool) -> Iterator[Piece]:
+    """Yield the pieces of `places`. `turned`: matrices in the blocks are (in, out), as those of Conv1D are."""
+    for name, modules in places.items():
+        count = ours.get_parameter(f"{name}.weight").size(0) // len(modules)
+        for index, module in enumerate(modules):
+            rows, main = slice(index * count, (index + 1) * count), weight(module)
+            yield Piece(main, f"{name}.weight", rows, turned and main.dim() == 2 and name.startswith("h."))
+            yield from (
+                Piece(each, f"{name}.bias", rows, False) for each in module.parameters(False) if each is not main
+            )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two networks with equal weights compute. The errors are relative."""
+
+    pairing: Pairing
+    cause: Cause | None  # the change of ours that makes the logits equal, if one is needed and known
+    logits: float
+    gradient: float  # of the worst parameter
+    gradient_of: str
+
+    @property
+    def same_function(self) -> bool:
+        """Whether the logits are equal, with `cause` if there is one."""
+        return self.logits <= LOGITS
+
+
+def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparison | None:
+    """Compare both with sharp weights in float32 on idx and targets, int64 (B, T). None: weights cannot be copied.
+
+    If the logits differ, look for a cause that makes ours equal to theirs.
+    """
+    step_check.sharpen(ours)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("c_fc.weight"):  # so large that GELU's formulas differ
+            parameter.data /= step_check.STD * ours.config.n_embd**0.5
+    outputs = []
+    for pairing in pairings(theirs.network, ours):
+        pairing.copy_weights()
+        outputs.append((pairing, theirs(idx)[0].detach()))
+    for cause in (None, *CAUSES):
+        expected = logits_of(ours, idx, cause).detach()
+        for pairing, logits in outputs:
+            if error(logits, expected) <= LOGITS:
+                return compare_gradients(theirs, pairing, cause, idx, targets)
+    return compare_gradients(theirs, outputs[0][0], None, idx, targets) if outputs else None
+
+
+def logits_of(ours: GPT, idx: Tensor, cause: Cause | None) -> Tensor:
+    """Return the logits of ours, (B, T, V), with the change that `cause` names."""
+    return changed(ours, idx, **cause.how) if cause else ours(idx)[0]
+
+
+def compare_gradients(
+    theirs: Theirs, pairing: Pairing, cause: Cause | None, idx: Tensor, targets: Tensor
+) -> Comparison:
+    """Compare logits and gradients for idx and targets, int64 (B, T)."""
+    pairing.copy_weights()
+    theirs.zero_grad()
+    pairing.ours.zero_grad()
+    logits, loss = theirs(idx, targets)
+    loss.backward()
+    expected = logits_of(pairing.ours, idx, cause)
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    errors = {}
+    for name, gradient in pairing.gradients().items():
+        needed = pairing.ours.get_parameter(name).grad
+        difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm()
+        errors[name] = float(difference.nan_to_num(torch.inf))
+    worst = max(errors, key=errors.__getitem__)
+    return Comparison(pairing, cause, error(logits, expected), errors[worst], worst)
+
+
+@torch.no_grad()
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value; infinity for another shape or NaN."""
+    if actual.numel() != expected.numel():
+        return torch.inf
+    return float(((actual.view_as(expected) - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf))
+
+
+def first_difference(theirs: Theirs, pairing: Pairing, idx: Tensor) -> str:
+    """Return where the computations differ first, for idx, int64 (B, T), as the end of a sentence."""
+    ours = {name: pairing.ours.get_submodule(name) for name in pairing.modules}
+    seen, needed = capture(theirs, pairing.modules, idx), capture(pairing.ours, ours, idx)
+    points = [
+        (f"h.{layer}.{name}", is_input, f"layer {layer}", text)
+        for layer in range(pairing.ours.config.n_layer)
+        for name, is_input, text in POINTS
+    ]
+    points += [("ln_f", True, "the end", "ln_f's input"), ("ln_f", False, "the end", "ln_f's output")]
+    before = ""
+    for name, is_input, layer, text in points:
+        if (name, is_input) in seen.keys() & needed.keys():
+            if error(seen[name, is_input], needed[name, is_input]) > LOGITS:
+                return f"in {layer} {before}{text} differs"
+            before = f"{text} agrees and "
+    return "all layers agree and the logits differ"
+
+
+@torch.no_grad()
+def capture(network: nn.Module, modules: Mapping[str, nn.Module], idx: Tensor) -> dict[tuple[str, bool], Tensor]:
+    """Run `network` on idx, int64 (B, T); return the last input (True) and output (False) of each of `modules`."""
+    kept: dict[tuple[str, bool], Tensor] = {}
+
+    def keep(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        kept[name, True], kept[name, False] = inputs[0], next(tensors(output))
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_hook(partial(keep, name)))
+        network(idx)
+    return kept
