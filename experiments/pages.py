@@ -5,7 +5,9 @@ from pathlib import Path
 
 from pipeline import environment
 
-EVIDENCE, PERFORMANCE, RELIABILITY = (Path(f"docs/{name}.md") for name in ("evidence", "performance", "reliability"))
+CHECK, EVIDENCE, PERFORMANCE, RELIABILITY = (
+    Path(f"docs/{name}.md") for name in ("check", "evidence", "performance", "reliability")
+)
 
 
 def conditions() -> str:
