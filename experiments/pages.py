@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pipeline import environment
 
-CHECK, EVIDENCE, PERFORMANCE, RELIABILITY = (
-    Path(f"docs/{name}.md") for name in ("check", "evidence", "performance", "reliability")
+CHECK, EVIDENCE, PERFORMANCE, RELIABILITY, REPLICATION = (
+    Path(f"docs/{name}.md") for name in ("check", "evidence", "performance", "reliability", "replication")
 )
 
 

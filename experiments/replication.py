@@ -2,7 +2,7 @@
 
 In a checkout whose ladder has run, on a machine that does nothing else, twice, an hour or more apart:
 `PYTHONPATH=src:. python -m experiments.replication run xeon-amx-tiny --processes 10`.
-Then `PYTHONPATH=src:. python -m experiments.replication write` writes the tables and figures of docs/evidence.md.
+Then `PYTHONPATH=src:. python -m experiments.replication write` writes the tables and figures of docs/replication.md.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def figure(replication: Replication) -> alt.FacetChart:
 
 
 def write() -> None:
-    """Write the tables and figures of all files into docs/evidence.md."""
+    """Write the tables and figures of all files into docs/replication.md."""
     parts = []
     for path in sorted(FOLDER.glob("*.json")):
         replication = Replication.model_validate(json.loads(path.read_text()))
@@ -225,7 +225,7 @@ def write() -> None:
         )
         parts += [table(replication), f"![gains of each process](replication/{path.stem}.svg)"]
         files.write(PICTURES / f"{path.stem}.svg", charts.svg(figure(replication)))
-    pages.put(pages.EVIDENCE, "replication", "\n\n".join(parts))
+    pages.put(pages.REPLICATION, "replication", "\n\n".join(parts))
 
 
 def main() -> None:
