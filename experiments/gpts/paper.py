@@ -129,6 +129,6 @@ class GPT2(nn.Module):
         logits = F.linear(x, self.token_embedding.weight)
         if targets is None:
             return logits
-        log_probabilities = torch.log_softmax(logits, dim=-1)
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
         chosen = log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return -chosen.mean(), logits
