@@ -377,13 +377,14 @@ def write() -> None:
     def read(what: str) -> dict[str, Any]:
         return {size: json.loads(path.read_text()) for size in SIZES if (path := errors_file(what, size)).exists()}
 
-    found = read("faults")
-    columns = list(itertools.product(found, PRECISIONS))
-    rows = [["fault", *(f"{size}, {precision}" for size, precision in columns)]]
-    for fault in FAULTS:
-        cells = (cell(checked(found[size][precision][fault.name]), limits(precision)) for size, precision in columns)
-        rows.append([fault.name, *(cells if fault.recipe == CONSTANT else [TEST] * len(columns))])
-    pages.put(pages.EVIDENCE, "power", tables.markdown_table(rows, len(rows[0])))
+    parts = []
+    for size, found in read("faults").items():
+        rows = [["fault", *PRECISIONS]]
+        for fault in FAULTS:
+            cells = [cell(checked(found[precision][fault.name]), limits(precision)) for precision in PRECISIONS]
+            rows.append([fault.name, *(cells if fault.recipe == CONSTANT else [TEST] * len(PRECISIONS))])
+        parts += [f"`model: {size}`:", tables.markdown_table(rows, len(rows[0]))]
+    pages.put(pages.EVIDENCE, "power", "\n\n".join(parts))
     rows = [["model", "level", "precision", "runs", *KEYS.values(), "false alarms"]]
     for what in ("right", "right-fp32"):
         for size, name, runs in ((size, *item) for size, levels in read(what).items() for item in levels.items()):
