@@ -67,7 +67,7 @@ def test_cuda_graphs_are_not_measured_if_the_benchmark_splits_its_batches(two_tr
 
 def test_a_level_that_rounds_as_the_level_before_must_agree_with_it_more_closely(two_trained):
     """Here `fused` follows `bf16`, and is nearer to fp32 than a right bf16 may be."""
-    curves = {"bf16": "10.901 9.901", "fused": "10.901 9.9004"}
+    curves = {"bf16": "10.901 9.901", "fused": "10.901 9.8990"}
     for name, curve in curves.items():
         write_json(metrics_of(name), {**json.loads(metrics_of("bf16").read_text()), "status": "trained"})
         rows = [f"{step},{loss},1.0" for step, loss in enumerate(curve.split())]
@@ -75,7 +75,7 @@ def test_a_level_that_rounds_as_the_level_before_must_agree_with_it_more_closely
     parity.main()  # another precision, compiled, another vocabulary: compared with fp32 only
     settings = params_yaml.load()
     settings.levels["bf16"] = settings.levels["fused"].model_copy(update={"fused_adamw": False})
-    with pytest.raises(UserError, match=r"level 'fused' has a loss of 9\.90040, level 'bf16' has 9\.90100"):
+    with pytest.raises(UserError, match=r"level 'fused' has a loss of 9\.89900, level 'bf16' has 9\.90100"):
         parity.main()
 
 
