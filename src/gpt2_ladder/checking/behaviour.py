@@ -66,7 +66,8 @@ def check_parameters(network: nn.Module, config: GPTConfig) -> Finding:
         expected = sum(each.numel() for each in GPT(config, seed=None).parameters())
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     count = sum(each.numel() for each in network.parameters())
-    rows = max((each.size(0) for each in network.parameters() if each.dim() == 2 and each.size(1) == C), default=V)
+    sizes = [each.size(0) for each in network.parameters() if each.dim() == 2 and each.size(1) == C]
+    rows = min(sizes, key=lambda size: abs(size - V), default=V)  # of the vocabulary
     terms = {  # the parameters that each adds, and whether it still is a GPT-2
         f"the vocabulary is padded to {rows:,}": ((rows - V) * C, True),
         "the head is not tied to the embedding": (rows * C, True),
