@@ -216,7 +216,7 @@ def compare_gradients(
     errors = {}
     for name, gradient in pairing.gradients().items():
         needed = pairing.ours.get_parameter(name).grad
-        difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm()
+        difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm().clamp(min=1e-30)
         errors[name] = float(difference.nan_to_num(torch.inf))
     worst = max(errors, key=errors.__getitem__)
     return Comparison(pairing, cause, error(logits, expected), errors[worst], worst)
