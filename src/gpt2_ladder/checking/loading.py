@@ -164,8 +164,11 @@ class Theirs(nn.Module):
         return logits, loss
 
     def outputs(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the logits, (B, T, V), and the network's own loss, or None if it returns none."""
-        named = {self.target_name: targets} if self.target_name and targets is not None else {}
+        """Return the logits, (B, T, V), and the network's own loss, or None if it returns none.
+
+        It always gets targets, because without them nanoGPT's returns only the last position, and some fail.
+        """
+        named = {self.target_name: idx if targets is None else targets} if self.target_name else {}
         outputs = [*tensors(self.network(idx, **named))]
         shapes = [*idx.shape], [idx.numel()]  # some return (B * T, V)
         logits = next((each for each in outputs if [*each.shape[:-1]] in shapes and each.dim() > 1), None)
