@@ -129,9 +129,9 @@ def check_curve(arms: Sequence[turns.Arm], pairing: Pairing, params: Params, dev
 
 
 def batches(ours: GPT, count: int) -> list[loop.Batch]:
-    """Return `count` batches of random ids below 256, always the same."""
+    """Return `count` batches of random ids, at most 256 different ones, always the same."""
     generator, length = torch.Generator().manual_seed(0), min(T, ours.config.n_positions)
-    ids = torch.randint(256, (count, B, length + 1), generator=generator)
+    ids = torch.randint(min(256, ours.config.vocab_size), (count, B, length + 1), generator=generator)
     return [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in ids]
 
 
