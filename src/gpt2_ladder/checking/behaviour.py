@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ladder.checking.equal import blocks, capture, error
 from gpt2_ladder.checking.loading import Theirs
-from gpt2_ladder.config import GPTConfig
+from gpt2_ladder.config import GPTConfig, UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import loop
 
@@ -151,6 +151,10 @@ def check_behaviour(theirs: Theirs, ours: GPT, seed: int, learning_rate: float) 
         with torch.autocast("cpu", torch.bfloat16):
             rounded, rounded_loss = theirs.outputs(x, y)
         rounding = error(rounded.float(), theirs(x)[0])
+    if not logits.isfinite().all():
+        raise UserError(
+            "forward returns NaN or infinity: is a softmax over the wrong dimension, or are all its scores -inf?"
+        )
     yield check_loss(theirs, logits, loss, y)
     losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
     text = f"{losses.mean():.3f} with a deviation of {losses.std():.3f}; ln V is {math.log(V):.3f}"
