@@ -145,8 +145,8 @@ CAUSES = [
     Cause("Your attention has no residual connection", {"attn_residual": 0.0}),
     Cause("Your MLP has no residual connection", {"mlp_residual": 0.0}),
     *(
-        Cause(f"Your LayerNorm's eps is {eps:g} instead of 1e-05", {"norm": partial(_layer_norm, eps=eps)})
-        for eps in (1e-12, 1e-8, 1e-6, 1e-3)
+        Cause(f"Your LayerNorm's eps is {name} instead of 1e-05", {"norm": partial(_layer_norm, eps=eps)})
+        for name, eps in (("1e-12 to 1e-08", 1e-12), ("1e-06", 1e-6), ("0.001", 1e-3))
     ),
     Cause("Your LayerNorm does not subtract the mean", {"norm": partial(_layer_norm, mean=False)}),
     Cause(
