@@ -95,20 +95,22 @@ def layers(modules: Iterable[nn.Module]) -> tuple[list[nn.Module], list[nn.Modul
     return matrices, [module for parameter, module in first.items() if parameter.dim() == 1]
 
 
-def outer_layers(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the layers outside the blocks."""
+def outer_layers(network: nn.Module, n_positions: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the layers outside the blocks: of the matrices first that of the ids, then of the positions, the head."""
     inside = {*(blocks(network) or nn.ModuleList()).modules()}
-    return layers(each for each in network.modules() if each not in inside)
+    modules = sorted(network.modules(), key=lambda each: isinstance(each, nn.Linear) - isinstance(each, nn.Embedding))
+    matrices, norms = layers(each for each in modules if each not in inside)
+    return sorted(matrices, key=lambda each: (isinstance(each, nn.Linear), len(weight(each)) == n_positions)), norms
 
 
-def build_ours(network: nn.Module, n_head: int) -> GPT | None:
+def build_ours(network: nn.Module, config: GPTConfig) -> GPT | None:
     """Return a GPT of the size of `network`, without weights, or None if `network` does not look like a GPT-2.
 
-    `n_head` is used unless a module of `network` has a number of heads.
+    `config` is what was asked for; a number of heads in a module of `network` goes first.
     """
     known = [vars(module).get(name) for module in network.modules() for name in NAMES["n_head"]]
-    n_head = next((number for number in known if isinstance(number, int)), n_head)
-    stack, shapes = blocks(network), [weight(each).shape for each in outer_layers(network)[0]]
+    n_head = next((number for number in known if isinstance(number, int)), config.n_head)
+    stack, shapes = blocks(network), [weight(each).shape for each in outer_layers(network, config.n_positions)[0]]
     if stack is None or len(shapes) not in (2, 3) or shapes[0][1] % n_head or len({C for _, C in shapes}) > 1:
         return None
     sizes = {"n_layer": len(stack), "n_embd": shapes[0][1], "n_positions": shapes[1][0], "vocab_size": shapes[0][0]}
@@ -121,7 +123,7 @@ def pairings(network: nn.Module, ours: GPT) -> Iterator[Pairing]:
     Three square matrices before the last one are tried as q, k and v in every order.
     """
     for order in permutations(range(3)):
-        matrices, norms = outer_layers(network)
+        matrices, norms = outer_layers(network, ours.config.n_positions)
         places = dict(zip(("wte", "wpe", "lm_head"), [[each] for each in matrices], strict=False))
         places |= {"ln_f": norms[-1:]}
         turned = False

@@ -59,7 +59,7 @@ def check(
         findings.append(check_parameters(loading.build(factory, full, options), full))
     torch.manual_seed(params.seed)
     theirs = Theirs(loading.build(factory, small, options))
-    ours = equal.build_ours(theirs.network, small.n_head)
+    ours = equal.build_ours(theirs.network, small)
     initial = GPT(ours.config if ours else small, params.seed)
     findings += check_behaviour(theirs, initial, params.seed, params.size.learning_rate)
     finding, pairing = check_function(theirs.eval(), ours, params.seed)
