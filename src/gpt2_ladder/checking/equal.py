@@ -178,15 +178,20 @@ class Comparison:
         return self.logits <= LOGITS
 
 
+def sharpen(ours: GPT) -> None:
+    """Fill `ours` with weights that every known cause shows with: step_check's, with a larger c_fc."""
+    step_check.sharpen(ours)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("c_fc.weight"):  # so large that GELU's formulas differ
+            parameter.data /= step_check.STD * ours.config.n_embd**0.5
+
+
 def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparison | None:
     """Compare both with sharp weights in float32 on idx and targets, int64 (B, T). None: weights cannot be copied.
 
     If the logits differ, look for a cause that makes ours equal to theirs.
     """
-    step_check.sharpen(ours)
-    for name, parameter in ours.named_parameters():
-        if name.endswith("c_fc.weight"):  # so large that GELU's formulas differ
-            parameter.data /= step_check.STD * ours.config.n_embd**0.5
+    sharpen(ours)
     outputs = []
     for pairing in pairings(theirs.network, ours):
         pairing.copy_weights()
