@@ -120,7 +120,7 @@ def find_config(factory: Any, config: GPTConfig, options: Mapping[str, Any]) -> 
         return None, {each.name: each.default for each in arguments}
     else:
         annotation = required[0].annotation
-        for own in (names.get(annotation, annotation), *names.values()):
+        for own in (names.get(str(annotation).strip("'\""), annotation), *names.values()):
             if isclass(own) and is_dataclass(own):
                 needed = [each.name for each in fields(own) if each.default is each.default_factory is UNSET]
                 sizes = {name: getattr(config, OURS[name]) for name in needed if name in OURS}
