@@ -67,9 +67,9 @@ def define(path: Path) -> ModuleType:
         except (Exception, SystemExit) as error:
             names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
             names += [each.asname or each.name for each in ast.walk(node) if isinstance(each, ast.alias)]
-            reason = str(error) if isinstance(error, UserError) else explain(error, f"{path}:")
+            reason = f"line {node.lineno}: {error}" if isinstance(error, UserError) else explain(error, f"{path}:")
             for name in (*names, getattr(node, "name", "")):
-                missing.setdefault(name, f"line {node.lineno}: {reason}")
+                missing.setdefault(name, reason)
     return module
 
 
