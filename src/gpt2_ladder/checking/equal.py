@@ -261,11 +261,13 @@ def capture(network: nn.Module, modules: Mapping[str, nn.Module], idx: Tensor) -
     """Run `network` on idx, int64 (B, T); return the last input (True) and output (False) of each of `modules`."""
     kept: dict[tuple[str, bool], Tensor] = {}
 
-    def keep(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        kept[name, True], kept[name, False] = inputs[0], next(tensors(output))
+    def keep(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        for is_input, values in ((True, (*inputs, named)), (False, output)):
+            for each in [*tensors(values)][:1]:
+                kept[name, is_input] = each
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(module.register_forward_hook(partial(keep, name)))
+            stack.enter_context(module.register_forward_hook(partial(keep, name), with_kwargs=True))
         network(idx)
     return kept
