@@ -57,7 +57,7 @@ def define(path: Path) -> ModuleType:
     missing: dict[str, str] = {}
     vars(module).update({"__file__": str(path), MISSING: missing})
     sys.path.insert(0, str(path.resolve().parent))
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(), str(path)).body:
         calls = any(isinstance(each, ast.Call) for each in ast.walk(node))
         try:
             if not isinstance(node, KEPT) and not (isinstance(node, ast.Assign | ast.AnnAssign) and not calls):
