@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -119,6 +120,18 @@ def serve() -> Iterator[Callable[..., str]]:
     with ExitStack() as servers:
         yield start
         start.resume.set()
+
+
+@pytest.fixture
+def write_gpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """A function that writes a source to my_gpt.py and returns its path; loading it changes sys.path, for this test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write(source: str) -> str:
+        (tmp_path / "my_gpt.py").write_text(source)
+        return str(tmp_path / "my_gpt.py")
+
+    return write
 
 
 @pytest.fixture
