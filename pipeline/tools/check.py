@@ -4,7 +4,11 @@ python -m pipeline.tools.check my_gpt.py:GPT                 the class GPT of yo
 python -m pipeline.tools.check transformers:GPT2LMHeadModel  a class of an installed module
 
 Your file's code runs in a process of its own, with a limit of time and memory, but with all your rights: check only
-files that you trust. Only its imports, classes, functions and plain constants are executed.
+files that you trust. Only its imports, classes, functions and constants without calls are executed, but a module that
+it imports runs whole.
+
+The page is mine/report.html. The exit code is 0 for GPT-2 and its variants, 1 for a fault or an error, and 2 if the
+command cannot tell.
 """
 
 import argparse
@@ -33,6 +37,10 @@ from pipeline.environment import describe
 FOLDER = Path("mine")
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep the lines of the description, and show every option's default."""
+
+
 def main(*arguments: str) -> None:
     params = params_yaml.load()
     args = parse(arguments, params)
@@ -50,17 +58,17 @@ def main(*arguments: str) -> None:
 
 
 def parse(arguments: Sequence[str], params: Params) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m pipeline.tools.check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m pipeline.tools.check", description=__doc__, formatter_class=Help)
     parser.add_argument("network", help="FILE:CLASS or MODULE:CLASS, or a function that returns the network")
-    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="values for its config")
-    parser.add_argument("--size", default="tiny", choices=params.models, help="the size to build, by default tiny")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the race, by default fp32")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="values for its config, such as dropout=0.1"
+    )
+    parser.add_argument("--size", default="tiny", choices=params.models, help="build it at this size of params.yaml")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of the race")
     parser.add_argument("--compile", action="store_true", help="compile both networks for the race")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of the race, by default 12; 0: no race")
-    parser.add_argument("--seconds", type=int, default=300, help="stop after this time, by default 300")
-    parser.add_argument("--memory", type=int, default=8, help="the most memory in GiB, by default 8")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of the race; 0: no race")
+    parser.add_argument("--seconds", type=int, default=300, help="stop after this time")
+    parser.add_argument("--memory", type=int, default=8, help="stop if it needs more memory, in GiB")
     args = parser.parse_args(arguments)
     for pair in args.config:
         if not pair.partition("=")[2]:
@@ -110,8 +118,11 @@ def _work(sender: Connection, args: argparse.Namespace, params: Params) -> None:
     except UserError as error:
         sender.send(str(error))
     except Exception as error:
-        fix = "raise --memory" if devices.is_out_of_memory(error) else "--config key=value sets what its config lacks"
-        sender.send(f"{loading.explain(error, args.network)}; {fix}")
+        lacks = (
+            "; --config key=value sets what its config lacks" if isinstance(error, AttributeError | TypeError) else ""
+        )
+        fix = "; raise --memory" if devices.is_out_of_memory(error) else lacks
+        sender.send(f"{loading.explain(error, args.network)}{fix}")
 
 
 if __name__ == "__main__":

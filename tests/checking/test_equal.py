@@ -41,6 +41,7 @@ def assert_same(comparison: equal.Comparison, theirs: Theirs) -> None:
 @pytest.mark.parametrize("name", own_gpts.CLASSES)
 def test_with_our_weights_every_right_network_computes_what_ours_does(name, sizes, write_gpt):
     theirs = own_gpts.build(write_gpt, name, tiny(**sizes))
+    theirs(IDS, TARGETS)[1].backward()  # earlier gradients do not count
     comparison = compare(theirs, **sizes)
     assert_same(comparison, theirs)
     assert comparison.pairing.ours.config == tiny(**sizes, tie_weights=name != "mingpt")
@@ -113,10 +114,11 @@ def test_a_tied_head_that_is_registered_first_is_the_embedding(write_gpt):
     assert_same(compare(theirs), theirs)
 
 
-def test_the_number_of_heads_is_that_of_a_module_or_the_one_asked_for(write_gpt):
-    for name, found in (("paper", 4), ("video", 4), ("hub", 4)):
+def test_the_number_of_heads_is_the_one_asked_for_or_that_of_a_network_of_another_width(write_gpt):
+    for name in ("paper", "video", "hub"):
         network = own_gpts.build(write_gpt, name, tiny(n_head=4)).network
-        assert equal.build_ours(network, tiny(n_head=2)).config.n_head == found, name
+        assert equal.build_ours(network, tiny(n_head=2)).config.n_head == 2, name
+        assert equal.build_ours(network, tiny(n_head=2, n_embd=32)).config.n_head == 4, name
     assert equal.build_ours(GPT(tiny(n_head=4)).wte, tiny()) is None
     network = nn.ModuleDict(
         {"wte": nn.Embedding(97, 16), "wpe": nn.Embedding(32, 16), "h": nn.ModuleList([nn.Linear(1, 1)])}

@@ -81,6 +81,9 @@ def test_a_script_behind_an_if_and_a_call_without_a_name_are_not_executed(write_
 def test_an_import_that_fails_is_reported_only_if_the_class_needs_it(write_gpt):
     path = write_gpt(f"import torch\nimport missing_one\nfrom missing_two import reader{DEFAULTS}{NETWORK}")
     assert build(path).sizes.d_model == 16
+    annotated = "\ndef read(x: missing_one.Reader) -> missing_two.Text:\n    return Net(x)\n"
+    path = write_gpt(f"import missing_one{DEFAULTS}{NETWORK}{annotated}")
+    assert loading.load(f"{path}:read")(3).sizes == 3
     base = "\nclass Bad(missing_one.Base):\n    pass\n"
     reason = refused(write_gpt(f"import missing_one{DEFAULTS}{base}"), "Bad")
     line = DEFAULTS.count("\n") + 2
@@ -125,6 +128,32 @@ def test_the_config_is_a_dataclass_with_or_without_defaults(write_gpt):
     assert vars(build(path, dropout=0.5, vocab_size=7).sizes) == {"n_embd": 16, "vocab_size": 7, "dropout": 0.5}
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'dropout'"):
         build(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "class Sizes:\n    n_embd, vocab_size = 5, 7\n",
+        "class Sizes:\n    def __init__(self, n_embd, vocab_size=7):\n"
+        "        self.n_embd, self.vocab_size = n_embd, vocab_size\n",
+        "class Train:\n    n_embd = 5\n",  # one size only: not the config, so every name of a size is given
+        "from pydantic import BaseModel\nclass Sizes(BaseModel):\n    n_embd: int\n    vocab_size: int = 7\n",
+    ],
+)
+def test_the_config_may_be_any_object_with_the_sizes(config, write_gpt):
+    sizes = build(write_gpt(f"from torch import nn\n{config}{NETWORK}")).sizes
+    assert (sizes.n_embd, sizes.vocab_size) == (16, 97)
+
+
+def test_a_config_that_is_the_default_of_the_only_argument_is_changed(write_gpt):
+    network = NETWORK.replace("sizes)", "sizes=Sizes())")
+    assert network != NETWORK
+    assert build(write_gpt(f"{DEFAULTS}{network}")).sizes.d_model == 16
+
+
+def test_a_constant_may_ask_for_the_device(write_gpt):
+    device = "import torch\ndevice = 'cuda' if torch.cuda.is_available() else 'cpu'\n"
+    assert build(write_gpt(f"{device}{DEFAULTS}{NETWORK}        device\n")).sizes.d_model == 16
 
 
 def test_the_annotated_dataclass_is_taken_and_not_the_first(write_gpt):
@@ -182,9 +211,6 @@ def test_what_cannot_be_loaded_is_explained_in_one_line(write_gpt, tmp_path):
     assert refused(path, nothing=1) == "--config nothing: Net only has betas, d_model, vocab_size"
     assert refused(path, "GPT") == f"{path} has no class or function GPT"
     assert refused(path, "three") == "three returns int, not a torch.nn.Module"
-    assert refused(write_gpt(f"from torch import nn{NETWORK}")) == (
-        "sizes: the file has neither a dataclass nor a dictionary with sizes"
-    )
     for name in (path, "my_gpt.py:", ":GPT", "my_gpt.py:GPT()", "GPT"):
         with pytest.raises(UserError, match=r"give a file or module and its class, such as my_gpt\.py:GPT"):
             loading.load(name)

@@ -140,6 +140,16 @@ def test_an_embedding_with_a_head_is_not_gpt2_and_its_function_cannot_be_told(ch
     assert "(parameters): -85,6" in report.sentence
 
 
+def test_a_network_with_another_matrix_in_its_blocks_is_not_compared(check):
+    changes = {
+        "self.activation = GELU()\n": "self.activation = GELU()\n        self.gate = nn.Linear(width, 4 * width)\n",
+        "self.activation(self.expand(x))": "self.activation(self.expand(x)) * self.gate(x)",
+    }
+    report = check("paper", own_gpts.replaced("paper", changes))
+    assert (report.code, report.findings[-1].verdict) == (1, UNKNOWN)
+    assert "(parameters): +28,348,416 parameters are not explained" in report.sentence
+
+
 def test_what_forward_cannot_take_is_an_error(check):
     with pytest.raises(UserError, match=r"forward returns \(4, 32, 64\), \(\) for ids|forward returns no tensor"):
         check("video", own_gpts.replaced("video", {"return logits, loss": "return None"}))
@@ -161,7 +171,7 @@ DROPOUT = Finding("dropout", VARIANT, "on in train mode")
         ([RIGHT, DROPOUT], "2x", 0, "Your network is GPT-2, and its step is 2x."),
         ([MORE, RIGHT], "2x", 0, "Your network is GPT-2, but the vocabulary is padded, and its step is 2x."),
         ([ROWS, CAUSE], "2x", 1, "Your attention is not scaled: in layer 0."),
-        ([ROWS, MORE, RIGHT], "2x", 1, "Your network has a fault (rows): 1e-2."),
+        ([ROWS, MORE, RIGHT], "2x", 1, "Your network computes GPT-2, but has a fault (rows): 1e-2."),
         ([ROWS, DIFFERENT], "", 1, "Your network is not GPT-2 (rows): 1e-2."),
         ([DIFFERENT], "", 1, "Your network is not GPT-2 (function): in layer 0 all differs."),
         ([ROWS, UNMATCHED], "", 1, "Your network has a fault (rows): 1e-2."),

@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def test_what_cannot_be_loaded_built_or_called_is_one_line(refused):
     source = FILE.format(arguments="", first="return self.wte(idx).sum()")
     assert refused(source).endswith("forward returns () for ids (4, 32); logits are (B, T, V)")
     source = FILE.format(arguments="", first='raise ValueError("two\\nlines")')
-    assert "ValueError in line 13: two lines; " in refused(source)
+    assert "ValueError in line 13: two lines" in refused(source)
     assert refused(source, "--config", "heads=3") == ("my_gpt.py:GPT: --config heads: GPT only has n_embd, vocab_size")
 
 
@@ -139,8 +140,9 @@ def test_a_network_that_hangs_is_killed(refused, folder):
         "my_gpt.py:GPT: no result after 8 s; if it does not hang, raise --seconds"
     )
     pid, deadline = int((folder / "pid").read_text()), time.monotonic() + 5
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def check_parameters(network: nn.Module, config: GPTConfig) -> Finding:
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     count = sum(each.numel() for each in network.parameters())
     sizes = [each.size(0) for each in network.parameters() if each.dim() == 2 and each.size(1) == C]
+    if not sizes:
+        return Finding("parameters", UNKNOWN, f"{count:,}; its width cannot be set to GPT-2's {C}")
     rows = min(sizes, key=lambda size: abs(size - V), default=V)  # of the vocabulary
     terms = {  # the parameters that each adds, and whether it still is a GPT-2
         f"the vocabulary is padded to {rows:,}": ((rows - V) * C, True),
@@ -84,15 +86,17 @@ def check_parameters(network: nn.Module, config: GPTConfig) -> Finding:
     for size in range(5):
         for names in combinations(terms, size):
             if sum(terms[name][0] for name in names) == count - expected:
-                verdict = (VARIANT if all(terms[name][1] for name in names) else FAIL) if names else PASS
-                return Finding("parameters", verdict, text, ", ".join(names))
+                faults = [name for name in names if not terms[name][1]]
+                verdict = FAIL if faults else VARIANT if names else PASS
+                return Finding("parameters", verdict, text, ", ".join(faults or names))
     return Finding("parameters", FAIL, text, f"{count - expected:+,} parameters are not explained")
 
 
 def check_loss(theirs: Theirs, logits: Tensor, loss: Tensor | None, targets: Tensor) -> Finding:
     """Find out how a network counts its loss; set theirs.own_loss if it is the cross-entropy with `targets`."""
     if loss is None:
-        return Finding("loss", PASS, "forward returns none, so we compute the cross-entropy of its logits")
+        why = "forward takes no targets" if theirs.target_name is None else "forward returns none"
+        return Finding("loss", UNKNOWN, f"{why}: the cross-entropy of its logits is used")
     V, usual = logits.size(-1), int(theirs.target_name == "labels")  # transformers shifts labels by one
 
     def cross_entropy(shift: int = usual, **how: Any) -> Tensor:
@@ -101,12 +105,16 @@ def check_loss(theirs: Theirs, logits: Tensor, loss: Tensor | None, targets: Ten
     known = {
         "": cross_entropy(),
         "the targets are shifted by one more token": cross_entropy(usual + 1),
-        "the labels are not shifted": cross_entropy(0),
         "targets with id 0 are ignored": cross_entropy(ignore_index=0),
         f"targets with id {V - 1} are ignored": cross_entropy(ignore_index=V - 1),
         "it is the sum, not the mean": cross_entropy(reduction="sum"),
     }
     text = f"{float(loss):.5f}, the cross-entropy of its logits and targets is {float(known['']):.5f}"
+    if usual and abs(float(loss) / float(cross_entropy(0)) - 1) <= 1e-5:
+        theirs.own_loss = True
+        return Finding(
+            "loss", VARIANT, f"{float(loss):.5f}", "its labels must be the next tokens, as it does not shift them"
+        )
     for reason, value in known.items():
         if abs(float(loss) / float(value) - 1) <= 1e-5:
             theirs.own_loss = not reason and not usual
@@ -128,7 +136,11 @@ def check_stream(theirs: Theirs, ours: GPT, idx: Tensor) -> Finding:
         sizes.append((float(first.std()), float((last - first).std())))
     (start, added), (our_start, our_added) = sizes
     text = f"standard deviation {start:.3f}, and the blocks add {added:.3f}; GPT-2: {our_start:.3f} and {our_added:.3f}"
-    return Finding(STREAM, PASS if 0.7 < added / our_added < 1.4 else FAIL, text)
+    if 0.7 < added / our_added < 1.4:
+        return Finding(STREAM, PASS, text)
+    far = not 0.5 < start / our_start < 2
+    what = "embeddings do not have a standard deviation of 0.02" if far else "blocks' outputs are not scaled as GPT-2's"
+    return Finding(STREAM, FAIL, text, f"its initial {what}")
 
 
 def check_behaviour(theirs: Theirs, ours: GPT, seed: int, learning_rate: float) -> Iterator[Finding]:
@@ -138,7 +150,7 @@ def check_behaviour(theirs: Theirs, ours: GPT, seed: int, learning_rate: float) 
     """
     V, T = ours.config.vocab_size, min(32, ours.config.n_positions)
     x, y = torch.randint(V, (2, 4, T), generator=torch.Generator().manual_seed(seed))
-    y[:, 1], y[:, 2] = 0, V - 1  # ids that could be ignored
+    y[:, 1::4], y[:, 2::4] = 0, V - 1  # ids that could be ignored
     later, others = x.clone(), x.clone()
     later[:, T // 2 :], others[::3] = (x[:, T // 2 :] + 1) % V, (x[::3] + 1) % V  # rows 0 and 3
     with torch.no_grad():

@@ -7,11 +7,11 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING as UNSET
-from dataclasses import fields, is_dataclass, replace
+from contextlib import suppress
+from dataclasses import is_dataclass, replace
 from inspect import Parameter, isclass, signature
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,13 +22,14 @@ from gpt2_ladder.config import GPTConfig, UserError
 Factory = Callable[..., Any]
 NAMES = {  # of the sizes in people's configs, by our name
     "n_layer": ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "depth", "layers"),
-    "n_head": ("n_head", "n_heads", "num_heads", "num_attention_heads", "heads"),
+    "n_head": ("n_head", "n_heads", "num_heads", "num_attention_heads", "heads", "nhead"),
     "n_embd": ("n_embd", "d_model", "emb_dim", "embed_dim", "hidden_size", "width", "dim"),
-    "n_positions": ("n_positions", "block_size", "context_length", "max_seq_len", "n_ctx", "context"),
+    "n_positions": ("n_positions", "block_size", "context_length", "max_seq_len", "max_len", "n_ctx", "context"),
     "vocab_size": ("vocab_size", "vocabulary_size", "n_vocab", "vocabulary", "vocab"),
 }
 OURS = {theirs: ours for ours, names in NAMES.items() for theirs in names}
-TARGETS = ("targets", "labels", "target", "y")
+TARGETS = ("targets", "labels", "target", "tgt", "y")
+HARMLESS = {"torch.cuda.is_available", "torch.device", "len", "int", "str"}  # calls that a constant may have
 KEPT = ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef
 MISSING = "_missing"  # of the module of a checked file
 
@@ -58,7 +59,7 @@ def define(path: Path) -> ModuleType:
     vars(module).update({"__file__": str(path), MISSING: missing})
     sys.path.insert(0, str(path.resolve().parent))
     for node in ast.parse(path.read_text(), str(path)).body:
-        calls = any(isinstance(each, ast.Call) for each in ast.walk(node))
+        calls = {ast.unparse(each.func) for each in ast.walk(node) if isinstance(each, ast.Call)} - HARMLESS
         try:
             if not isinstance(node, KEPT) and not (isinstance(node, ast.Assign | ast.AnnAssign) and not calls):
                 raise UserError("only imports, classes, functions and constants are executed")
@@ -109,7 +110,7 @@ def build(factory: Factory, config: GPTConfig, options: Mapping[str, Any]) -> nn
 def find_config(factory: Any, config: GPTConfig, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the config that `factory` takes and its settings by name, or None and the arguments of `factory`."""
     arguments = [each for each in signature(factory).parameters.values() if each.kind != Parameter.VAR_KEYWORD]
-    required = [each for each in arguments if each.default is Parameter.empty]
+    required = [each for each in arguments if each.default is Parameter.empty] or arguments
     names = vars(sys.modules[factory.__module__])
     if hasattr(factory, "get_default_config"):  # minGPT's, whose model_type excludes sizes
         own = factory.get_default_config()
@@ -119,20 +120,28 @@ def find_config(factory: Any, config: GPTConfig, options: Mapping[str, Any]) -> 
     elif len(required) != 1 or required[0].name in OURS:
         return None, {each.name: each.default for each in arguments}
     else:
-        annotation = required[0].annotation
-        for own in (names.get(str(annotation).strip("'\""), annotation), *names.values()):
-            if isclass(own) and is_dataclass(own):
-                needed = [each.name for each in fields(own) if each.default is each.default_factory is UNSET]
-                sizes = {name: getattr(config, OURS[name]) for name in needed if name in OURS}
-                own = own(**sizes | {name: options[name] for name in needed if name in options})
-                break
-            if isinstance(own, dict) and OURS.keys() & own.keys():
-                break
-        else:
-            raise UserError(f"{required[0]}: the file has neither a dataclass nor a dictionary with sizes")
+        taken = required[0]
+        named = taken.annotation if isclass(taken.annotation) else names.get(str(taken.annotation).strip("'\""))
+        found = [own for kind in (named, *names.values()) if (own := _instance(kind, config, options)) is not None]
+        everything = SimpleNamespace(**{name: getattr(config, OURS[name]) for name in OURS} | dict(options))
+        own = (found + ([] if taken.default in (Parameter.empty, None) else [taken.default]) + [everything])[0]
     if isinstance(own, dict):
-        return dict(own), own
+        return own, own
     return own, {name: getattr(own, name) for name in (*vars(own), *OURS) if hasattr(own, name)}
+
+
+def _instance(kind: Any, config: GPTConfig, options: Mapping[str, Any]) -> Any:
+    """Return the config that `kind` is, a dictionary, or that it makes, a class; None if it has no sizes."""
+    if isinstance(kind, dict):
+        return dict(kind) if len(OURS.keys() & kind.keys()) > 1 else None
+    known: Mapping[str, Parameter] = {}
+    with suppress(TypeError, ValueError):  # some classes have no signature
+        known = signature(kind).parameters
+    if not isclass(kind) or issubclass(kind, nn.Module) or len(OURS.keys() & {*known, *vars(kind)}) < 2:
+        return None
+    needed = [name for name, each in known.items() if each.default is Parameter.empty]
+    sizes = {name: getattr(config, OURS[name]) for name in needed if name in OURS}
+    return kind(**sizes | {name: value for name, value in options.items() if name in known})
 
 
 def _changed(config: Any, values: Mapping[str, Any]) -> Any:
@@ -170,6 +179,8 @@ class Theirs(nn.Module):
         """
         named = {self.target_name: idx if targets is None else targets} if self.target_name else {}
         outputs = [*tensors(self.network(idx, **named))]
+        if named and all(each.dim() == 0 for each in outputs):  # some return only the loss
+            outputs += tensors(self.network(idx))
         shapes = [*idx.shape], [idx.numel()]  # some return (B * T, V)
         logits = next((each for each in outputs if [*each.shape[:-1]] in shapes and each.dim() > 1), None)
         if logits is None:

@@ -9,6 +9,7 @@ import torch
 from gpt2_ladder.checking import equal, loading
 from gpt2_ladder.checking.behaviour import (
     FAIL,
+    STREAM,
     UNKNOWN,
     VARIANT,
     Finding,
@@ -18,13 +19,14 @@ from gpt2_ladder.checking.behaviour import (
 )
 from gpt2_ladder.checking.equal import Pairing
 from gpt2_ladder.checking.loading import Theirs
-from gpt2_ladder.config import Environment
+from gpt2_ladder.config import AdamW, Environment
 from gpt2_ladder.measuring import gains, turns
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import devices, loop, runtime
 
 B, T, SECONDS = 2, 256, 60  # of the race: rows and tokens of a batch, and the longest time after MINIMUM_ROUNDS
+SYMPTOMS = (STREAM, "loss at init", "overfit", "accumulation", "bfloat16")  # of other faults, or hard to understand
 OURS, YOURS, CONTROL = "ours", "yours", "ours again"
 
 
@@ -61,13 +63,15 @@ def check(
     theirs = Theirs(loading.build(factory, small, options))
     ours = equal.build_ours(theirs.network, small)
     initial = GPT(ours.config if ours else small, params.seed)
-    findings += check_behaviour(theirs, initial, params.seed, params.size.learning_rate)
+    fixed = initial.config.n_embd != small.n_embd  # the size cannot be set; probably it is GPT-2's
+    learning_rate = (params.models["gpt2"] if fixed else params.size).learning_rate
+    findings += check_behaviour(theirs, initial, params.seed, learning_rate)
     finding, pairing = check_function(theirs.eval(), ours, params.seed)
     findings.append(finding)
     speed = ""
     if rounds:
         device = devices.open_device(environment.device, environment.threads, params.seed, False)
-        arms = make_arms(theirs, initial, params, device, precision, compiled)
+        arms = make_arms(theirs, initial, learning_rate, params.optimizer, device, precision, compiled)
         if pairing:
             findings.append(check_curve(arms, pairing, params, device))
         speed = race(arms, params, device, rounds)
@@ -85,6 +89,14 @@ def check_function(theirs: Theirs, ours: GPT | None, seed: int) -> tuple[Finding
     if result is None:
         return unknown
     errors = f"logits within {result.logits:.0e}, gradients within {result.gradient:.0e} ({result.gradient_of})"
+    longest = torch.randint(
+        ours.config.vocab_size, (1, max(1, ours.config.n_positions - 1))
+    )  # one less: positions may start at 1
+    with torch.no_grad():
+        far = equal.error(theirs(longest)[0], equal.logits_of(ours, longest, result.cause))
+    if result.same_function and far > equal.LOGITS:
+        text = f"{errors} for {length} tokens, but logits differ by {far:.0e} for {longest.numel()}"
+        return Finding("function", FAIL, text), None
     if result.same_function and not result.cause:
         return judge("function", result.gradient <= equal.GRADIENT, errors), result.pairing
     where = equal.first_difference(theirs, result.pairing, ids[0])
@@ -93,12 +105,18 @@ def check_function(theirs: Theirs, ours: GPT | None, seed: int) -> tuple[Finding
             "function", FAIL, f"{where}; logits differ by {result.logits:.0e}; no known cause explains it"
         ), None
     verdict = VARIANT if result.cause.is_variant else FAIL
-    text = f"{where}; the same change of ours gives {errors}"
+    text = f"{where}; with this change, our network has equal {errors}"
     return Finding("function", verdict, text, result.cause.what), result.pairing
 
 
 def make_arms(
-    theirs: Theirs, ours: GPT, params: Params, device: torch.device, precision: str, compiled: bool
+    theirs: Theirs,
+    ours: GPT,
+    learning_rate: float,
+    adamw: AdamW,
+    device: torch.device,
+    precision: str,
+    compiled: bool,
 ) -> list[turns.Arm]:
     """Return an arm with their network and two with ours."""
     arms = []
@@ -106,7 +124,7 @@ def make_arms(
         model.to(device).train()
         if compiled:
             runtime.compile_model(model)
-        optimizer = loop.make_optimizer(cast(GPT, model), params.size.learning_rate, params.optimizer, fused=True)
+        optimizer = loop.make_optimizer(cast(GPT, model), learning_rate, adamw, fused=True)
         arms.append(turns.Arm(name, cast(GPT, model), optimizer, precision, B, runtime.make_scaler(precision, device)))
     return [*arms, replace(arms[0], name=CONTROL)]
 
@@ -149,12 +167,12 @@ def race(arms: Sequence[turns.Arm], params: Params, device: torch.device, rounds
 def conclude(name: str, findings: list[Finding], speed: str) -> Report:
     """Return the report, with the sentence that matters most on top."""
     function = next(each for each in findings if each.check == "function")
-    failed = [each for each in findings if each.verdict == FAIL]
+    failed = sorted((each for each in findings if each.verdict == FAIL), key=lambda each: each.check in SYMPTOMS)
     variants = [each.reason for each in findings if each.verdict == VARIANT and each.reason]
     if function.verdict == FAIL and function.reason:
         sentence = f"{function.reason}: {function.result}"
     elif failed:
-        what = "is not GPT-2" if function.verdict == FAIL else "has a fault"
+        what = {FAIL: "is not GPT-2", UNKNOWN: "has a fault"}.get(function.verdict, "computes GPT-2, but has a fault")
         sentence = f"Your network {what} ({failed[0].check}): {failed[0].reason or failed[0].result}"
     elif function.verdict == UNKNOWN:
         sentence = f"Cannot tell whether your network is GPT-2: {function.result}. The other checks found no fault"
