@@ -6,6 +6,7 @@
 # make plan       predict memory and least time          make pins       write requirements.txt
 # make sample     write text with the trial's network    make share      make a folder for the Hugging Face hub
 # make hellaswag  grade a network on HellaSwag           make write      train a network that writes, in ten minutes
+# make check-mine MINE=my_gpt.py:GPT   check whether your own network is GPT-2, and race it
 # make benchmark PROCESSES=5   measure the gains in five fresh processes, one after the other
 # make docs       write the numbers of machines/ into README.md and docs/
 # make quality    train the quality levels with 10 seeds, to see which losses differ by more than chance
@@ -28,10 +29,10 @@ INSTALLED_TORCH := $(wildcard .venv/lib/python3.*/site-packages/installed_torch.
 TORCH ?= $(if $(INSTALLED_TORCH),installed)
 # Recipes read these variables from the environment, exactly as typed: make would expand a $, the shell a quote.
 # Only OPTIONS is split into words by the shell.
-$(foreach name,$(filter CHANGE ROUNDS PROCESSES SEEDS MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
+$(foreach name,$(filter CHANGE MINE ROUNDS PROCESSES SEEDS MINUTES MEMORY MODEL LIMIT FOLDER PROMPT OPTIONS,$(.VARIABLES)), \
 	$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 
-.PHONY: repro try write announce benchmark quality show plots plan hellaswag sample share test test-fast test-gpu gpu check schema pins docs
+.PHONY: repro try write announce benchmark quality show plots plan hellaswag sample share check-mine test test-fast test-gpu gpu check schema pins docs
 
 repro: announce .venv/installed
 	dvc repro
@@ -112,6 +113,10 @@ hellaswag: .venv/installed
 # make share FOLDER=../my-gpt2. MODEL=folder shares another network, TRIM=1 removes the rows that pad the vocabulary
 share: .venv/installed
 	@PYTHONPATH=src python -m pipeline.tools.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error FOLDER is not set; run make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
+
+# make check-mine MINE=my_gpt.py:GPT OPTIONS="--precision bf16 --compile"; exits with 1 for a fault
+check-mine: .venv/installed
+	@PYTHONPATH=src python -m pipeline.tools.check "$(if $(MINE),,$(error MINE is not set; run make check-mine MINE=my_gpt.py:GPT))$$MINE" $(OPTIONS)
 
 # make sample PROMPT="Once upon a time" OPTIONS="--hub openai-community/gpt2 --length 50"
 sample: .venv/installed

@@ -38,7 +38,9 @@ NOT_RUN = {
     "python -m experiments.replication run xeon-amx-tiny --processes 10; python -m experiments.replication write; "
     "python -m experiments.replication run xeon-amx-gpt2 --processes 10 --levels fp32 bf16 flash fused; "
     "python -m experiments.power faults; python -m experiments.power right; python -m experiments.power right-fp32; "
-    "python -m experiments.power write",
+    "python -m experiments.power write; python -m experiments.checking",
+    "test_check.py runs its command": "make check-mine MINE=my_gpt.py:GPT; "
+    "python -m pipeline.tools.check transformers:GPT2LMHeadModel --precision bf16 --compile",
     "test_commands.py tests how make passes the number on": "make benchmark ROUNDS=100",
     "a column's title; the tests below it are part of the suite": "python -m pytest -n 0",
     "needs two machines; test_ranks.py starts two ranks on one": "torchrun --nnodes 2 --nproc-per-node 8 "

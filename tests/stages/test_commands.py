@@ -89,6 +89,7 @@ ODD = 'It costs $5, $(X) `ls`\n"it\'s" # \\'
         (["hellaswag", "MODEL=bob's net", "LIMIT=5 0"], "hellaswag][bob's net][--limit=5 0]"),
         (["hellaswag", "MODEL="], "hellaswag][]"),
         (["share", "FOLDER=../bob's gpt2", "MODEL=$x", "TRIM=1"], "share][--trim][../bob's gpt2][$x]"),
+        (["check-mine", f"MINE={ODD}.py:GPT", "OPTIONS=--size 'a b'"], f"check][{ODD}.py:GPT][--size][a b]"),
         (["benchmark", "ROUNDS=7 8"], "benchmark][--rounds][7 8]"),
         (["benchmark", "PROCESSES=3 4"], "benchmark][--rounds][6][--processes][3 4]"),
         (["benchmark"], "benchmark][--rounds][30]"),
