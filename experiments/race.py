@@ -1,12 +1,12 @@
 """Compare the time of a training step with transformers' GPT-2: `PYTHONPATH=src:. python experiments/race.py`.
 
 Every implementation has its own process, and they take steps in turn, at each of CELLS. The table is written into
-docs/performance.md. `--contestant module:function` adds an implementation: a function (cell) -> step, where step takes
-ids and targets, int64 (B, T) each, trains on them, from zero_grad to the optimizer's step, and returns the loss.
+docs/performance.md. `--contestant my_gpt.py:GPT` adds a network, loaded as pipeline.tools.check does, or
+`module:function` a function (cell) -> step, where step takes ids and targets, int64 (B, T) each, trains on them, from
+zero_grad to the optimizer's step, and returns the loss.
 """
 
 import argparse
-import importlib
 import json
 import random
 import statistics
@@ -17,19 +17,23 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from inspect import isclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity
 
 from experiments import pages
-from gpt2_ladder.config import AdamW, Size
+from gpt2_ladder.checking import behaviour, loading
+from gpt2_ladder.config import AdamW, GPTConfig, Size
 from gpt2_ladder.measuring import cost, gains, profiling
 from gpt2_ladder.measuring.cost import Operator
-from gpt2_ladder.training import devices
+from gpt2_ladder.model import GPT
+from gpt2_ladder.training import devices, loop, runtime
 from pipeline import environment
 
 Step = Callable[..., float]
@@ -57,12 +61,13 @@ CELLS = [
 
 
 def ours(cell: Cell) -> Step:
-    """Return the step of this project's GPT with fused AdamW and eager attention, which is faster at these T."""
-    from gpt2_ladder.config import GPTConfig
-    from gpt2_ladder.model import GPT
-    from gpt2_ladder.training import loop, runtime
+    """Return the step of this project's GPT with eager attention, which is faster at these T."""
+    return step_of(GPT(GPTConfig(**SIZE.model_dump(), attention="eager")), cell)
 
-    model, device = GPT(GPTConfig(**SIZE.model_dump(), attention="eager")), torch.device("cpu")
+
+def step_of(model: nn.Module, cell: Cell) -> Step:
+    """Return the step of `model`, which is called as our GPT, with fused AdamW."""
+    device = torch.device("cpu")
     if cell.compile:
         runtime.compile_model(model)
     optimizer = loop.make_optimizer(model, LEARNING_RATE, SETTINGS, fused=True)
@@ -77,8 +82,6 @@ def ours(cell: Cell) -> Step:
 def transformers(cell: Cell) -> Step:
     """Return the step of a plain loop around transformers' GPT2LMHeadModel, with fused AdamW and without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
-
-    from gpt2_ladder.training import runtime
 
     torch.manual_seed(1337)
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
@@ -100,12 +103,16 @@ def transformers(cell: Cell) -> Step:
 
 @cache
 def open_contestant(contestant: str, cell: Cell) -> Step:
-    """Build the step of `contestant`, module:function, once in its process."""
+    """Build the step of `contestant`, a network or a function, once in its process."""
     torch.set_num_threads(environment.describe().threads)
     if cell.keep_memory:
         devices.keep_freed_memory(torch.device("cpu"))
-    module, function = contestant.split(":")
-    return getattr(importlib.import_module(module), function)(cell)
+    factory = loading.load(contestant)
+    if not (isclass(factory) and issubclass(factory, nn.Module)):
+        return factory(cell)
+    model = loading.Theirs(loading.build(factory, GPTConfig(**SIZE.model_dump()), {}))
+    behaviour.set_dropout_to_zero(model)
+    return step_of(model, cell)
 
 
 def take_step(contestant: str, cell: Cell, index: int) -> tuple[float, float]:
@@ -195,7 +202,7 @@ def main() -> None:
     """Measure every cell, print the table after each, and save all times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="rounds per cell, after two warm-up rounds")
-    parser.add_argument("--contestant", help="module:function of another implementation")
+    parser.add_argument("--contestant", help="my_gpt.py:GPT, your network, or module:function")
     parser.add_argument("--output", default="experiments/runs/race.json", help="file for all times")
     arguments = parser.parse_args()
     contestants = [("ours", OURS, True), ("transformers", THEIRS, False), ("transformers, our allocator", THEIRS, True)]

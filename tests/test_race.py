@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from experiments import race
+from experiments import gpts, race
 from experiments.race import Cell
+from gpt2_ladder.config import Size
 from helpers import processes
 
 
@@ -29,6 +30,17 @@ def test_our_contestants_can_be_imported():
     for name in (race.OURS, race.THEIRS):
         module, function = name.split(":")
         assert (module, callable(getattr(race, function))) == (race.__name__, True)
+
+
+def test_a_network_of_ones_own_can_be_raced(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests run in this process
+    monkeypatch.setattr(race, "SIZE", Size(n_layer=1, n_head=2, n_embd=16, n_positions=32))
+    ids = torch.randint(race.VOCAB_SIZE, (2, 33), generator=torch.Generator().manual_seed(0))
+    step = race.open_contestant(
+        f"{gpts.FOLDER / 'mingpt.py'}:GPT", Cell(2, 32, "fp32", compile=False, keep_memory=False)
+    )
+    losses = [step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]  # without dropout
 
 
 def test_the_table_shows_ratios_with_intervals_and_the_share_of_the_peak():
