@@ -2,7 +2,7 @@
 
 Every implementation has its own process, and they take steps in turn, at each of CELLS. The table is written into
 docs/performance.md. `--contestant my_gpt.py:GPT` adds a network, loaded as pipeline.tools.check does, or
-`module:function` a function (cell) -> step, where step takes ids and targets, int64 (B, T) each, trains on them, from
+`module:function` a function (cell) -> step. A step takes ids and targets, int64 (B, T) each, trains on them, from
 zero_grad to the optimizer's step, and returns the loss.
 """
 
@@ -112,6 +112,8 @@ def open_contestant(contestant: str, cell: Cell) -> Step:
         return factory(cell)
     model = loading.Theirs(loading.build(factory, GPTConfig(**SIZE.model_dump()), {}))
     behaviour.set_dropout_to_zero(model)
+    ids = torch.randint(VOCAB_SIZE, (2, 1, 8))
+    behaviour.check_loss(model, *model.outputs(*ids), ids[1])  # to time one loss, not two
     return step_of(model, cell)
 
 

@@ -34,7 +34,7 @@ from gpt2_ladder.training import devices
 from pipeline import Parser, run
 from pipeline.environment import describe
 
-FOLDER = Path("mine")
+PAGE = Path("mine/report.html")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -47,13 +47,11 @@ def main(*arguments: str) -> None:
     print(f"Checking {args.network}, for at most {args.seconds} s ...", flush=True)
     report = check_in_own_process(args, params)
     rows = [(each.check, each.verdict, ": ".join(filter(None, (each.result, each.reason)))) for each in report.findings]
-    content = {"report": report, "checks": behaviour.CHECKS, "settings": " ".join(arguments)}
     loader = jinja2.FileSystemLoader(Path(loading.__file__).parent / "templates")
-    templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]), trim_blocks=True)
-    for name in ("report.md", "report.html"):
-        files.write(FOLDER / name, templates.get_template(name).render(content))
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template(PAGE.name)
+    files.write(PAGE, template.render(report=report, checks=behaviour.CHECKS, settings=" ".join(arguments)))
     print(report.sentence, markdown_table([("check", "", "result"), *rows], 3), sep="\n\n")
-    print(f"\nThe page: {FOLDER / 'report.html'}", flush=True)
+    print(f"\nThe page: {PAGE}", flush=True)
     sys.exit(report.code)
 
 
@@ -118,10 +116,9 @@ def _work(sender: Connection, args: argparse.Namespace, params: Params) -> None:
     except UserError as error:
         sender.send(str(error))
     except Exception as error:
-        lacks = (
-            "; --config key=value sets what its config lacks" if isinstance(error, AttributeError | TypeError) else ""
-        )
-        fix = "; raise --memory" if devices.is_out_of_memory(error) else lacks
+        config = isinstance(error, AttributeError | TypeError) and "forward" not in str(error)
+        fix = "; --config key=value sets what its config lacks" * config
+        fix = "; raise --memory" if devices.is_out_of_memory(error) else fix
         sender.send(f"{loading.explain(error, args.network)}{fix}")
 
 

@@ -29,6 +29,7 @@ VARIANTS = {  # the reasons in the sentence
     "untied": [UNTIED],
     "tied": [],
 }
+ATTENTION = "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
 RATIO = r"\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]"
 
 
@@ -153,6 +154,43 @@ def test_a_network_with_another_matrix_in_its_blocks_is_not_compared(check):
 def test_what_forward_cannot_take_is_an_error(check):
     with pytest.raises(UserError, match=r"forward returns \(4, 32, 64\), \(\) for ids|forward returns no tensor"):
         check("video", own_gpts.replaced("video", {"return logits, loss": "return None"}))
+
+
+def test_a_network_without_biases_is_raced_without_a_loss_curve(check):
+    report = check("video", own_gpts.sources("video")["variant: no_biases"], rounds=5)
+    assert (report.code, [each.check for each in report.findings][-1]) == (0, "function")
+    assert report.speed
+
+
+@pytest.mark.parametrize("name", ["video", "mingpt"])  # tied and not
+def test_a_head_with_a_bias_is_a_variant(name, check):
+    old = "config.vocab_size, bias=False)"
+    report = check(name, own_gpts.replaced(name, {old: "config.vocab_size)"}))
+    assert (report.code, "the head has a bias" in report.sentence) == (0, True)
+
+
+def test_attention_that_sees_only_a_part_of_a_long_text_is_found(check):
+    window = "F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(T, T, dtype=torch.bool).tril().triu(-300))"
+    report = check("video", own_gpts.replaced("video", {ATTENTION: window}))
+    assert report.code == 1
+    assert re.search(r"for 32 tokens the same .*, but for 1023 tokens logits differ by", report.sentence)
+
+
+def test_a_network_that_ignores_its_number_of_heads_is_found(check):
+    report = check("video", own_gpts.replaced("video", {"self.n_head = config.n_head": "self.n_head = 1"}))
+    assert (report.code, "attention's result differs" in report.sentence) == (1, True)
+
+
+def test_a_fault_of_a_network_with_exact_gelu_is_named(check):
+    source = own_gpts.replaced("video", {ATTENTION: ATTENTION.replace("is_causal=True", "is_causal=False")})
+    assert (tanh := 'nn.GELU(approximate="tanh")') in source
+    report = check("video", source.replace(tanh, "nn.GELU()"))
+    assert report.sentence.startswith("Your attention has no causal mask")
+
+
+def test_a_loss_that_autocast_computes_in_bfloat16_is_named(check):
+    report = check("paper", own_gpts.replaced("paper", {"log_softmax(logits.float()": "log_softmax(logits"}))
+    assert (report.code, "autocast computes its loss in bfloat16" in report.sentence) == (0, True)
 
 
 RIGHT = Finding("function", PASS, "logits within 1e-7")

@@ -1,4 +1,4 @@
-"""The ways in which people's networks differ from GPT-2: each is a change of one argument of `changed`."""
+"""The ways in which people's networks differ from GPT-2: each changes arguments of `changed` or of `attention`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -86,9 +86,9 @@ def attention(
 ) -> Tensor:
     """Return the attention's output, (B, T, C), for x, (B, T, C).
 
-    `scale` gets D and C. The tokens from `diagonal` on get the score `hide`; with None, the weight 0 after the softmax
-    over `axis`. `order` is that of q, k and v in c_attn. `interleaved` splits C into (D, H) instead of (H, D), and
-    `restored` merges it in the same order.
+    `scale` gets D and C. The tokens from `diagonal` on get the score `hide`; if that is None, they get the weight 0
+    after the softmax over `axis`. `order` is that of q, k and v in c_attn. `interleaved` splits C into (D, H) instead
+    of (H, D), and `restored` merges it in the same order. Without `merged`, (H, T, D) is not transposed.
     """
     B, T, C = x.shape
     parts = linear("attn.c_attn", x).split(C, dim=2)  # 3 x (B, T, C)
@@ -129,10 +129,8 @@ CAUSES = [
     Cause("Your heads are in the wrong order: split as (D, H) instead of (H, D)", {"interleaved": True}),
     Cause("Your heads are split as (D, H), but merged as (H, D)", {"interleaved": True, "restored": False}),
     *(
-        Cause(
-            f"Your c_attn has the order {''.join('qkv'[order.index(i)] for i in range(3))}, not qkv", {"order": order}
-        )
-        for order in [*permutations(range(3))][1:]
+        Cause(f"Your c_attn has the order {''.join(names)}, not qkv", {"order": [names.index(each) for each in "qkv"]})
+        for names in [*permutations("qkv")][1:]
     ),
     Cause("its GELU is exact instead of tanh (nanoGPT's choice)", {"act": F.gelu}, is_variant=True),
     Cause("Your MLP uses ReLU instead of GELU", {"act": F.relu}),

@@ -17,7 +17,7 @@ from gpt2_ladder.config import GPTConfig
 from gpt2_ladder.measuring import step_check
 from gpt2_ladder.model import GPT
 
-LOGITS, GRADIENT = 2e-5, 1e-4  # largest relative errors in float32; docs/check.md has those of right runs
+LOGITS, GRADIENT = 2e-5, 1e-4  # largest relative errors in float32
 POINTS = (  # in a block, in order: our module, whether its input, and the name in a sentence
     ("ln_1", True, "the block's input"),
     ("ln_1", False, "ln_1's output"),
@@ -136,13 +136,8 @@ def pairings(network: nn.Module, ours: GPT) -> Iterator[Pairing]:
             if len(kinds[1]) == 4:
                 kinds[3], kinds[1] = [kinds[1][i] for i in order], kinds[1][3:]
             turned = turned or weight(kinds[4][0]).size(0) < weight(kinds[4][0]).size(1) if kinds[4] else turned
-            parts = {
-                "attn.c_attn": kinds[3],
-                "attn.c_proj": kinds[1],
-                "mlp.c_fc": kinds[4][:1],
-                "mlp.c_proj": kinds[4][1:],
-            }
-            parts |= {"ln_1": norms[:1], "ln_2": norms[1:]}
+            parts = {"attn.c_attn": kinds[3], "attn.c_proj": kinds[1], "ln_1": norms[:1], "ln_2": norms[1:]}
+            parts |= {"mlp.c_fc": kinds[4][:1], "mlp.c_proj": kinds[4][1:]}
             places |= {f"h.{index}.{name}": modules for name, modules in parts.items()}
         pieces = [*_pieces(places, ours, turned)] if all(places.values()) else []
         if pieces and all(piece.of(ours.get_parameter(piece.name)).shape == piece.parameter.shape for piece in pieces):
@@ -159,7 +154,9 @@ def _pieces(places: dict[str, list[nn.Module]], ours: GPT, turned: bool) -> Iter
             rows, main = slice(index * count, (index + 1) * count), weight(module)
             yield Piece(main, f"{name}.weight", rows, turned and main.dim() == 2 and name.startswith("h."))
             yield from (
-                Piece(each, f"{name}.bias", rows, False) for each in module.parameters(False) if each is not main
+                Piece(each, f"{name}.bias", rows, False)
+                for each in module.parameters(False)
+                if each is not main and name != "lm_head"
             )
 
 
@@ -194,6 +191,8 @@ def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparis
     """
     sharpen(ours)
     outputs = []
+    for parameter in theirs.parameters():
+        parameter.data.zero_()  # ours has no place for some, such as a head's bias
     for pairing in pairings(theirs.network, ours):
         pairing.copy_weights()
         outputs.append((pairing, theirs(idx)[0].detach()))
@@ -261,7 +260,7 @@ def first_difference(theirs: Theirs, pairing: Pairing, idx: Tensor) -> str:
 
 @torch.no_grad()
 def capture(network: nn.Module, modules: Mapping[str, nn.Module], idx: Tensor) -> dict[tuple[str, bool], Tensor]:
-    """Run `network` on idx, int64 (B, T); return the last input (True) and output (False) of each of `modules`."""
+    """Run `network` on idx, int64 (B, T); return the first input (True) and output (False) of each of `modules`."""
     kept: dict[tuple[str, bool], Tensor] = {}
 
     def keep(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
