@@ -114,7 +114,7 @@ hellaswag: .venv/installed
 share: .venv/installed
 	@PYTHONPATH=src python -m pipeline.tools.share $(if $(TRIM),--trim) "$(if $(FOLDER),,$(error FOLDER is not set; run make share FOLDER=../my-gpt2))$$FOLDER" $${MODEL+"$$MODEL"}
 
-# make check-mine MINE=my_gpt.py:GPT OPTIONS="--precision bf16 --compile"; exits with 1 for a fault
+# make check-mine MINE=my_gpt.py:GPT OPTIONS="--precision bf16 --compile"
 check-mine: .venv/installed
 	@PYTHONPATH=src python -m pipeline.tools.check "$(if $(MINE),,$(error MINE is not set; run make check-mine MINE=my_gpt.py:GPT))$$MINE" $(OPTIONS)
 

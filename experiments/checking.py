@@ -115,7 +115,13 @@ def write(answers: dict[str, dict[str, Any]]) -> None:
     for case, answer in faults.items():
         name, _, fault = case.partition("/")
         if fault.startswith("variant: "):
-            variants.append([fault.removeprefix("variant: "), TITLES[name], answer["sentence"].replace("|", "/")])
+            variants.append(
+                [
+                    fault.removeprefix("variant: "),
+                    TITLES[name],
+                    answer["sentence"].partition(", and its step")[0].replace("|", "/"),
+                ]
+            )
     pages.put(pages.CHECK, "variants", markdown_table(variants, 3))
 
 

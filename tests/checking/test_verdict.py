@@ -183,7 +183,8 @@ def test_a_network_that_ignores_its_number_of_heads_is_found(check):
 
 def test_a_fault_of_a_network_with_exact_gelu_is_named(check):
     source = own_gpts.replaced("video", {ATTENTION: ATTENTION.replace("is_causal=True", "is_causal=False")})
-    assert (tanh := 'nn.GELU(approximate="tanh")') in source
+    tanh = 'nn.GELU(approximate="tanh")'
+    assert tanh in source
     report = check("video", source.replace(tanh, "nn.GELU()"))
     assert report.sentence.startswith("Your attention has no causal mask")
 
