@@ -118,8 +118,8 @@ def test_only_these_modules_write_without_files_write():
     """They write into temporary folders, to paths from files.replacing, or to a device, so never through a link."""
     paths = [*(REPOSITORY / "pipeline").rglob("*.py"), *(REPOSITORY / "src/gpt2_ladder").rglob("*.py")]
     names = {path.name for path in paths if WRITING.search(path.read_text())}
-    known = {"__init__", "checkpoints", "data", "downloads", "environment", "files", "hub_format", "launch"}
-    assert names == {f"{name}.py" for name in known | {"pretrained", "profiling", "tracking"}}
+    known = {"__init__", "checkpoints", "data", "downloads", "environment", "files", "hub_format"}
+    assert names == {f"{name}.py" for name in known | {"check", "launch", "pretrained", "profiling", "tracking"}}
 
 
 def test_two_files_change_together_or_not_at_all(tmp_path):
