@@ -70,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(describe().threads)
     devices.keep_freed_memory(torch.device("cpu"))
     tiny = params_yaml.load().model_copy(update={"model": "tiny"})
-    answers: dict[str, dict[str, Any]] = {"faults": {}, "right": {}}
+    answers: dict[str, Any] = {"faults": {}, "right": {}}
     with TemporaryDirectory() as folder:
         for name in CLASSES:
             for fault, source in gpts.planted(name).items():
@@ -84,11 +84,12 @@ def main() -> None:
         case = f"{name}/{net}/{precision}/{seed}"
         answers["right"][case] = ask(gpts.FOLDER / f"{name}.py", name, params, precision, rounds=5)
         print(case, answers["right"][case], flush=True)
+    answers["conditions"] = pages.conditions()
     files.write_json(ANSWERS, answers)
     write(answers)
 
 
-def write(answers: dict[str, dict[str, Any]]) -> None:
+def write(answers: dict[str, Any]) -> None:
     """Write the tables of all answers into the page."""
     faults, right = answers["faults"], answers["right"]
     rows, totals = [["planted fault", *TITLES.values()]], Counter[str]()
@@ -108,7 +109,7 @@ def write(answers: dict[str, dict[str, Any]]) -> None:
     alarms = [case for case, answer in right.items() if answer["code"]]
     summary = (
         f"False alarms in {len(right)} right runs: {len(alarms)}. {len(seconds)} checks took {sum(seconds) / 60:.0f} "
-        f"minutes, the longest {max(seconds):.0f} s. {pages.conditions()}"
+        f"minutes, the longest {max(seconds):.0f} s.\n{answers['conditions']}"
     )
     pages.put(pages.CHECK, "faults", f"{markdown_table(rows, 5)}\n\n{summary}")
     variants = [["variant", "implementation", "answer"]]
