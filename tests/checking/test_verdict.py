@@ -194,6 +194,13 @@ def test_a_loss_that_autocast_computes_in_bfloat16_is_named(check):
     assert (report.code, "autocast computes its loss in bfloat16" in report.sentence) == (0, True)
 
 
+def test_a_network_that_returns_only_the_loss_with_targets_is_checked(check):
+    report = check(
+        "video", own_gpts.replaced("video", {"return logits, loss": "return logits if loss is None else loss"})
+    )
+    assert (report.code, report.sentence) == (0, "Your network is GPT-2.")
+
+
 RIGHT = Finding("function", PASS, "logits within 1e-7")
 CAUSE = Finding("function", FAIL, "in layer 0", "Your attention is not scaled")
 DIFFERENT = Finding("function", FAIL, "in layer 0 all differs")
@@ -211,6 +218,12 @@ DROPOUT = Finding("dropout", VARIANT, "on in train mode")
         ([MORE, RIGHT], "2x", 0, "Your network is GPT-2, but the vocabulary is padded, and its step is 2x."),
         ([ROWS, CAUSE], "2x", 1, "Your attention is not scaled: in layer 0."),
         ([ROWS, MORE, RIGHT], "2x", 1, "Your network computes GPT-2, but has a fault (rows): 1e-2."),
+        (
+            [Finding("overfit", FAIL, "2 nats"), ROWS, RIGHT],
+            "",
+            1,
+            "Your network computes GPT-2, but has a fault (rows): 1e-2.",
+        ),
         ([ROWS, DIFFERENT], "", 1, "Your network is not GPT-2 (rows): 1e-2."),
         ([DIFFERENT], "", 1, "Your network is not GPT-2 (function): in layer 0 all differs."),
         ([ROWS, UNMATCHED], "", 1, "Your network has a fault (rows): 1e-2."),
