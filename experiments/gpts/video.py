@@ -146,9 +146,9 @@ class GPT(nn.Module):
 class DataLoaderLite:
     """Batches of B x T tokens from input.txt, over and over."""
 
-    def __init__(self, B, T):  # noqa: N803
+    def __init__(self, B, T):  # noqa: N803  the video's names
         self.B, self.T = B, T
-        with open("input.txt") as f:  # noqa: PTH123
+        with open("input.txt") as f:  # noqa: PTH123  as the video does
             text = f.read()
         self.tokens = torch.tensor(tiktoken.get_encoding("gpt2").encode(text))
         print(f"{len(self.tokens)} tokens, {len(self.tokens) // (B * T)} batches per epoch")

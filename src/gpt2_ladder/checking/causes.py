@@ -50,11 +50,13 @@ def changed(
         layer: Any = block.get_submodule(name)
         return F.linear(x, layer.weight, None if name == without_bias else layer.bias)
 
+    def mlp(x: Tensor) -> Tensor:
+        return linear("mlp.c_proj", act(linear("mlp.c_fc", x)))
+
     x = model.wte(idx) * scale_embedding(model.config.n_embd) + position(model.wpe.weight)[: idx.size(1)]  # (B, T, C)
     block: Any
     for block in model.h:
         attend: Any = partial(attention, block.attn, linear, **how)
-        mlp: Any = lambda x: linear("mlp.c_proj", act(linear("mlp.c_fc", x)))  # noqa: E731
         first, second = partial(norm, block.ln_1), partial(norm, block.ln_2)
         if place == "after":
             x = first(x + attend(x))

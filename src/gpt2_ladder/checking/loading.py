@@ -147,7 +147,7 @@ def _instance(kind: Any, config: GPTConfig, options: Mapping[str, Any]) -> Any:
 def _changed(config: Any, values: Mapping[str, Any]) -> Any:
     """Return `config`, a dataclass, dictionary or other object, with `values`."""
     if is_dataclass(config):
-        return replace(config, **values)  # type: ignore[type-var]
+        return replace(config, **values)  # type: ignore[type-var]  # mypy knows no type for people's dataclasses
     for name, value in values.items():
         config.__setitem__(name, value) if isinstance(config, dict) else setattr(config, name, value)
     return config
