@@ -201,8 +201,9 @@ def test_a_network_that_returns_only_the_loss_with_targets_is_checked(check):
     assert (report.code, report.sentence) == (0, "Your network is GPT-2.")
 
 
-def test_the_width_of_a_network_that_cannot_be_set_is_not_a_fault(check):
-    fixed = {"self.config = config\n": "config.n_embd = 240\n        self.config = config\n"}
+@pytest.mark.parametrize("width", [240, 192])  # 4 * 192 is GPT-2's width
+def test_the_width_of_a_network_that_cannot_be_set_is_not_a_fault(check, width):
+    fixed = {"self.config = config\n": f"config.n_embd = {width}\n        self.config = config\n"}
     report = check("video", own_gpts.replaced("video", fixed))
     verdicts = {each.check: each.verdict for each in report.findings}
     assert (report.code, verdicts["parameters"], verdicts["function"]) == (0, UNKNOWN, PASS)

@@ -66,7 +66,8 @@ def check_parameters(network: nn.Module, config: GPTConfig) -> Finding:
         expected = sum(each.numel() for each in GPT(config, seed=None).parameters())
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     count = sum(each.numel() for each in network.parameters())
-    sizes = [each.size(0) for each in network.parameters() if each.dim() == 2 and each.size(1) == C]
+    matrices = [each for each in network.parameters() if each.dim() == 2 and each.size(1) == C]
+    sizes = [len(each) for each in matrices if len(each) not in (C / 3, C / 4)]  # those are layers of a smaller width
     if not sizes:
         return Finding("parameters", UNKNOWN, f"{count:,}; its width cannot be set to GPT-2's {C}")
     rows = min(sizes, key=lambda size: abs(size - V))  # of the vocabulary
