@@ -347,6 +347,7 @@ def test_a_network_that_writes_is_trained_without_any_level_and_continues_after_
     facts = json.loads((clone / "results/trial/facts.json").read_text())
     assert facts["steps"] >= 20
     assert facts["not_measured"] == "trial.cpu.seconds is 0"
+    assert "| small " in call(clone, "make", "show")  # without a gain to sort by
     assert facts["val_loss"] == min(facts["validations"].values())
     config = json.loads((clone / "models/trial/config.json").read_text())
     assert (config["n_layer"], config["n_embd"], config["n_positions"]) == (4, 128, 64)
