@@ -189,6 +189,16 @@ def test_a_fault_of_a_network_with_exact_gelu_is_named(check):
     assert report.sentence.startswith("Your attention has no causal mask")
 
 
+def test_wrong_gradients_of_a_variant_are_a_fault_of_its_function(check):
+    source, tanh = own_gpts.sources("video")["block_detached"], 'nn.GELU(approximate="tanh")'
+    assert tanh in source
+    report = check("video", source.replace(tanh, "nn.GELU()"))
+    (function,) = [each for each in report.findings if each.check == "function"]
+    assert (function.verdict, function.reason) == (FAIL, "")
+    assert re.search(r"the same logits \(\de-\d\d apart\) but other gradients \(1e\+00 apart, ", function.result)
+    assert report.sentence.startswith("Your network is not GPT-2 (gradients): none for 13 of 28 parameters")
+
+
 def test_a_loss_that_autocast_computes_in_bfloat16_is_named(check):
     report = check("paper", own_gpts.replaced("paper", {"log_softmax(logits.float()": "log_softmax(logits"}))
     assert (report.code, "autocast computes its loss in bfloat16" in report.sentence) == (0, True)
@@ -207,6 +217,15 @@ def test_the_width_of_a_network_that_cannot_be_set_is_not_a_fault(check, width):
     report = check("video", own_gpts.replaced("video", fixed))
     verdicts = {each.check: each.verdict for each in report.findings}
     assert (report.code, verdicts["parameters"], verdicts["function"]) == (0, UNKNOWN, PASS)
+
+
+def test_a_network_of_fixed_size_learns_with_gpt2s_rate(check, monkeypatch):
+    rates, check_behaviour = [], verdict.check_behaviour
+    monkeypatch.setattr(verdict, "check_behaviour", lambda *args: rates.append(args[-1]) or check_behaviour(*args))
+    start = "self.config = config\n"
+    for source in (start, f"config.n_embd = 240\n        {start}"):
+        check("video", own_gpts.replaced("video", {start: source}))
+    assert rates == [5e-3, 3e-4]  # tiny's and gpt2's in params.yaml
 
 
 RIGHT = Finding("function", PASS, "logits within 1e-7")

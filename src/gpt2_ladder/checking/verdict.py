@@ -97,8 +97,9 @@ def check_function(theirs: Theirs, ours: GPT | None, seed: int) -> tuple[Finding
     result = equal.compare(theirs, ours, *ids)
     if result is None:
         return unknown
-    errors = f"logits (within {result.logits:.0e}) and gradients (within {result.gradient:.0e}, {result.gradient_of})"
-    known, reason = result.cause, result.cause.what if result.cause else ""
+    known, joined = result.cause, "and" if result.gradient <= equal.GRADIENT else "but other"
+    apart = f"{result.gradient:.0e} apart, {result.gradient_of}"
+    errors = f"logits ({result.logits:.0e} apart) {joined} gradients ({apart})"
     if not result.same_function:
         where = equal.first_difference(theirs, result.pairing, ids[0])
         text = f"{where}; logits differ by {result.logits:.0e}; no known cause explains it"
@@ -114,6 +115,7 @@ def check_function(theirs: Theirs, ours: GPT | None, seed: int) -> tuple[Finding
     if far > equal.LOGITS:
         text = f"for {length} tokens the same {errors}, but for {last} tokens logits differ by {far:.0e}"
     verdict = FAIL if not right else VARIANT if known else PASS
+    reason = known.what if known and (right or not known.is_variant) else ""
     return Finding("function", verdict, text, reason), result.pairing if right else None
 
 
