@@ -183,6 +183,28 @@ def test_a_fault_of_the_second_layer_only_is_found_there_and_has_no_known_cause(
     assert where == "in layer 1 c_fc's output agrees and the activation's result differs"
 
 
+def test_a_layer_that_forward_calls_with_a_part_of_its_input_is_not_a_difference(write_gpt):
+    source, whole = own_gpts.sources("video")["final_norm_missing"], "self.c_fc(x)"
+    assert whole in source
+    parts = "torch.cat([self.c_fc(x[:, :1]), self.c_fc(x[:, 1:])], 1)"
+    theirs = own_gpts.build(write_gpt, "video", tiny(), source.replace(whole, parts))
+    where = equal.first_difference(theirs, compare(theirs).pairing, IDS)
+    assert where == "all layers agree and the logits differ"
+
+
+def test_of_a_module_that_is_called_twice_the_first_call_is_captured():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Identity()
+
+        def forward(self, idx):
+            return self.shared(self.shared(torch.ones(2)) + 1)
+
+    kept = equal.capture(network := Net(), {"shared": network.shared}, IDS)
+    assert [each.tolist() for each in kept.values()] == [[1, 1], [1, 1]]
+
+
 def test_hooks_are_removed_also_if_forward_fails(write_gpt):
     theirs = own_gpts.build(write_gpt, "video", tiny(), own_gpts.sources("video")["relu"])
     pairing = compare(theirs).pairing

@@ -123,7 +123,7 @@ def test_what_cannot_be_loaded_built_or_called_is_one_line(refused):
         f"my_gpt.py:GPT: {TYPE_ERROR}; --config key=value sets what its config lacks"
     )
     source = FILE.format(arguments="", first="").replace("forward(self, idx)", "forward(self, idx, mask)")
-    assert "forward() missing 1 required positional argument: 'mask'" in refused(source)
+    assert refused(source).endswith("forward() missing 1 required positional argument: 'mask'")  # no word of --config
     source = FILE.format(arguments="", first="return self.wte(idx).sum()")
     assert refused(source).endswith("forward returns () for ids (4, 32); logits are (B, T, V)")
     source = FILE.format(arguments="", first='raise ValueError("two\\nlines")')
