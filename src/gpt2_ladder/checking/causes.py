@@ -1,165 +1,146 @@
-"""The ways in which people's networks differ from GPT-2: each changes arguments of `changed` or of `attention`."""
+"""The ways in which people's networks differ from GPT-2, as other texts at a few places of model.py."""
 
-import math
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import permutations
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_ladder.model import GPT, CausalSelfAttention
+from gpt2_ladder import model as page
+from gpt2_ladder.model import GPT
 
-BIASES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+PLACES = {  # of model.py, with eager attention
+    "order": "q, k, v = self.c_attn",
+    "heads": "t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)",
+    "scale": "/ math.sqrt(q.size(-1))",
+    "mask": 'scores.masked_fill(self.future[:T, :T], float("-inf"))',
+    "future": "self.future[:T, :T]",
+    "hidden": 'float("-inf")',
+    "softmax": "dim=-1)",
+    "merge": "y.transpose(1, 2).reshape(B, T, C)",
+    "act": 'F.gelu(self.c_fc(x), approximate="tanh")',
+    "norm": "nn.LayerNorm(config.n_embd)",
+    "attention": "x + self.attn(self.ln_1(x))",
+    "mlp": "x + self.mlp(self.ln_2(x))",
+    "final": "self.ln_f(x)",
+    "tokens": "self.wte(idx)",
+    "positions": "self.wpe(positions)",
+    "logits": "logits = self.lm_head(x)",
+    "attn.c_attn": "self.c_attn(x)",
+    "attn.c_proj": "self.c_proj(y.transpose(1, 2).reshape(B, T, C))",
+    "mlp.c_fc": "self.c_fc(x)",
+    "mlp.c_proj": "self.c_proj(x)",
+}
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A difference between two networks, as a sentence, and the `changed` that gives it to ours."""
+    """A difference between two networks, as a sentence, and the texts at PLACES that give it to ours."""
 
     what: str
-    how: dict[str, Any] = field(hash=False)
+    how: dict[str, str] = field(hash=False)
     is_variant: bool = False
 
 
-def changed(
-    model: GPT,
-    idx: Tensor,
-    act: Callable[[Tensor], Tensor] = lambda x: F.gelu(x, approximate="tanh"),
-    norm: Callable[[nn.LayerNorm, Tensor], Tensor] = lambda self, x: self(x),
-    place: str = "before",
-    attn_residual: float = 1.0,
-    mlp_residual: float = 1.0,
-    final: bool = True,
-    position: Callable[[Tensor], Tensor] = lambda table: table,
-    scale_embedding: Callable[[int], float] = lambda c: 1.0,
-    scale_logits: Callable[[int], float] = lambda c: 1.0,
-    without_bias: str = "",
-    **how: Any,
-) -> Tensor:
-    """Return the logits, (B, T, V), of `model` for idx, int64 (B, T), with another function in one place.
+class Norm(nn.LayerNorm):
+    """A LayerNorm with another formula."""
 
-    `place`: of the LayerNorms, "before" attention and MLP, "after" the residual addition, "outside" the residual
-    connection, or "parallel". `position` gets the table of positions. `how` goes to `attention`.
-    """
+    def __init__(self, width: int, formula: Callable[[Tensor], Tensor]):
+        super().__init__(width)
+        self.formula = formula
 
-    def linear(name: str, x: Tensor) -> Tensor:
-        layer: Any = block.get_submodule(name)
-        return F.linear(x, layer.weight, None if name == without_bias else layer.bias)
-
-    def mlp(x: Tensor) -> Tensor:
-        return linear("mlp.c_proj", act(linear("mlp.c_fc", x)))
-
-    x = model.wte(idx) * scale_embedding(model.config.n_embd) + position(model.wpe.weight)[: idx.size(1)]  # (B, T, C)
-    block: Any
-    for block in model.h:
-        attend: Any = partial(attention, block.attn, linear, **how)
-        first, second = partial(norm, block.ln_1), partial(norm, block.ln_2)
-        if place == "after":
-            x = first(x + attend(x))
-            x = second(x + mlp(x))
-        elif place == "outside":
-            x = second((y := first(x)) + attend(y))
-            x = x + mlp(x)
-        elif place == "parallel":
-            x = x + attend(first(x)) + mlp(second(x))
-        else:
-            x = attn_residual * x + attend(first(x))
-            x = mlp_residual * x + mlp(second(x))
-    x = norm(model.ln_f, x) if final else x
-    return model.lm_head(x) * scale_logits(model.config.n_embd)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.formula(x) * self.weight + self.bias
 
 
-def attention(
-    self: CausalSelfAttention,
-    linear: Callable[[str, Tensor], Tensor],
-    x: Tensor,
-    scale: Callable[[int, int], float] = lambda d, c: d**-0.5,
-    diagonal: int | None = 1,
-    hide: float | None = -math.inf,
-    axis: int = -1,
-    order: Sequence[int] = (0, 1, 2),
-    interleaved: bool = False,
-    restored: bool = True,
-    merged: bool = True,
-) -> Tensor:
-    """Return the attention's output, (B, T, C), for x, (B, T, C).
-
-    `scale` gets D and C. The tokens from `diagonal` on get the score `hide`; if that is None, they get the weight 0
-    after the softmax over `axis`. `order` is that of q, k and v in c_attn. `interleaved` splits C into (D, H) instead
-    of (H, D), and `restored` merges it in the same order. Without `merged`, (H, T, D) is not transposed.
-    """
-    B, T, C = x.shape
-    parts = linear("attn.c_attn", x).split(C, dim=2)  # 3 x (B, T, C)
-    H = self.n_head
-    heads = [part.view(B, T, C // H, H).mT if interleaved else part.view(B, T, H, C // H) for part in parts]
-    q, k, v = (heads[i].transpose(1, 2) for i in order)  # 3 x (B, H, T, D)
-    future = x.new_ones(T, T, dtype=torch.bool).triu(T if diagonal is None else diagonal)
-    future[0, 0] = False  # a token that sees nothing would be NaN
-    scores = q @ k.mT * scale(C // H, C)  # (B, H, T, T)
-    weights = (scores if hide is None else scores.masked_fill(future, hide)).softmax(axis)
-    y = (weights.masked_fill(future, 0.0) if hide is None else weights) @ v  # (B, H, T, D)
-    y = y.transpose(1, 2) if merged else y
-    return linear("attn.c_proj", (y.mT if interleaved and restored else y).reshape(B, T, C))
+def changed(model: GPT, idx: Tensor, **how: str) -> Tensor:
+    """Return the logits, (B, T, V), of `model` for idx, int64 (B, T), with the texts `how` at PLACES of model.py."""
+    source, names = inspect.getsource(page), dict[str, Any](Norm=Norm)
+    for place, text in how.items():
+        source = source.replace(PLACES[place], text)
+    exec(source, names)
+    network = names["GPT"](model.config, seed=None)
+    network.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # the same parameters, for their gradients
+    return network(idx)[0]
 
 
-def _layer_norm(
-    self: nn.LayerNorm, x: Tensor, eps: float = 1e-5, mean: bool = True, correction: int = 0, outside: bool = False
-) -> Tensor:
-    x = x - x.mean(-1, keepdim=True) if mean else x
-    var = x.pow(2).sum(-1, keepdim=True) / (x.size(-1) - correction)
-    return self.weight * x / (var.sqrt() + eps if outside else (var + eps).sqrt()) + self.bias
-
-
-CAUSES = [
-    Cause("Your attention is not scaled: its scores are not divided by sqrt(D)", {"scale": lambda d, c: 1.0}),
-    Cause("Your attention is scaled by the width: 1/sqrt(C) instead of 1/sqrt(D)", {"scale": lambda d, c: c**-0.5}),
-    Cause("Your attention is scaled by 1/D instead of 1/sqrt(D)", {"scale": lambda d, c: 1 / d}),
-    Cause("Your attention is scaled by sqrt(D) instead of 1/sqrt(D)", {"scale": lambda d, c: d**0.5}),
-    Cause("Your attention has no causal mask: every token sees the future", {"diagonal": None}),
-    Cause("Your causal mask is off by one: every token sees the next one", {"diagonal": 2}),
-    Cause("Your causal mask is off by one: a token does not see itself", {"diagonal": 0}),
-    Cause("Your causal mask comes after the softmax, so the weights do not sum to 1", {"hide": None}),
-    Cause("Your causal mask sets scores to 0 instead of -inf, so every token sees the future", {"hide": 0.0}),
-    Cause("Your softmax is over the queries instead of the keys", {"axis": -2}),
-    Cause("Your softmax is over the heads instead of the keys", {"axis": 1, "hide": -1e9}),
-    Cause("Your softmax is over the rows of the batch instead of the keys", {"axis": 0, "hide": -1e9}),
-    Cause("Your heads are in the wrong order: merged without the transposition back to (T, H, D)", {"merged": False}),
-    Cause("Your heads are in the wrong order: split as (D, H) instead of (H, D)", {"interleaved": True}),
-    Cause("Your heads are split as (D, H), but merged as (H, D)", {"interleaved": True, "restored": False}),
-    *(
-        Cause(f"Your c_attn has the order {''.join(names)}, not qkv", {"order": [names.index(each) for each in "qkv"]})
-        for names in [*permutations("qkv")][1:]
-    ),
-    Cause("its GELU is exact instead of tanh (nanoGPT's choice)", {"act": F.gelu}, is_variant=True),
-    Cause("Your MLP uses ReLU instead of GELU", {"act": F.relu}),
-    Cause("Your MLP uses SiLU instead of GELU", {"act": F.silu}),
-    Cause("Your MLP uses GELU's sigmoid formula instead of tanh", {"act": lambda x: x * torch.sigmoid(1.702 * x)}),
-    Cause("Your MLP has no activation function", {"act": lambda x: x}),
-    Cause("Your LayerNorms come after the residual addition, as in GPT-1", {"place": "after"}),
-    Cause("Your residual connections start behind the LayerNorms", {"place": "outside"}),
-    Cause("Your attention and MLP act in parallel, as in GPT-J", {"place": "parallel"}),
-    Cause("Your attention has no residual connection", {"attn_residual": 0.0}),
-    Cause("Your MLP has no residual connection", {"mlp_residual": 0.0}),
-    *(
-        Cause(f"Your LayerNorm's eps is {name} instead of 1e-05", {"norm": partial(_layer_norm, eps=eps)})
+BY_SIZE = "t.view(B, T, C // self.n_head, self.n_head).permute(0, 3, 1, 2)"
+CENTERED = "Norm(config.n_embd, lambda x: (x - x.mean(-1, keepdim=True)) / "
+DIFFERENCES = {
+    "Your attention is not scaled: its scores are not divided by sqrt(D)": {"scale": ""},
+    "Your attention is scaled by the width: 1/sqrt(C) instead of 1/sqrt(D)": {"scale": "/ math.sqrt(C)"},
+    "Your attention is scaled by 1/D instead of 1/sqrt(D)": {"scale": "/ q.size(-1)"},
+    "Your attention is scaled by sqrt(D) instead of 1/sqrt(D)": {"scale": "* math.sqrt(q.size(-1))"},
+    "Your attention has no causal mask: every token sees the future": {"mask": "scores"},
+    "Your causal mask is off by one: every token sees the next one": {"future": "self.future[:T, :T].triu(2)"},
+    "Your causal mask is off by one: a token does not see itself": {  # but the first, or it would see nothing
+        "future": "self.future[:T, :T] | torch.diag(torch.arange(T) > 0)"
+    },
+    "Your causal mask comes after the softmax, so the weights do not sum to 1": {
+        "mask": "scores",
+        "softmax": "dim=-1).masked_fill(self.future[:T, :T], 0.0)",
+    },
+    "Your causal mask sets scores to 0 instead of -inf, so every token sees the future": {"hidden": "0.0"},
+    "Your softmax is over the queries instead of the keys": {"softmax": "dim=-2)"},
+    "Your softmax is over the heads instead of the keys": {"hidden": "-1e9", "softmax": "dim=1)"},
+    "Your softmax is over the rows of the batch instead of the keys": {"hidden": "-1e9", "softmax": "dim=0)"},
+    "Your heads are in the wrong order: merged without the transposition back to (T, H, D)": {
+        "merge": "y.reshape(B, T, C)"
+    },
+    "Your heads are in the wrong order: split as (D, H) instead of (H, D)": {
+        "heads": BY_SIZE,
+        "merge": "y.permute(0, 2, 3, 1).reshape(B, T, C)",
+    },
+    "Your heads are split as (D, H), but merged as (H, D)": {"heads": BY_SIZE},
+    **{
+        f"Your c_attn has the order {q}{k}{v}, not qkv": {"order": f"{q}, {k}, {v} = self.c_attn"}
+        for q, k, v in [*permutations("qkv")][1:]
+    },
+    "Your MLP uses ReLU instead of GELU": {"act": "F.relu(self.c_fc(x))"},
+    "Your MLP uses SiLU instead of GELU": {"act": "F.silu(self.c_fc(x))"},
+    "Your MLP uses GELU's sigmoid formula instead of tanh": {"act": "(h := self.c_fc(x)) * torch.sigmoid(1.702 * h)"},
+    "Your MLP has no activation function": {"act": "self.c_fc(x)"},
+    "Your LayerNorms come after the residual addition, as in GPT-1": {
+        "attention": "self.ln_1(x + self.attn(x))",
+        "mlp": "self.ln_2(x + self.mlp(x))",
+    },
+    "Your residual connections start behind the LayerNorms": {
+        "attention": "self.ln_2((y := self.ln_1(x)) + self.attn(y))",
+        "mlp": "x + self.mlp(x)",
+    },
+    "Your attention and MLP act in parallel, as in GPT-J": {
+        "attention": "x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))",
+        "mlp": "x",
+    },
+    "Your attention has no residual connection": {"attention": "self.attn(self.ln_1(x))"},
+    "Your MLP has no residual connection": {"mlp": "self.mlp(self.ln_2(x))"},
+    **{
+        f"Your LayerNorm's eps is {name} instead of 1e-05": {"norm": f"nn.LayerNorm(config.n_embd, eps={eps})"}
         for name, eps in (("1e-12 to 1e-08", 1e-12), ("1e-06", 1e-6), ("0.001", 1e-3))
-    ),
-    Cause("Your LayerNorm does not subtract the mean", {"norm": partial(_layer_norm, mean=False)}),
-    Cause(
-        "Your LayerNorm adds eps to the deviation of a sample",
-        {"norm": partial(_layer_norm, correction=1, outside=True)},
-    ),
-    Cause(
-        "Your LayerNorm uses the variance of a sample, divided by C - 1", {"norm": partial(_layer_norm, correction=1)}
-    ),
-    Cause("Your final LayerNorm is not applied", {"final": False}),
-    Cause("Your network does not add the position embeddings", {"position": lambda table: 0 * table}),
-    Cause("Your positions are off by one: they start at 1", {"position": lambda table: table[1:]}),
-    Cause("Your token embeddings are multiplied by sqrt(C)", {"scale_embedding": lambda c: c**0.5}),
-    Cause("Your logits are divided by sqrt(C)", {"scale_logits": lambda c: c**-0.5}),
-    *(Cause(f"Your {name} does not add its bias", {"without_bias": name}) for name in BIASES),
-]
+    },
+    "Your LayerNorm does not subtract the mean": {
+        "norm": "Norm(config.n_embd, lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-5))"
+    },
+    "Your LayerNorm adds eps to the deviation of a sample": {"norm": f"{CENTERED}(x.std(-1, keepdim=True) + 1e-5))"},
+    "Your LayerNorm uses the variance of a sample, divided by C - 1": {
+        "norm": f"{CENTERED}(x.var(-1, keepdim=True) + 1e-5).sqrt())"
+    },
+    "Your final LayerNorm is not applied": {"final": "x"},
+    "Your network does not add the position embeddings": {"positions": "0 * self.wpe(positions)"},
+    "Your positions are off by one: they start at 1": {
+        "positions": "self.wpe((positions + 1) % self.config.n_positions)"
+    },
+    "Your token embeddings are multiplied by sqrt(C)": {"tokens": "self.wte(idx) * math.sqrt(self.config.n_embd)"},
+    "Your logits are divided by sqrt(C)": {"logits": "logits = self.lm_head(x) / math.sqrt(self.config.n_embd)"},
+    "Your attn.c_attn does not add its bias": {"attn.c_attn": "F.linear(x, self.c_attn.weight)"},
+    "Your attn.c_proj does not add its bias": {
+        "attn.c_proj": "F.linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)"
+    },
+    "Your mlp.c_fc does not add its bias": {"mlp.c_fc": "F.linear(x, self.c_fc.weight)"},
+    "Your mlp.c_proj does not add its bias": {"mlp.c_proj": "F.linear(x, self.c_proj.weight)"},
+}
+EXACT_GELU = Cause("its GELU is exact instead of tanh (nanoGPT's choice)", {"act": "F.gelu(self.c_fc(x))"}, True)
+CAUSES = [EXACT_GELU, *(Cause(what, how) for what, how in DIFFERENCES.items())]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_ladder.checking.causes import CAUSES, Cause, changed
+from gpt2_ladder.checking.causes import CAUSES, EXACT_GELU, Cause, changed
 from gpt2_ladder.checking.loading import NAMES, Theirs, tensors
 from gpt2_ladder.config import GPTConfig
 from gpt2_ladder.measuring import step_check
@@ -196,7 +196,7 @@ def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparis
     for pairing in pairings(theirs.network, ours):
         pairing.copy_weights()
         outputs.append((pairing, theirs(idx)[0].detach()))
-    exact = [replace(cause, how={"act": F.gelu, **cause.how}) for cause in CAUSES if "act" not in cause.how]
+    exact = [replace(cause, how=EXACT_GELU.how | cause.how) for cause in CAUSES if "act" not in cause.how]
     for cause in (None, *CAUSES, *exact):  # the faults of a network with nanoGPT's GELU, too
         expected = logits_of(ours, idx, cause).detach()
         for pairing, logits in outputs:
