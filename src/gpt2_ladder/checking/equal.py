@@ -1,5 +1,6 @@
 """Give the user's network our weights, and compare what both compute."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,32 +19,15 @@ from gpt2_ladder.measuring import step_check
 from gpt2_ladder.model import GPT
 
 LOGITS, GRADIENT = 2e-5, 1e-4  # largest relative errors in float32
-POINTS = (  # in a block, in order: our module, whether its input, and the name in a sentence
-    ("ln_1", True, "the block's input"),
-    ("ln_1", False, "ln_1's output"),
-    ("attn.c_attn", False, "c_attn's output"),
-    ("attn.c_proj", True, "attention's result"),
-    ("attn.c_proj", False, "c_proj's output"),
-    ("ln_2", True, "the sum after attention"),
-    ("ln_2", False, "ln_2's output"),
-    ("mlp.c_fc", False, "c_fc's output"),
-    ("mlp.c_proj", True, "the activation's result"),
-    ("mlp.c_proj", False, "the MLP's output"),
-)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A parameter of theirs, and its place in ours: `rows` of the parameter `name`."""
-
-    parameter: nn.Parameter
-    name: str
-    rows: slice
-    transposed: bool
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return this piece of `tensor`, which is laid out as our parameter, laid out as theirs."""
-        return tensor[self.rows].T if self.transposed else tensor[self.rows]
+POINTS = {  # of our modules: the input, if it is a point of its own, and the output, as a sentence names them
+    "ln_1": ("the block's input", "ln_1's output"),
+    "attn.c_attn": ("", "c_attn's output"),
+    "attn.c_proj": ("attention's result", "c_proj's output"),
+    "ln_2": ("the sum after attention", "ln_2's output"),
+    "mlp.c_fc": ("", "c_fc's output"),
+    "mlp.c_proj": ("the activation's result", "the MLP's output"),
+    "ln_f": ("ln_f's input", "ln_f's output"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,26 +35,33 @@ class Pairing:
     """Which parameters and modules of a user's network are which of `ours`."""
 
     ours: GPT
-    pieces: list[Piece]
+    parameters: dict[str, list[nn.Parameter]]  # theirs, by the name of ours; three if q, k and v are separate
     modules: dict[str, nn.Module]  # theirs, by the name of ours
+    transposed: bool  # matrices in the blocks are (in, out), as those of Conv1D are
+
+    def laid_out(self, name: str, tensor: Tensor) -> Tensor:
+        """Return `tensor`, which belongs to the parameter `name` of ours, in their layout, or from it in ours."""
+        return tensor.T if self.transposed and name.startswith("h.") and tensor.dim() == 2 else tensor
+
+    def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter of theirs with its part of ours, in their layout."""
+        for name, theirs in self.parameters.items():
+            for parameter, part in zip(theirs, self.ours.get_parameter(name).chunk(len(theirs)), strict=False):
+                yield parameter, self.laid_out(name, part)
 
     @torch.no_grad()
     def copy_weights(self) -> None:
         """Copy the weights of ours to theirs; those that theirs has no place for become 0 in ours."""
-        names = {piece.name for piece in self.pieces}
         for name, parameter in self.ours.named_parameters():
-            if name not in names:
+            if name not in self.parameters:
                 parameter.zero_()
-        for piece in self.pieces:
-            piece.parameter.copy_(piece.of(self.ours.get_parameter(piece.name)))
+        for theirs, part in self.pairs():
+            theirs.copy_(part)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Return their gradients by our names, laid out as ours; 0 where theirs has none."""
-        gathered = {piece.name: torch.zeros_like(self.ours.get_parameter(piece.name)) for piece in self.pieces}
-        for piece in self.pieces:
-            if piece.parameter.grad is not None:
-                piece.of(gathered[piece.name]).copy_(piece.parameter.grad)
-        return gathered
+    def gradient(self, name: str) -> Tensor:
+        """Return their gradient for the parameter `name` of ours, in our layout; 0 where theirs has none."""
+        parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.parameters[name]]
+        return torch.cat([self.laid_out(name, part) for part in parts])
 
 
 def blocks(network: nn.Module) -> nn.ModuleList | nn.Sequential | None:
@@ -127,37 +118,31 @@ def pairings(network: nn.Module, ours: GPT) -> Iterator[Pairing]:
         matrices, norms = outer_layers(network, ours.config.n_positions)
         places = dict(zip(("wte", "wpe", "lm_head"), [[each] for each in matrices], strict=False))
         places |= {"ln_f": norms[-1:]}
-        turned = False
         for index, block in enumerate(blocks(network) or ()):
             matrices, norms = layers(block.modules())
-            kinds: dict[float, list[nn.Module]] = {1: [], 3: [], 4: []}
+            kinds = defaultdict[float, list[nn.Module]](list)  # by the ratio of their sizes
             for module in matrices:
-                kinds.setdefault(max(weight(module).shape) / min(weight(module).shape), []).append(module)
+                kinds[max(weight(module).shape) / min(weight(module).shape)].append(module)
             if len(kinds[1]) == 4:
                 kinds[3], kinds[1] = [kinds[1][i] for i in order], kinds[1][3:]
-            turned = turned or weight(kinds[4][0]).size(0) < weight(kinds[4][0]).size(1) if kinds[4] else turned
             parts = {"attn.c_attn": kinds[3], "attn.c_proj": kinds[1], "ln_1": norms[:1], "ln_2": norms[1:]}
             parts |= {"mlp.c_fc": kinds[4][:1], "mlp.c_proj": kinds[4][1:]}
             places |= {f"h.{index}.{name}": modules for name, modules in parts.items()}
-        pieces = [*_pieces(places, ours, turned)] if all(places.values()) else []
-        if pieces and all(piece.of(ours.get_parameter(piece.name)).shape == piece.parameter.shape for piece in pieces):
-            yield Pairing(ours, pieces, {name: modules[0] for name, modules in places.items() if len(modules) == 1})
+        if not all(places.values()):
+            return
+        parameters = {f"{name}.weight": [weight(each) for each in modules] for name, modules in places.items()}
+        for name in places.keys() - {"lm_head"}:
+            if biases := [
+                each for module in places[name] for each in module.parameters(False) if each is not weight(module)
+            ]:
+                parameters[f"{name}.bias"] = biases
+        rows, columns = weight(places["h.0.mlp.c_fc"][0]).shape
+        modules = {name: modules[0] for name, modules in places.items() if len(modules) == 1}
+        pairing = Pairing(ours, parameters, modules, rows < columns)
+        if all(theirs.shape == part.shape for theirs, part in pairing.pairs()):
+            yield pairing
         if not any(len(modules) == 3 for modules in places.values()):
             return
-
-
-def _pieces(places: dict[str, list[nn.Module]], ours: GPT, turned: bool) -> Iterator[Piece]:
-    """Yield the pieces of `places`. `turned`: matrices in the blocks are (in, out), as those of Conv1D are."""
-    for name, modules in places.items():
-        count = ours.get_parameter(f"{name}.weight").size(0) // len(modules)
-        for index, module in enumerate(modules):
-            rows, main = slice(index * count, (index + 1) * count), weight(module)
-            yield Piece(main, f"{name}.weight", rows, turned and main.dim() == 2 and name.startswith("h."))
-            yield from (
-                Piece(each, f"{name}.bias", rows, False)
-                for each in module.parameters(False)
-                if each is not main and name != "lm_head"
-            )
 
 
 @dataclass(frozen=True)
@@ -222,8 +207,8 @@ def compare_gradients(
     expected = logits_of(pairing.ours, idx, cause)
     F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
     errors = {}
-    for name, gradient in pairing.gradients().items():
-        needed = pairing.ours.get_parameter(name).grad
+    for name in pairing.parameters:
+        gradient, needed = pairing.gradient(name), pairing.ours.get_parameter(name).grad
         difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm().clamp(min=1e-30)
         errors[name] = float(difference.nan_to_num(torch.inf))
     worst = max(errors, key=errors.__getitem__)
@@ -242,16 +227,11 @@ def first_difference(theirs: Theirs, pairing: Pairing, idx: Tensor) -> str:
     """Return where the computations differ first, for idx, int64 (B, T), as the end of a sentence."""
     ours = {name: pairing.ours.get_submodule(name) for name in pairing.modules}
     seen, needed = capture(theirs, pairing.modules, idx), capture(pairing.ours, ours, idx)
-    points = [
-        (f"h.{layer}.{name}", is_input, f"layer {layer}", text)
-        for layer in range(pairing.ours.config.n_layer)
-        for name, is_input, text in POINTS
-    ]
-    points += [("ln_f", True, "the end", "ln_f's input"), ("ln_f", False, "the end", "ln_f's output")]
     before = ""
-    for name, is_input, layer, text in points:
-        if (name, is_input) in seen.keys() & needed.keys():
-            actual, expected = seen[name, is_input], needed[name, is_input]
+    for (name, is_input), expected in needed.items():  # in the order of the computation
+        layer, place = (f"layer {name.split('.')[1]}", name.split(".", 2)[2]) if "h." in name else ("the end", name)
+        actual, text = seen.get((name, is_input)), POINTS.get(place, ("", ""))[not is_input]
+        if text and actual is not None:
             if actual.numel() == expected.numel() and error(actual, expected) > LOGITS:
                 return f"in {layer} {before}{text} differs"
             before = f"{text} agrees and "
