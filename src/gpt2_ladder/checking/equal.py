@@ -130,15 +130,15 @@ def pairings(network: nn.Module, ours: GPT) -> Iterator[Pairing]:
             places |= {f"h.{index}.{name}": modules for name, modules in parts.items()}
         if not all(places.values()):
             return
-        parameters = {f"{name}.weight": [weight(each) for each in modules] for name, modules in places.items()}
-        for name in places.keys() - {"lm_head"}:
-            if biases := [
-                each for module in places[name] for each in module.parameters(False) if each is not weight(module)
-            ]:
+        parameters = {}
+        for name, modules in places.items():
+            parameters[f"{name}.weight"] = [weight(each) for each in modules]
+            biases = [p for each in modules for p in each.parameters(recurse=False) if p is not weight(each)]
+            if biases and name != "lm_head":
                 parameters[f"{name}.bias"] = biases
         rows, columns = weight(places["h.0.mlp.c_fc"][0]).shape
-        modules = {name: modules[0] for name, modules in places.items() if len(modules) == 1}
-        pairing = Pairing(ours, parameters, modules, rows < columns)
+        single = {name: modules[0] for name, modules in places.items() if len(modules) == 1}
+        pairing = Pairing(ours, parameters, single, rows < columns)
         if all(theirs.shape == part.shape for theirs, part in pairing.pairs()):
             yield pairing
         if not any(len(modules) == 3 for modules in places.values()):
@@ -164,9 +164,8 @@ class Comparison:
 def sharpen(ours: GPT) -> None:
     """Fill `ours` with weights that every known cause shows with: step_check's, with a larger c_fc."""
     step_check.sharpen(ours)
-    for name, parameter in ours.named_parameters():
-        if name.endswith("c_fc.weight"):  # so large that GELU's formulas differ
-            parameter.data /= step_check.STD * ours.config.n_embd**0.5
+    for block in ours.h:  # so large that GELU's formulas differ
+        block.get_parameter("mlp.c_fc.weight").data /= step_check.STD * ours.config.n_embd**0.5
 
 
 def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparison | None:
@@ -181,38 +180,36 @@ def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparis
     for pairing in pairings(theirs.network, ours):
         pairing.copy_weights()
         outputs.append((pairing, theirs(idx)[0].detach()))
+    if not outputs:
+        return None
     exact = [replace(cause, how=EXACT_GELU.how | cause.how) for cause in CAUSES if "act" not in cause.how]
-    for cause in (None, *CAUSES, *exact):  # the faults of a network with nanoGPT's GELU, too
-        expected = logits_of(ours, idx, cause).detach()
-        for pairing, logits in outputs:
-            if error(logits, expected) <= LOGITS:
-                return compare_gradients(theirs, pairing, cause, idx, targets)
-    return compare_gradients(theirs, outputs[0][0], None, idx, targets) if outputs else None
+    equal = (
+        (pairing, cause)
+        for cause in (None, *CAUSES, *exact)  # the faults of a network with nanoGPT's GELU, too
+        for expected in [logits_of(ours, idx, cause)]
+        for pairing, logits in outputs
+        if error(logits, expected) <= LOGITS
+    )
+    pairing, cause = next(equal, (outputs[0][0], None))
+    pairing.copy_weights()
+    for model in (theirs, ours):
+        model.zero_grad()
+    logits, loss = theirs(idx, targets)
+    loss.backward()
+    expected = logits_of(ours, idx, cause)
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    errors = {}
+    for name in pairing.parameters:
+        gradient, needed = pairing.gradient(name), ours.get_parameter(name).grad
+        difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm().clamp(min=1e-30)
+        errors[name] = float(difference.nan_to_num(torch.inf))
+    worst = max(errors, key=errors.__getitem__)
+    return Comparison(pairing, cause, error(logits, expected), errors[worst], worst)
 
 
 def logits_of(ours: GPT, idx: Tensor, cause: Cause | None) -> Tensor:
     """Return the logits of ours, (B, T, V), with the change that `cause` names."""
     return changed(ours, idx, **cause.how) if cause else ours(idx)[0]
-
-
-def compare_gradients(
-    theirs: Theirs, pairing: Pairing, cause: Cause | None, idx: Tensor, targets: Tensor
-) -> Comparison:
-    """Compare logits and gradients for idx and targets, int64 (B, T)."""
-    pairing.copy_weights()
-    theirs.zero_grad()
-    pairing.ours.zero_grad()
-    logits, loss = theirs(idx, targets)
-    loss.backward()
-    expected = logits_of(pairing.ours, idx, cause)
-    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
-    errors = {}
-    for name in pairing.parameters:
-        gradient, needed = pairing.gradient(name), pairing.ours.get_parameter(name).grad
-        difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm().clamp(min=1e-30)
-        errors[name] = float(difference.nan_to_num(torch.inf))
-    worst = max(errors, key=errors.__getitem__)
-    return Comparison(pairing, cause, error(logits, expected), errors[worst], worst)
 
 
 @torch.no_grad()
