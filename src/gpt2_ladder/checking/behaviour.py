@@ -114,14 +114,13 @@ def check_loss(theirs: Theirs, logits: Tensor, loss: Tensor | None, targets: Ten
     unshifted = "its labels must be the next tokens, as it does not shift them"
     known |= {unshifted: cross_entropy(0)} if usual else {}
     text = f"{float(loss):.5f}, the cross-entropy of its logits and targets is {float(known['']):.5f}"
-    for reason, value in known.items():
-        if abs(float(loss) / float(value) - 1) <= 1e-5:
-            theirs.own_loss = reason == unshifted or not (reason or usual)
-            if usual and not reason:
-                text = "it shifts the labels once, as transformers does; we compute it from its logits"
-                theirs.target_name = None  # its own loss would only cost time in the race
-            return Finding("loss", PASS if not reason else VARIANT if reason == unshifted else FAIL, text, reason)
-    return Finding("loss", FAIL, text, "the difference is not explained")
+    alike = (reason for reason, value in known.items() if abs(float(loss) / float(value) - 1) <= 1e-5)
+    reason = next(alike, "the difference is not explained")
+    theirs.own_loss = reason == unshifted or not (reason or usual)
+    if usual and not reason:
+        text = "it shifts the labels once, as transformers does; we compute it from its logits"
+        theirs.target_name = None  # its own loss would only cost time in the race
+    return Finding("loss", PASS if not reason else VARIANT if reason == unshifted else FAIL, text, reason)
 
 
 def check_stream(theirs: Theirs, ours: GPT, idx: Tensor) -> Finding:
@@ -133,8 +132,8 @@ def check_stream(theirs: Theirs, ours: GPT, idx: Tensor) -> Finding:
         if {("first", True), ("last", False)} - seen.keys():
             return Finding(STREAM, UNKNOWN, "no list of blocks was found that forward calls")
         first, last = seen["first", True], seen["last", False]
-        sizes.append((float(first.std()), float((last - first).std())))
-    (start, added), (our_start, our_added) = sizes
+        sizes += [float(first.std()), float((last - first).std())]
+    start, added, our_start, our_added = sizes
     text = f"standard deviation {start:.3f}, and the blocks add {added:.3f}; GPT-2: {our_start:.3f} and {our_added:.3f}"
     if 0.7 < added / our_added < 1.4:
         return Finding(STREAM, PASS, text)
