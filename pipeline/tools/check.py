@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +46,7 @@ def main(*arguments: str) -> None:
     params = params_yaml.load()
     args = parse(arguments, params)
     print(f"Checking {args.network}, for at most {args.seconds} s ...", flush=True)
-    report = check_in_own_process(args, params)
+    report = check_in_own_process(args, params.model_copy(update={"model": args.size}))
     rows = [(each.check, each.verdict, ": ".join(filter(None, (each.result, each.reason)))) for each in report.findings]
     loader = jinja2.FileSystemLoader(Path(loading.__file__).parent / "templates")
     template = jinja2.Environment(loader=loader, autoescape=True).get_template(PAGE.name)
@@ -58,9 +59,7 @@ def main(*arguments: str) -> None:
 def parse(arguments: Sequence[str], params: Params) -> argparse.Namespace:
     parser = Parser(prog="python -m pipeline.tools.check", description=__doc__, formatter_class=Help)
     parser.add_argument("network", help="FILE:CLASS or MODULE:CLASS, or a function that returns the network")
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="values for its config, such as dropout=0.1"
-    )
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="values such as dropout=0.1")
     parser.add_argument("--size", default="tiny", choices=params.models, help="build it at this size of params.yaml")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of the race")
     parser.add_argument("--compile", action="store_true", help="compile both networks for the race")
@@ -68,28 +67,25 @@ def parse(arguments: Sequence[str], params: Params) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=300, help="stop after this time")
     parser.add_argument("--memory", type=int, default=8, help="stop if it needs more memory, in GiB")
     args = parser.parse_args(arguments)
-    for pair in args.config:
-        if not pair.partition("=")[2]:
-            raise UserError(f"--config {pair}: give key=value")
-    args.config = {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in args.config)}
+    args.config = dict(map(read_setting, args.config))
     return args
 
 
-def parse_value(text: str) -> Any:
-    """Return the Python constant that `text` is, or `text` itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def read_setting(text: str) -> tuple[str, Any]:
+    """Return the key and the value of KEY=VALUE; the value is a Python constant or, if it is none, a text."""
+    key, _, value = text.partition("=")
+    if not value:
+        raise UserError(f"--config {text}: give key=value")
+    with suppress(ValueError, SyntaxError):
+        return key, ast.literal_eval(value)
+    return key, value
 
 
 def check_in_own_process(args: argparse.Namespace, params: Params) -> Report:
     """Return the report; raise UserError if the network cannot be checked, takes too long, or ends its process."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(sender, args, params.model_copy(update={"model": args.size})), daemon=True
-    )
+    process = context.Process(target=_work, args=(sender, args, params), daemon=True)
     process.start()
     sender.close()
     try:
