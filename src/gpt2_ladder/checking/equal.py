@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any
 
 import torch
@@ -57,11 +57,6 @@ class Pairing:
                 parameter.zero_()
         for theirs, part in self.pairs():
             theirs.copy_(part)
-
-    def gradient(self, name: str) -> Tensor:
-        """Return their gradient for the parameter `name` of ours, in our layout; 0 where theirs has none."""
-        parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.parameters[name]]
-        return torch.cat([self.laid_out(name, part) for part in parts])
 
 
 def blocks(network: nn.Module) -> nn.ModuleList | nn.Sequential | None:
@@ -192,17 +187,15 @@ def compare(theirs: Theirs, ours: GPT, idx: Tensor, targets: Tensor) -> Comparis
     )
     pairing, cause = next(equal, (outputs[0][0], None))
     pairing.copy_weights()
-    for model in (theirs, ours):
-        model.zero_grad()
-    logits, loss = theirs(idx, targets)
-    loss.backward()
-    expected = logits_of(ours, idx, cause)
-    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    (logits, loss), expected = theirs(idx, targets), logits_of(ours, idx, cause)
+    our_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)  # 0 where there is none
+    gradients = iter(grad(loss, [*chain(*pairing.parameters.values())]))
+    needed = grad(our_loss, [ours.get_parameter(name) for name in pairing.parameters])
     errors = {}
-    for name in pairing.parameters:
-        gradient, needed = pairing.gradient(name), ours.get_parameter(name).grad
-        difference = gradient.norm() if needed is None else (gradient - needed).norm() / needed.norm().clamp(min=1e-30)
-        errors[name] = float(difference.nan_to_num(torch.inf))
+    for (name, parts), right in zip(pairing.parameters.items(), needed, strict=True):
+        gradient = torch.cat([pairing.laid_out(name, next(gradients)) for _ in parts])
+        errors[name] = float(((gradient - right).norm() / right.norm().clamp(min=1e-30)).nan_to_num(torch.inf))
     worst = max(errors, key=errors.__getitem__)
     return Comparison(pairing, cause, error(logits, expected), errors[worst], worst)
 
