@@ -19,7 +19,7 @@ PLACES = {  # of model.py, with eager attention
     "future": "self.future[:T, :T]",
     "hidden": 'float("-inf")',
     "softmax": "dim=-1)",
-    "merge": "y.transpose(1, 2).reshape(B, T, C)",
+    "merge": "y.transpose(1, 2)",
     "act": 'F.gelu(self.c_fc(x), approximate="tanh")',
     "norm": "nn.LayerNorm(config.n_embd)",
     "attention": "x + self.attn(self.ln_1(x))",
@@ -67,6 +67,7 @@ def changed(model: GPT, idx: Tensor, **how: str) -> Tensor:
     return network(idx)[0]
 
 
+MASKED = "dim=-1).masked_fill(self.future[:T, :T], 0.0)"
 BY_SIZE = "t.view(B, T, C // self.n_head, self.n_head).permute(0, 3, 1, 2)"
 CENTERED = "Norm(config.n_embd, lambda x: (x - x.mean(-1, keepdim=True)) / "
 DIFFERENCES = {
@@ -79,20 +80,15 @@ DIFFERENCES = {
     "Your causal mask is off by one: a token does not see itself": {  # but the first, or it would see nothing
         "future": "self.future[:T, :T] | torch.diag(torch.arange(T) > 0)"
     },
-    "Your causal mask comes after the softmax, so the weights do not sum to 1": {
-        "mask": "scores",
-        "softmax": "dim=-1).masked_fill(self.future[:T, :T], 0.0)",
-    },
+    "Your causal mask comes after the softmax, so the weights do not sum to 1": {"mask": "scores", "softmax": MASKED},
     "Your causal mask sets scores to 0 instead of -inf, so every token sees the future": {"hidden": "0.0"},
     "Your softmax is over the queries instead of the keys": {"softmax": "dim=-2)"},
     "Your softmax is over the heads instead of the keys": {"hidden": "-1e9", "softmax": "dim=1)"},
     "Your softmax is over the rows of the batch instead of the keys": {"hidden": "-1e9", "softmax": "dim=0)"},
-    "Your heads are in the wrong order: merged without the transposition back to (T, H, D)": {
-        "merge": "y.reshape(B, T, C)"
-    },
+    "Your heads are in the wrong order: merged without the transposition back to (T, H, D)": {"merge": "y"},
     "Your heads are in the wrong order: split as (D, H) instead of (H, D)": {
         "heads": BY_SIZE,
-        "merge": "y.permute(0, 2, 3, 1).reshape(B, T, C)",
+        "merge": "y.permute(0, 2, 3, 1)",
     },
     "Your heads are split as (D, H), but merged as (H, D)": {"heads": BY_SIZE},
     **{
@@ -130,17 +126,13 @@ DIFFERENCES = {
     },
     "Your final LayerNorm is not applied": {"final": "x"},
     "Your network does not add the position embeddings": {"positions": "0 * self.wpe(positions)"},
-    "Your positions are off by one: they start at 1": {
-        "positions": "self.wpe((positions + 1) % self.config.n_positions)"
-    },
+    "Your positions are off by one: they start at 1": {"positions": "self.wpe.weight.roll(-1, 0)[positions]"},
     "Your token embeddings are multiplied by sqrt(C)": {"tokens": "self.wte(idx) * math.sqrt(self.config.n_embd)"},
     "Your logits are divided by sqrt(C)": {"logits": "logits = self.lm_head(x) / math.sqrt(self.config.n_embd)"},
-    "Your attn.c_attn does not add its bias": {"attn.c_attn": "F.linear(x, self.c_attn.weight)"},
-    "Your attn.c_proj does not add its bias": {
-        "attn.c_proj": "F.linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)"
+    **{
+        f"Your {name} does not add its bias": {name: f"({PLACES[name]} - self.{name.split('.')[1]}.bias)"}
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     },
-    "Your mlp.c_fc does not add its bias": {"mlp.c_fc": "F.linear(x, self.c_fc.weight)"},
-    "Your mlp.c_proj does not add its bias": {"mlp.c_proj": "F.linear(x, self.c_proj.weight)"},
 }
 EXACT_GELU = Cause("its GELU is exact instead of tanh (nanoGPT's choice)", {"act": "F.gelu(self.c_fc(x))"}, True)
 CAUSES = [EXACT_GELU, *(Cause(what, how) for what, how in DIFFERENCES.items())]
