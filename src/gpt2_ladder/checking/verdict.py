@@ -55,9 +55,8 @@ def check(
     theirs = Theirs(loading.build(factory, small, options))
     ours = equal.build_ours(theirs.network, small)
     initial = GPT(ours.config if ours else small, params.seed)
-    fixed = initial.config.n_embd != small.n_embd  # the size cannot be set; probably it is GPT-2's
-    learning_rate = (params.models["gpt2"] if fixed else params.size).learning_rate
-    findings += behaviour.check_behaviour(theirs, initial, params.seed, learning_rate)
+    size = params.size if initial.config.n_embd == small.n_embd else params.models["gpt2"]  # a size that cannot be set
+    findings += behaviour.check_behaviour(theirs, initial, params.seed, size.learning_rate)
     finding, pairing = check_function(theirs.eval(), ours, params.seed)
     findings.append(finding)
     if not rounds:
@@ -67,7 +66,7 @@ def check(
         model.to(device).train()
         if compiled:
             runtime.compile_model(model)
-        optimizer = loop.make_optimizer(model, learning_rate, params.optimizer, fused=True)
+        optimizer = loop.make_optimizer(model, size.learning_rate, params.optimizer, fused=True)
         arms.append(turns.Arm(arm, model, optimizer, precision, B))
     curve, speed = race(arms, pairing, params, device, rounds)
     return conclude(name, findings + curve, speed)
@@ -89,9 +88,7 @@ def check_function(theirs: Theirs, ours: GPT | None, seed: int) -> tuple[Finding
         far = equal.error(theirs(ids)[0], equal.logits_of(ours, ids, known))
     joined = "and" if result.gradient <= equal.GRADIENT else "but other"
     errors = f"logits ({result.logits:.0e} apart) {joined} gradients ({result.gradient:.0e} apart, {result.gradient_of})"
-    text = (
-        f"{where}; with this change, ours has the same {errors}" if known else f"with equal weights, the same {errors}"
-    )
+    text = f"{f'{where}; with this change, ours has' if known else 'with equal weights,'} the same {errors}"
     if far > equal.LOGITS:
         text = f"for {short} tokens the same {errors}, but for {long} tokens logits differ by {far:.0e}"
     right = far <= equal.LOGITS and result.gradient <= equal.GRADIENT and (not known or known.is_variant)
@@ -124,9 +121,9 @@ def race(
             [float(arm.take(loop.train_step, devices.send(batch, device), device)[0]) for batch in batches[:steps]]
             for arm in arms
         )
-        worst, tolerance = max(map(abs, map(operator.sub, a, b))), getattr(params.parity, ours.precision)
-        text = f"at most {worst:.1e} nats from ours in {steps} steps from equal weights; {tolerance:g} is allowed"
-        findings.append(behaviour.judge("loss curve", worst <= tolerance, text))
+        apart, tolerance = [*map(abs, map(operator.sub, a, b))], getattr(params.parity, ours.precision)
+        text = f"at most {max(apart):.1e} nats from ours in {steps} steps from equal weights; {tolerance:g} is allowed"
+        findings.append(behaviour.judge("loss curve", all(each <= tolerance for each in apart), text))  # NaN fails
     arms = [ours, yours, replace(ours, name=CONTROL)]
     for _ in turns.warm_up(arms, batches[0], device, params.seed):
         pass
