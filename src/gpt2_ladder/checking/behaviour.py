@@ -95,6 +95,7 @@ def check_parameters(network: nn.Module, config: GPTConfig) -> Finding:
 
 def check_loss(theirs: Theirs, logits: Tensor, loss: Tensor | None, targets: Tensor) -> Finding:
     """Find out how a network counts its loss; set theirs.own_loss if it is the cross-entropy with `targets`."""
+    logits, loss = logits.detach(), None if loss is None else loss.detach()
     if loss is None:
         why = "forward takes no targets" if theirs.target_name is None else "forward returns none"
         return Finding("loss", UNKNOWN, f"{why}: the cross-entropy of its logits is used")
