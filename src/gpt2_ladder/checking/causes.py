@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpt2_ladder import model as page
+from gpt2_ladder import model
 from gpt2_ladder.model import GPT
 
 PLACES = {  # of model.py, with eager attention
@@ -56,14 +56,14 @@ class Norm(nn.LayerNorm):
         return self.formula(x) * self.weight + self.bias
 
 
-def changed(model: GPT, idx: Tensor, **how: str) -> Tensor:
-    """Return the logits, (B, T, V), of `model` for idx, int64 (B, T), with the texts `how` at PLACES of model.py."""
-    source, names = inspect.getsource(page), dict[str, Any](Norm=Norm)
+def changed(ours: GPT, idx: Tensor, **how: str) -> Tensor:
+    """Return the logits, (B, T, V), of `ours` for idx, int64 (B, T), with the texts `how` at PLACES of model.py."""
+    source, names = inspect.getsource(model), dict[str, Any](Norm=Norm)
     for place, text in how.items():
         source = source.replace(PLACES[place], text)
     exec(source, names)
-    network = names["GPT"](model.config, seed=None)
-    network.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # the same parameters, for their gradients
+    network = names["GPT"](ours.config, seed=None)
+    network.load_state_dict(ours.state_dict(keep_vars=True), assign=True)  # the same parameters, for their gradients
     return network(idx)[0]
 
 

@@ -87,7 +87,8 @@ def check_function(theirs: Theirs, ours: GPT | None, seed: int) -> tuple[Finding
         ids = random_ids(ours, seed, 1, long)
         far = equal.error(theirs(ids)[0], equal.logits_of(ours, ids, known))
     joined = "and" if result.gradient <= equal.GRADIENT else "but other"
-    errors = f"logits ({result.logits:.0e} apart) {joined} gradients ({result.gradient:.0e} apart, {result.gradient_of})"
+    errors = f"logits ({result.logits:.0e} apart) {joined} gradients"
+    errors += f" ({result.gradient:.0e} apart, {result.gradient_of})"
     text = f"{f'{where}; with this change, ours has' if known else 'with equal weights,'} the same {errors}"
     if far > equal.LOGITS:
         text = f"for {short} tokens the same {errors}, but for {long} tokens logits differ by {far:.0e}"
