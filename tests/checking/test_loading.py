@@ -156,6 +156,13 @@ def test_a_constant_may_ask_for_the_device(write_gpt):
     assert build(write_gpt(f"{device}{DEFAULTS}{NETWORK}        device\n")).sizes.d_model == 16
 
 
+def test_what_a_config_derives_from_its_sizes_is_right(write_gpt):
+    post = "    def __post_init__(self):\n        self.rows = 4 * self.d_model\n"
+    assert build(write_gpt(f"{DEFAULTS}{post}{NETWORK}")).sizes.rows == 64
+    init = "    def __init__(self, n_embd=5, vocab_size=7):\n        self.rows = 4 * n_embd\n"
+    assert build(write_gpt(f"from torch import nn\nclass Sizes:\n{init}{NETWORK}")).sizes.rows == 64
+
+
 def test_the_annotated_dataclass_is_taken_and_not_the_first(write_gpt):
     source = f"{DEFAULTS}\n@dataclass\nclass Other:\n    n_embd: int = 5\n    vocab: int = 4\n{NETWORK}"
     for annotation in ("Other", "'Other'"):
