@@ -176,6 +176,15 @@ def test_the_config_is_a_dictionary_which_stays_as_it_is(write_gpt):
     assert sys.modules["checked_my_gpt"].GPT_CONFIG_124M["emb_dim"] == 768
 
 
+def test_a_config_that_only_the_files_script_makes_is_read_by_key_or_by_attribute(write_gpt):
+    path = write_gpt(f"{LIST.splitlines()[2]}\n{NETWORK}        self.depth = sizes['n_layers'], sizes.n_layer\n")
+    assert build(path).depth == (2, 2)
+    path = write_gpt(f"{LIST.splitlines()[2]}\n{NETWORK}        self.rate = sizes['drop_rate']\n")
+    with pytest.raises(AttributeError, match="no attribute 'drop_rate'"):  # the command adds: --config sets it
+        build(path)
+    assert build(path, drop_rate=0.5).rate == 0.5
+
+
 def test_the_sizes_are_keyword_arguments_of_a_class_or_a_function(write_gpt):
     source = """
 from torch import nn

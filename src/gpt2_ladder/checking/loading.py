@@ -35,6 +35,12 @@ KEPT = ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef
 MISSING = "_missing"  # of the module of a checked file
 
 
+class Sizes(SimpleNamespace):
+    """The config of a network whose own is not found, read by attribute or, as a dictionary, by key."""
+
+    __getitem__ = SimpleNamespace.__getattribute__
+
+
 def load(name: str) -> Factory:
     """Return the class or function `name`, FILE:CLASS or MODULE:CLASS; raise UserError if it cannot be loaded."""
     where, _, attribute = name.rpartition(":")
@@ -134,7 +140,7 @@ def find_config(factory: Any, options: Mapping[str, Any]) -> Any:
         is_config = isinstance(kind, dict) or (isclass(kind) and not issubclass(kind, nn.Module))
         if is_config and len(OURS.keys() & settings(kind)) > 1:
             return kind
-    return SimpleNamespace(**{**dict.fromkeys(OURS), **options})
+    return Sizes(**{**dict.fromkeys(OURS), **options})
 
 
 def settings(kind: Any) -> dict[str, Any]:
