@@ -2,13 +2,10 @@
 
 import re
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.measuring import cost, planning
+from gpt2_ladder.reporting.tables import markdown_table
 from gpt2_ladder.training import devices, precisions
 from pipeline import Parser, read_settings, run
 
@@ -37,10 +34,7 @@ def main(*arguments: str) -> None:
     shape = params.shape("speed")
     B, T = shape.batch_size, shape.block_size
     tflop = B * T * cost.flops_per_token(params.size, T) / 1e12
-    table = Table(title=f"GPT-2 ({params.model}) at {B} x {T} on {where}; {tflop:.2f} TFLOP per step", box=box.SIMPLE)
-    table.add_column("level")
-    for title in ("peak\nGiB", f"largest B\nat T={T}", *(f"least ms\n{gpu.removeprefix('NVIDIA ')}" for gpu in gpus)):
-        table.add_column(title, justify="right")
+    rows = [["level", "peak GiB", "largest B", *(f"least ms {gpu.removeprefix('NVIDIA ')}" for gpu in gpus)]]
     for name, level in params.levels.items():
         if level.group == "speed":
             network, operand = params.gpt(level), precisions.PRECISIONS[level.precision].operand
@@ -48,9 +42,9 @@ def main(*arguments: str) -> None:
             largest = planning.largest_batch(network, operand, T, cuda, free)
             times = [planning.least_ms(step, gpu, level.precision, level.compile) for gpu in gpus]
             cells = ["-" if ms is None else f"{ms:,.3g}" for ms in times]
-            table.add_row(name, f"{step.peak_bytes / 2**30:.2f}", str(largest or "none"), *cells)
-    Console(width=100).print(table)
-    print(NOTE)
+            rows.append([name, f"{step.peak_bytes / 2**30:.2f}", str(largest or "none"), *cells])
+    print(f"GPT-2 ({params.model}) at {B} x {T} on {where}; {tflop:.2f} TFLOP per step\n")
+    print(markdown_table(rows, text_columns=1), NOTE, sep="\n\n")
 
 
 def parse_memory(text: str) -> int:
