@@ -46,11 +46,10 @@ def main() -> None:
         explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
         reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
     )
-    trained = {name: result for name, result in results.items() if result["status"] == "trained"}
     comparable = not any(key.startswith("recipe.") for key in trial["changes"])
     losses: dict[str, dict[str, list[float]]] = {group: {} for group in TITLES}
-    for name in trained:
-        losses[params.levels[name].group][name] = read_losses(RESULTS / "levels" / name / "steps.csv")
+    for name, level in params.levels.items():
+        losses[level.group][name] = read_losses(RESULTS / "levels" / name / "steps.csv")
     for group in ("speed", "trial") if comparable else ("trial",):
         losses[group]["trial"] = read_losses(RESULTS / "trial/steps.csv")
     differences = {name: level["differences"] for name, level in parity["levels"].items()}
@@ -58,7 +57,6 @@ def main() -> None:
         "ladder": charts.waterfall(facts.ladder_steps(gains)),
         **{group: charts.losses(curves, TITLES[group]) for group, curves in losses.items() if any(curves.values())},
         "parity": charts.losses(differences, f"speed levels, difference to {parity['baseline']}", "nats"),
-        "memory": charts.memory({name: result["peak_memory_mib"] for name, result in trained.items()}),
     }
     for name, chart in pictures.items():
         charts.save_png(chart, FOLDER / f"{name}.png")

@@ -14,7 +14,6 @@ LOSSES = {level: [9.0, 8.0, 7.0] for level in ("fp32", "bf16")}
 CHARTS = {
     "ladder": charts.waterfall(facts.ladder_steps(gains())),
     "losses": charts.losses(LOSSES, "speed levels"),
-    "memory": charts.memory({"fp32": 3000.0, "bf16": 2500.0}),
 }
 
 

@@ -86,9 +86,9 @@ def test_wandb_has_the_rows_of_the_csv_the_config_and_the_summary(tmp_path):
 
 def summarize(levels: dict[str, dict]) -> list[str]:
     """Log the summary of `levels`, and return the names of all summaries' folders."""
-    charts.save_png(charts.memory({"fp32": 3000.0}), Path("memory.png"))
+    charts.save_png(charts.losses({"fp32": [9.0, 8.0]}, "speed levels"), Path("speed.png"))
     gains = {"rounds": 8, "control": {"ratio": 1.0}, "levels": levels}
-    tracking.log_summary(PARAMS, environment(), gains, "<svg>bars</svg>", {"memory": Path("memory.png")})
+    tracking.log_summary(PARAMS, environment(), gains, "<svg>bars</svg>", {"speed": Path("speed.png")})
     return sorted(path.name for path in Path().glob("wandb/offline-run-*-summary-*"))
 
 
@@ -116,8 +116,8 @@ def test_a_measurement_has_one_summary_with_a_table_a_chart_and_pictures(tmp_pat
     assert table["data"][2] == ["bf16", *gain, *(bf16[key] for key in ("tokens_per_second", "step_ms", "mfu"))]
     (chart,) = folder.glob("files/media/html/ladder*.html")
     assert "<svg>bars</svg>" in chart.read_text()
-    (picture,) = folder.glob("files/media/images/memory*.png")
-    assert picture.read_bytes() == Path("memory.png").read_bytes()
+    (picture,) = folder.glob("files/media/images/speed*.png")
+    assert picture.read_bytes() == Path("speed.png").read_bytes()
     capsys.readouterr()
     assert summarize(levels) == [name]  # the report ran again
     assert re.fullmatch(r"W&B: wandb/ has the run summary-\w{8} already: logging nothing\n", capsys.readouterr().out)
@@ -279,7 +279,7 @@ def test_whatever_any_use_of_wandb_raises_is_one_line(tmp_path, monkeypatch, cap
         monkeypatch.setattr(tracking, "wandb", failing)
         monkeypatch.setattr(tracking, "read_netrc_auth", failing)
         assert len(track(tmp_path / "steps.csv", start())) == 2
-        tracking.log_summary(PARAMS, environment(), gains(), "<svg/>", {"memory": tmp_path / "memory.png"})
+        tracking.log_summary(PARAMS, environment(), gains(), "<svg/>", {"speed": tmp_path / "speed.png"})
         output = capsys.readouterr().out
         if not failing.failed:
             break

@@ -61,17 +61,6 @@ def losses(curves: Mapping[str, Sequence[float]], title: str, y_title: str = "tr
     )
 
 
-def memory(peaks_mib: Mapping[str, float]) -> alt.LayerChart:
-    """Draw the peak memory of each level as a bar, in MiB."""
-    rows = [{"level": level, "peak": peak} for level, peak in peaks_mib.items()]
-    base = alt.Chart(alt.Data(values=rows), title="peak memory of a training").encode(
-        alt.Y("level:N", title=None, sort=list(peaks_mib)),
-        alt.X("peak:Q", title="MiB", scale=alt.Scale(domain=[0, 1.15 * max(peaks_mib.values())], nice=False)),
-    )
-    labels = base.mark_text(align="left", dx=4, fontSize=12).encode(alt.Text("peak:Q", format=",.0f"))
-    return (base.mark_bar(color=COLORS["baseline"]) + labels).properties(width=WIDTH, height=alt.Step(24))
-
-
 def save_png(chart: alt.TopLevelMixin, path: Path) -> None:
     """Save `chart` as a PNG with doubled width and height, for high-resolution screens."""
     files.write(path, vl_convert.vegalite_to_png(_styled(chart), scale=2))
