@@ -9,43 +9,22 @@ from gpt2_ladder.params import Params
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
 from gpt2_ladder.training.metrics import read_losses
-from pipeline import (
-    DEVICE_TIME,
-    GAINS,
-    PARITY,
-    PROFILE,
-    RESULTS,
-    SECONDS,
-    TRIAL_FACTS,
-    read_json,
-    read_metrics,
-    read_settings,
-    run,
-)
+from pipeline import RESULTS, SECONDS, TRIAL_FACTS, read_json, read_metrics, read_settings, run
 
 FOLDER = RESULTS / "report"
+OUTPUTS = ("gains", "parity", "profile", "device_time", "verify", "overfit")  # JSON files of other stages
 TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"}
 
 
 def main() -> None:
     params, environment = read_settings()
     results = {name: read_metrics(name) for name in params.levels}
-    gains, parity, trial = read_json(GAINS), read_json(PARITY), read_json(TRIAL_FACTS)
-    content = facts.collect(
-        params,
-        environment,
-        results,
-        gains,
-        parity,
-        trial=trial,
-        operators=read_json(PROFILE),
-        device_time=read_json(DEVICE_TIME),
-        seconds=read_seconds(params),
-        verify=read_json(RESULTS / "verify.json"),
-        overfit=read_json(RESULTS / "overfit.json"),
-        explained={path.stem for path in Path("docs/levels").glob("*.md")},  # it only links to them: no dependency
-        reference=gallery.read(gallery.FOLDER / "h100-sxm.json"),
-    )
+    outputs = {name: read_json(RESULTS / f"{name}.json") for name in OUTPUTS}
+    gains, parity, trial = outputs["gains"], outputs["parity"], read_json(TRIAL_FACTS)
+    reference = gallery.read(gallery.FOLDER / "h100-sxm.json")
+    explained = {path.stem for path in Path("docs/levels").glob("*.md")}  # it only links to them: no dependency
+    more = {"trial": trial, "seconds": read_seconds(params), "reference": reference, "explained": explained}
+    content = facts.collect(params, environment, results, **outputs, **more)
     comparable = not any(key.startswith("recipe.") for key in trial["changes"])
     losses: dict[str, dict[str, list[float]]] = {group: {} for group in TITLES}
     for name, level in params.levels.items():

@@ -99,7 +99,7 @@ PARITY = {
 def content(weights: str = "openai", note: str | None = None, trial: dict = TRIAL, **changes: object) -> dict:
     """What the report's templates get for a climb up to `compile`; only the level bf16 has a page in docs/levels."""
     levels = changes.pop("levels", LEVELS)
-    climb = {"results": dict.fromkeys(levels, TRAINED), "gains": gains(), "parity": PARITY, "operators": OPERATORS}
+    climb = {"results": dict.fromkeys(levels, TRAINED), "gains": gains(), "parity": PARITY, "profile": OPERATORS}
     climb |= {"device_time": {}, "seconds": {"download": dict.fromkeys(PHASES, 0.0) | {"imports": 1.62, "exit": 0.04}}}
     return facts.collect(
         PARAMS.model_copy(update={"levels": levels}),

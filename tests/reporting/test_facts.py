@@ -324,7 +324,7 @@ def test_the_report_shows_the_seconds_of_every_stage_and_their_sum():
 
 
 def test_the_ten_costliest_operators_are_shown():
-    text = html(content(operators={"bf16": profiled({f"aten::op{index}": 20.0 - index for index in range(12)})}))
+    text = html(content(profile={"bf16": profiled({f"aten::op{index}": 20.0 - index for index in range(12)})}))
     assert "aten::op9" in text
     assert "aten::op10" not in text
 

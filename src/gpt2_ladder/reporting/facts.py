@@ -12,16 +12,9 @@ from gpt2_ladder.measuring.cost import KNOWN_PEAKS
 from gpt2_ladder.measuring.gains import MOST_COUNT, NO_GAIN, Gain
 from gpt2_ladder.measuring.loss_parity import check_one_count, check_one_environment
 from gpt2_ladder.params import Params
+from gpt2_ladder.reporting import tables
 from gpt2_ladder.reporting.gallery import Machine
-from gpt2_ladder.reporting.tables import (
-    Metrics,
-    device_time_table,
-    gain_cell,
-    markdown_table,
-    seconds_table,
-    speed_table,
-    training_table,
-)
+from gpt2_ladder.reporting.tables import Metrics, gain_cell, markdown_table
 
 FAST_BF16 = 1.2  # bfloat16 counts as fast if its gain over the baseline is at least this
 WEIGHTS = {"openai": "OpenAI's published weights", "stand-in": "random stand-in weights"}
@@ -131,7 +124,7 @@ def collect(
     results: Mapping[str, Metrics],
     gains: Metrics,
     parity: Metrics,
-    operators: Mapping[str, Sequence[Metrics]],
+    profile: Mapping[str, Sequence[Metrics]],
     device_time: Mapping[str, Metrics],
     trial: Metrics,
     verify: Metrics,
@@ -141,9 +134,9 @@ def collect(
 ) -> dict[str, Any]:
     """Return the variables of the templates ladder.md and ladder.html; `more` is passed to them unchanged.
 
-    `results` has metrics.json of every level, `operators` profile.json, `device_time` device_time.json, `seconds` the
-    ledger of every stage. The pages show the gains of `reference` if bfloat16 is not fast here. Raise UserError if the
-    results are from different environments or numbers of devices.
+    `results` has metrics.json of every level, `seconds` the ledger of every stage, `profile` profile.json, and so on.
+    The pages show the gains of `reference` if bfloat16 is not fast here. Raise UserError if the results are from
+    different environments or numbers of devices.
     """
     levels, speed = params.levels, params.shape("speed")
     check_one_environment({**results, "trial": trial, "benchmark": gains, "parity": parity}, environment)
@@ -170,15 +163,15 @@ def collect(
         "largest_difference": max(level["largest"] for level in parity["levels"].values()),
         "parity_steps": min(level["steps"] for level in parity["levels"].values()),
         "control": str(Gain(**gains["control"])),
-        "speed": speed_table(levels, results, gains, parity),
-        "training": training_table(levels, results, trial),
-        "reasons": reasons(gains, operators),
-        "device_time": device_time_table(device_time),
-        "seconds": seconds_table(seconds),
+        "speed": tables.speed_table(levels, results, gains, parity),
+        "training": tables.training_table(levels, results, trial),
+        "reasons": reasons(gains, profile),
+        "device_time": tables.device_time_table(device_time),
+        "seconds": tables.seconds_table(seconds),
         "undecided": undecided(gains),
         "costliest": {
             name: [[f"{row['self_ms']:,.1f}", str(row["calls"]), row["name"]] for row in rows[:10]]
-            for name, rows in operators.items()
+            for name, rows in profile.items()
         },
         "kernels": {name: kernel for name in parity["levels"] if (kernel := results[name]["attention_kernel"])},
         "notes": notes,
