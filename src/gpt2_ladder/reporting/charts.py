@@ -35,11 +35,8 @@ def waterfall(rows: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
     )
     ends = base.mark_tick(thickness=2, size=20, color="black").encode(alt.X("end:Q"))
     intervals = base.mark_rule(color="black").encode(alt.X("low:Q"), alt.X2("high:Q"))
-    labels = (
-        base.transform_calculate(right="max(datum.start, datum.high)")
-        .mark_text(align="left", dx=8, fontSize=12)
-        .encode(alt.X("right:Q"), alt.Text("label:N"))
-    )
+    right_ends = base.transform_calculate(right="max(datum.start, datum.high)")
+    labels = right_ends.mark_text(align="left", dx=8, fontSize=12).encode(alt.X("right:Q"), alt.Text("label:N"))
     return (bars + ends + intervals + labels).properties(width=WIDTH + 60, height=alt.Step(30))
 
 
@@ -48,16 +45,12 @@ def losses(curves: Mapping[str, Sequence[float]], title: str, y_title: str = "tr
     order = [level for level, curve in curves.items() if curve]
     rows = [{"level": level, "step": step, "loss": loss} for level in order for step, loss in enumerate(curves[level])]
     legend = alt.Legend(title=None, symbolSize=900)  # long enough to show the dashes
-    return (
-        alt.Chart(alt.Data(values=rows), title=title)
-        .mark_line()
-        .encode(
-            alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
-            alt.Y("loss:Q", title=y_title, scale=alt.Scale(zero=False)),
-            alt.Color("level:N", legend=legend, sort=order, scale=alt.Scale(domain=order, range=LINES)),
-            alt.StrokeDash("level:N", legend=legend, sort=order, scale=alt.Scale(domain=order, range=DASHES)),
-        )
-        .properties(width=WIDTH, height=240)
+    chart = alt.Chart(alt.Data(values=rows), title=title, width=WIDTH, height=240)
+    return chart.mark_line().encode(
+        alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
+        alt.Y("loss:Q", title=y_title, scale=alt.Scale(zero=False)),
+        alt.Color("level:N", legend=legend, sort=order, scale=alt.Scale(domain=order, range=LINES)),
+        alt.StrokeDash("level:N", legend=legend, sort=order, scale=alt.Scale(domain=order, range=DASHES)),
     )
 
 
