@@ -26,23 +26,9 @@ HEADER = ",".join(STEP_FIELDS) + "\n"  # the first line of steps.csv
 
 # The measured keys of metrics.json; all are null if the level was skipped.
 MEASURED = (
-    "parameters",
-    "loss_first",
-    "loss_last",
-    "skipped_steps",
-    "val_loss",
-    "bits_per_byte",
-    "epochs_seen",
-    "step_ms",
-    "tokens_per_second",
-    "goodput",
-    "compile_seconds",
-    "compile_cache",
-    "peak_memory_mib",
-    "peak_memory_reserved_mib",
-    "micro_batch",
-    "attention_kernel",
-    "float32_matmul_precision",
+    *("parameters", "loss_first", "loss_last", "skipped_steps", "val_loss", "bits_per_byte", "epochs_seen"),
+    *("step_ms", "tokens_per_second", "goodput", "compile_seconds", "compile_cache"),
+    *("peak_memory_mib", "peak_memory_reserved_mib", "micro_batch", "attention_kernel", "float32_matmul_precision"),
 )
 
 
