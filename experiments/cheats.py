@@ -79,7 +79,7 @@ CHEATS = [
           "tests/stages/test_benchmark.py::test_every_time_in_a_benchmark_is_that_of_a_step_it_has_just_taken",
           "pipeline/benchmark.py",
           "        for result in turns.measure(",
-          "        earlier = read_json(BENCHMARK) if BENCHMARK.exists() else None\n"
+          "        earlier = read_json(pipeline.BENCHMARK) if pipeline.BENCHMARK.exists() else None\n"
           "        for result in Measurement.model_validate(earlier).rounds if earlier else turns.measure("),
     Cheat(CACHE, "Nothing is verified if there is a verify.json.",
           "tests/using/test_verification.py::test_a_verification_that_is_run_again_compares_again",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import pipeline
 from gpt2_ladder import files, ledger
 from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
 from gpt2_ladder.measuring import profiling, step_check, summary, turns
@@ -21,20 +22,7 @@ from gpt2_ladder.measuring.step_check import StepCheck
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, data, devices, loop
-from pipeline import (
-    BENCHMARK,
-    DEVICE_TIME,
-    GAINS,
-    PARITY,
-    PROFILE,
-    TRACES,
-    TRAIN_SHARD,
-    Parser,
-    read_json,
-    read_metrics,
-    read_settings,
-    run,
-)
+from pipeline import Parser, read_json, read_metrics, read_settings, run
 
 START_SECONDS = 30  # of a process: imports, weights, and uncompiled first steps
 
@@ -73,8 +61,8 @@ def main(*arguments: str) -> None:
     gains = summary.summarize(params, levels, measurement)
     for name, row in gains["levels"].items():
         row["step_check"] = asdict(parts[0][1][name])
-    files.write_json(BENCHMARK, measurement.model_dump())
-    files.write_json(GAINS, gains)
+    files.write_json(pipeline.BENCHMARK, measurement.model_dump())
+    files.write_json(pipeline.GAINS, gains)
 
 
 @ledger.phase("steps")
@@ -94,7 +82,8 @@ def measure(index: int, processes: int, rounds: int, seconds: float) -> tuple[li
     shape, seed = params.shape("speed"), params.seed + index
     levels, micro_batch = read_levels()
     device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
-    batches = list(islice(data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size), shape.steps))
+    shard = data.open_shard(pipeline.TRAIN_SHARD)
+    batches = list(islice(data.Batches(shard, shape.batch_size, shape.block_size), shape.steps))
     matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
     measured, checks = list[Round](), dict[str, StepCheck]()
     which = f"process {index + 1}/{processes}, " if processes > 1 else ""
@@ -134,7 +123,7 @@ def estimate_minutes(levels: Mapping[str, Switches], rounds: int, processes: int
 
 def read_levels() -> tuple[dict[str, Switches], int]:
     """Return the switches of the control and of every level that passed parity, and the micro-batch of all."""
-    parity = read_json(PARITY)
+    parity = read_json(pipeline.PARITY)
     levels = {
         name: Switches.model_validate({key: level["switches"][key] for key in Switches.model_fields})
         for name, level in parity["levels"].items()
@@ -174,16 +163,17 @@ def _open_arms() -> dict[str, Arm]:
 
 def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device) -> None:
     """Profile one step of every arm except the control; write the costs of its operators and its trace."""
-    shutil.rmtree(TRACES, ignore_errors=True)
-    TRACES.mkdir()
+    shutil.rmtree(pipeline.TRACES, ignore_errors=True)
+    pipeline.TRACES.mkdir()
     operators = {
-        arm.name: arm.run(profile_arm, batch, device, TRACES / f"{arm.name}.json.gz")
+        arm.name: arm.run(profile_arm, batch, device, pipeline.TRACES / f"{arm.name}.json.gz")
         for arm in arms
         if arm.name != CONTROL
     }
-    files.write_json(PROFILE, {name: [asdict(operator) for operator in costs] for name, costs in operators.items()})
-    spent = {name: profiling.device_time(TRACES / f"{name}.json.gz") for name in operators}
-    files.write_json(DEVICE_TIME, {name: asdict(time) for name, time in spent.items() if time})
+    content = {name: [asdict(operator) for operator in costs] for name, costs in operators.items()}
+    files.write_json(pipeline.PROFILE, content)
+    spent = {name: profiling.device_time(pipeline.TRACES / f"{name}.json.gz") for name in operators}
+    files.write_json(pipeline.DEVICE_TIME, {name: asdict(time) for name, time in spent.items() if time})
 
 
 def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[Operator]:

@@ -9,6 +9,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
+import pipeline
 from gpt2_ladder import files
 from gpt2_ladder.config import BASELINE, GPT2_VOCAB_SIZE, Environment, Level, Recipe, Size, Switches, UserError
 from gpt2_ladder.measuring import planning
@@ -19,22 +20,9 @@ from gpt2_ladder.running.run import Inputs, Start
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import capabilities, data, devices, metrics, precisions
-from pipeline import (
-    PROBE,
-    RESULTS,
-    TRAIN_SHARD,
-    TRAINING_INPUTS,
-    TRIAL,
-    TRIAL_FACTS,
-    WEIGHTS,
-    check_weights,
-    is_first,
-    read_json,
-    read_settings,
-    run,
-)
+from pipeline import check_weights, is_first, read_json, read_settings, run
 
-FOLDER = RESULTS / "trial"
+FOLDER = pipeline.RESULTS / "trial"
 METRICS = FOLDER / "metrics.json"
 
 
@@ -46,9 +34,9 @@ def main() -> None:
     if not micro_batch:
         row = f"one row of recipe.block_size tokens ({params.shape('speed').block_size})"
         raise UserError(f"trial: memory does not suffice for {row} of {params.model}; set a smaller size or block_size")
-    if not run_job(make_job(params), params, environment, Inputs(*TRAINING_INPUTS), micro_batch, keep, start):
-        shutil.rmtree(TRIAL, ignore_errors=True)
-        TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
+    if not run_job(make_job(params), params, environment, Inputs(*pipeline.TRAINING_INPUTS), micro_batch, keep, start):
+        shutil.rmtree(pipeline.TRIAL, ignore_errors=True)
+        pipeline.TRIAL.mkdir(parents=True, exist_ok=True)  # DVC expects the output, but there is no network to save
     # if torchrun started the ranks, the first one measures; if this command started them, this process does
     if is_first():
         conclude(params, environment)
@@ -66,7 +54,7 @@ def find_micro_batch(params: Params, switches: Switches, environment: Environmen
     """
     own, shape = params.recipe, params.shape("speed")
     if not (own.model or own.batch_size or own.block_size):
-        return int(read_json(PROBE)["micro_batch"])
+        return int(read_json(pipeline.PROBE)["micro_batch"])
     network, operand = params.gpt(switches), precisions.PRECISIONS[switches.precision].operand
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
@@ -77,7 +65,7 @@ def load_start(params: Params) -> Start | None:
     """Return the weights that `recipe.start` names. Raise UserError if they are random or of another size."""
     if (start := params.recipe.start) is None:
         return None
-    folder = WEIGHTS if start == "openai" else Path(start)
+    folder = pipeline.WEIGHTS if start == "openai" else Path(start)
     if not folder.is_dir():
         raise UserError(
             f"recipe.start = {start}: there is no such folder; name one with {hub_format.CONFIG}, or openai"
@@ -98,7 +86,7 @@ def load_start(params: Params) -> Start | None:
 
 
 def keep(model: GPT) -> None:
-    hub_format.save_gpt(model, TRIAL)
+    hub_format.save_gpt(model, pipeline.TRIAL)
 
 
 def conclude(params: Params, environment: Environment) -> None:
@@ -106,7 +94,7 @@ def conclude(params: Params, environment: Environment) -> None:
     from gpt2_ladder.measuring import trials  # not at the top: scipy takes a second to import
 
     facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
-    losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, RESULTS / "levels" / BASELINE)]
+    losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, pipeline.RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     count = min(metrics.count_before_skip(FOLDER / "steps.csv"), *map(len, losses))
     facts |= trials.compare_losses(params, facts["changes"], *(curve[:count] for curve in losses))
@@ -121,13 +109,13 @@ def conclude(params: Params, environment: Environment) -> None:
         reason = reason or f"{BASELINE} does not fit into memory at the trial's size and shape"
         facts |= {"measurement": None, "gain": None, "not_measured": reason}
     else:
-        batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
+        batches = data.Batches(data.open_shard(pipeline.TRAIN_SHARD), shape.batch_size, shape.block_size)
         some = list(islice(batches, min(shape.steps, trials.MOST_ROUNDS)))
         rows = min(rows, facts["micro_batch"])
         own = capabilities.effective(params.switches, environment, max(parts, math.ceil(shape.batch_size / rows)))
         measured = params.model_copy(update=own.model_dump())
         facts |= trials.judge(trials.measure(measured, environment, rows, some, seconds))
-    files.write_json(TRIAL_FACTS, facts)
+    files.write_json(pipeline.TRIAL_FACTS, facts)
     gain = facts["gain"] or dict.fromkeys(("ratio", "low", "high"))
     numbers = {"gain": gain["ratio"], "low": gain["low"], "high": gain["high"], "loss_apart": facts["loss_apart"]}
     files.write_json(METRICS, {**numbers, "loss": facts["loss_last"], "val": facts["val_loss"]})
