@@ -27,7 +27,7 @@ from gpt2_ladder.measuring.gains import Gain, Round
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting import charts, gallery, tables
 from gpt2_ladder.training import capabilities, data, devices
-from pipeline import PROBE, TRAIN_SHARD, Parser, read_json, read_settings, run
+from pipeline import PROBE, TRAIN_SHARD, Parser, read_settings, run
 
 FOLDER, PAGE, PICTURES = map(Path, ("experiments/attribution", "docs/attribution.md", "docs/attribution"))
 FULL = "full"  # the arm with all switches that are measured
@@ -139,7 +139,7 @@ def measure(path: Path, rounds: int) -> None:
     """Measure all blocks, one after the other, and write `path`. The arms of a block share their weights."""
     params, environment = read_settings()
     capabilities.check_machine(params.machine, params.rehearsal, environment)
-    shape, micro_batch = params.shape("speed"), read_json(PROBE)["micro_batch"]
+    shape, micro_batch = params.shape("speed"), files.read_json(PROBE)["micro_batch"]
     plan = make_plan(params, environment, math.ceil(shape.batch_size / micro_batch))
     batches = data.Batches(data.open_shard(TRAIN_SHARD), shape.batch_size, shape.block_size)
     some, blocks = list(islice(batches, shape.steps)), make_blocks([*plan.arms])

@@ -71,15 +71,15 @@ CHEATS = [
           "        if self._event and earlier._event:\n", "        if False:\n"),
     Cheat(CACHE, "A level that has a metrics.json is not trained again.",
           "tests/stages/test_train.py::test_a_stage_that_is_run_again_trains_again", "pipeline/train.py",
-          "make_job(params, name), read_json(PROBE)\n",
-          "make_job(params, name), read_json(PROBE)\n"
+          "make_job(params, name), files.read_json(PROBE)\n",
+          "make_job(params, name), files.read_json(PROBE)\n"
           "    if (job.folder / 'metrics.json').exists():\n"
           "        return\n"),
     Cheat(CACHE, "The benchmark repeats the rounds in benchmark.json.",
           "tests/stages/test_benchmark.py::test_every_time_in_a_benchmark_is_that_of_a_step_it_has_just_taken",
           "pipeline/benchmark.py",
           "        for result in turns.measure(",
-          "        earlier = read_json(pipeline.BENCHMARK) if pipeline.BENCHMARK.exists() else None\n"
+          "        earlier = files.read_json(pipeline.BENCHMARK) if pipeline.BENCHMARK.exists() else None\n"
           "        for result in Measurement.model_validate(earlier).rounds if earlier else turns.measure("),
     Cheat(CACHE, "Nothing is verified if there is a verify.json.",
           "tests/using/test_verification.py::test_a_verification_that_is_run_again_compares_again",

@@ -22,7 +22,7 @@ from gpt2_ladder.config import Environment, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.reporting.tables import MISSING, Table, markdown_table
 from gpt2_ladder.running import run as training
-from pipeline import RESULTS, TRAINING_INPUTS, Parser, read_json, read_metrics, read_settings, run
+from pipeline import RESULTS, TRAINING_INPUTS, Parser, read_metrics, read_settings, run
 from pipeline.train import make_job
 
 QUALITY = RESULTS / "quality.json"
@@ -54,7 +54,7 @@ def train(params: Params, environment: Environment, name: str) -> float:
         job = replace(make_job(params, name), name=f"{name}, seed {params.seed}", folder=Path(folder))
         training.run(job, params, environment, training.Inputs(*TRAINING_INPUTS), job.shape.batch_size)
         gc.collect()  # reference cycles could keep the network in memory
-        return float(read_json(job.folder / "metrics.json")["loss_last"])
+        return float(files.read_json(job.folder / "metrics.json")["loss_last"])
 
 
 def read_quality(params: Params) -> dict[str, dict[str, float]]:

@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import json
 import os
 import shutil
 import sys
@@ -133,11 +132,6 @@ def check_weights(folder: Path) -> None:
         downloads.check_recorded(WEIGHTS / "config.json", WEIGHTS / "model.safetensors")
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON that another stage wrote to `path`. To read files of other origin, use files.read_json."""
-    return json.loads(path.read_text())
-
-
 def read_metrics(level: str) -> Any:
     """Return the metrics.json of `level`."""
-    return read_json(RESULTS / "levels" / level / "metrics.json")
+    return files.read_json(RESULTS / "levels" / level / "metrics.json")

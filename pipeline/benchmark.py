@@ -22,7 +22,7 @@ from gpt2_ladder.measuring.step_check import StepCheck
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, data, devices, loop
-from pipeline import Parser, read_json, read_metrics, read_settings, run
+from pipeline import Parser, read_metrics, read_settings, run
 
 START_SECONDS = 30  # of a process: imports, weights, and uncompiled first steps
 
@@ -123,7 +123,7 @@ def estimate_minutes(levels: Mapping[str, Switches], rounds: int, processes: int
 
 def read_levels() -> tuple[dict[str, Switches], int]:
     """Return the switches of the control and of every level that passed parity, and the micro-batch of all."""
-    parity = read_json(pipeline.PARITY)
+    parity = files.read_json(pipeline.PARITY)
     levels = {
         name: Switches.model_validate({key: level["switches"][key] for key in Switches.model_fields})
         for name, level in parity["levels"].items()

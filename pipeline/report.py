@@ -9,7 +9,7 @@ from gpt2_ladder.params import Params
 from gpt2_ladder.reporting import charts, facts, gallery
 from gpt2_ladder.running import tracking
 from gpt2_ladder.training.metrics import read_losses
-from pipeline import RESULTS, SECONDS, TRIAL_FACTS, read_json, read_metrics, read_settings, run
+from pipeline import RESULTS, SECONDS, TRIAL_FACTS, read_metrics, read_settings, run
 
 FOLDER = RESULTS / "report"
 OUTPUTS = ("gains", "parity", "profile", "device_time", "verify", "overfit")  # JSON files of other stages
@@ -19,8 +19,8 @@ TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"
 def main() -> None:
     params, environment = read_settings()
     results = {name: read_metrics(name) for name in params.levels}
-    outputs = {name: read_json(RESULTS / f"{name}.json") for name in OUTPUTS}
-    gains, parity, trial = outputs["gains"], outputs["parity"], read_json(TRIAL_FACTS)
+    outputs = {name: files.read_json(RESULTS / f"{name}.json") for name in OUTPUTS}
+    gains, parity, trial = outputs["gains"], outputs["parity"], files.read_json(TRIAL_FACTS)
     reference = gallery.read(gallery.FOLDER / "h100-sxm.json")
     explained = {path.stem for path in Path("docs/levels").glob("*.md")}  # it only links to them: no dependency
     more = {"trial": trial, "seconds": read_seconds(params), "reference": reference, "explained": explained}
@@ -56,7 +56,7 @@ def read_seconds(params: Params) -> dict[str, dict[str, float]]:
     """Return the ledger of every stage; stages that were run by hand, in another way, have none."""
     trainings = (f"train/{name}" for name in params.levels)
     stages = "download", "tokenize", "verify", "overfit", "probe", *trainings, "parity", "benchmark", "trial"
-    return {name: read_json(path) for name in stages if (path := SECONDS / f"{name}.json").exists()}
+    return {name: files.read_json(path) for name in stages if (path := SECONDS / f"{name}.json").exists()}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Train one level of the ladder: `python -m pipeline.train bf16`."""
 
-from gpt2_ladder import ledger
+from gpt2_ladder import files, ledger
 from gpt2_ladder.config import Recipe, UserError
 from gpt2_ladder.params import Params
 from gpt2_ladder.running.job import Job
 from gpt2_ladder.training import capabilities
-from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_json, read_settings, run
+from pipeline import PROBE, RESULTS, TRAINING_INPUTS, read_settings, run
 
 
 def main(*names: str) -> None:
@@ -14,7 +14,7 @@ def main(*names: str) -> None:
         known = ", ".join(params.levels)
         raise UserError(f"level '{name}' is not in params.yaml: run python -m pipeline.train LEVEL with one of {known}")
     capabilities.check_machine(params.machine, params.rehearsal, environment)
-    job, probe = make_job(params, name), read_json(PROBE)
+    job, probe = make_job(params, name), files.read_json(PROBE)
     if reason := probe["without_effect"].get(name):
         job.skip(environment, reason)
         return

@@ -20,7 +20,7 @@ from gpt2_ladder.running.run import Inputs, Start
 from gpt2_ladder.running.run import run as run_job
 from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import capabilities, data, devices, metrics, precisions
-from pipeline import check_weights, is_first, read_json, read_settings, run
+from pipeline import check_weights, is_first, read_settings, run
 
 FOLDER = pipeline.RESULTS / "trial"
 METRICS = FOLDER / "metrics.json"
@@ -54,7 +54,7 @@ def find_micro_batch(params: Params, switches: Switches, environment: Environmen
     """
     own, shape = params.recipe, params.shape("speed")
     if not (own.model or own.batch_size or own.block_size):
-        return int(read_json(pipeline.PROBE)["micro_batch"])
+        return int(files.read_json(pipeline.PROBE)["micro_batch"])
     network, operand = params.gpt(switches), precisions.PRECISIONS[switches.precision].operand
     device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
     cuda, free = devices.allocates_like_cuda(device), devices.free_memory(device)
@@ -93,7 +93,7 @@ def conclude(params: Params, environment: Environment) -> None:
     """Compare the trial with BASELINE; write facts.json, and a metrics.json with the six numbers."""
     from gpt2_ladder.measuring import trials  # not at the top: scipy takes a second to import
 
-    facts, shape, seconds = read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
+    facts, shape, seconds = files.read_json(METRICS), params.shape("speed"), params.trial[params.machine].seconds
     losses = [metrics.read_losses(folder / "steps.csv") for folder in (FOLDER, pipeline.RESULTS / "levels" / BASELINE)]
     facts |= {"changes": params.changes, "seconds": seconds, "steps": len(losses[0])}
     count = min(metrics.count_before_skip(FOLDER / "steps.csv"), *map(len, losses))

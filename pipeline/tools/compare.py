@@ -13,7 +13,7 @@ from gpt2_ladder.config import BASELINE, UserError
 from gpt2_ladder.measuring.gains import Gain, Measurement, verdict
 from gpt2_ladder.measuring.trials import TRIAL
 from gpt2_ladder.reporting import gallery, tables
-from pipeline import BENCHMARK, TRIAL_FACTS, read_json, run
+from pipeline import BENCHMARK, TRIAL_FACTS, run
 
 
 def main(*arguments: str) -> None:
@@ -36,7 +36,7 @@ def main(*arguments: str) -> None:
 
 
 def read_benchmark() -> Measurement:
-    return Measurement.model_validate(read_json(BENCHMARK))
+    return Measurement.model_validate(files.read_json(BENCHMARK))
 
 
 def read_trial() -> Measurement:

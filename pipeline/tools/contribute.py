@@ -13,7 +13,7 @@ from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.reporting import gallery
 from gpt2_ladder.training.metrics import read_losses
-from pipeline import RESULTS, Parser, read_json, run
+from pipeline import RESULTS, Parser, run
 
 
 def main(*arguments: str) -> None:
@@ -43,7 +43,7 @@ def main(*arguments: str) -> None:
 
 def describe(options: argparse.Namespace) -> str:
     """Return the content of the file, without the paths that messages of a compiler contain."""
-    benchmark = Measurement.model_validate(read_json(RESULTS / "benchmark.json"))
+    benchmark = Measurement.model_validate(files.read_json(RESULTS / "benchmark.json"))
     fp16 = '"precision": "fp16"' in (RESULTS / "parity.json").read_text()
     content = {
         "version": 1,
@@ -68,11 +68,11 @@ def committed() -> tuple[str, str]:
 
 def trainings() -> dict[str, gallery.Training]:
     """Return what every level's training and profile showed; what a climb of older code lacks stays empty."""
-    parity = read_json(RESULTS / "parity.json")["levels"]
-    profile = read_json(RESULTS / "profile.json") if (RESULTS / "profile.json").exists() else {}
+    parity = files.read_json(RESULTS / "parity.json")["levels"]
+    profile = files.read_json(RESULTS / "profile.json") if (RESULTS / "profile.json").exists() else {}
     trained = {}
     for path in sorted(RESULTS.glob("levels/*/metrics.json")):
-        name, metrics = path.parent.name, read_json(path)
+        name, metrics = path.parent.name, files.read_json(path)
         measured = {field: metrics[field] for field in gallery.Training.model_fields if field in metrics}
         trained[name] = gallery.Training(
             **{**measured, "note": metrics["reason"] or metrics["note"]},

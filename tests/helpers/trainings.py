@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_ladder import params_yaml
-from gpt2_ladder.files import write_json
+from gpt2_ladder.files import read_json, write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
 from gpt2_ladder.running import run
 from gpt2_ladder.training import data
 from helpers.common import REPOSITORY, link_encoding
-from pipeline import ENVIRONMENT, PROBE, TRAINING_INPUTS, environment, read_environment, read_json, trial
+from pipeline import ENVIRONMENT, PROBE, TRAINING_INPUTS, environment, read_environment, trial
 from pipeline import train as train_stage
 
 INPUTS = run.Inputs(*TRAINING_INPUTS)

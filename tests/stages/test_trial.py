@@ -8,7 +8,7 @@ import torch
 
 from gpt2_ladder import files
 from gpt2_ladder.config import Recipe, UserError
-from gpt2_ladder.files import write_json
+from gpt2_ladder.files import read_json, write_json
 from gpt2_ladder.measuring import trials
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
@@ -16,7 +16,7 @@ from gpt2_ladder.sources import downloads, hub_format
 from gpt2_ladder.training import data, metrics, runtime
 from helpers import trainings
 from helpers.common import environment
-from pipeline import ENVIRONMENT, TRIAL, TRIAL_FACTS, read_json, trial
+from pipeline import ENVIRONMENT, TRIAL, TRIAL_FACTS, trial
 
 NUMBERS = ["gain", "low", "high", "loss_apart", "loss", "val"]
 
