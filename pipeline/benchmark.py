@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 import pipeline
 from gpt2_ladder import files, ledger
-from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Switches, UserError
+from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Switches, UserError
 from gpt2_ladder.measuring import profiling, step_check, summary, turns
 from gpt2_ladder.measuring.cost import Operator
 from gpt2_ladder.measuring.gains import BETWEEN, ESTIMATOR, Measurement, Round
@@ -81,14 +81,15 @@ def measure(index: int, processes: int, rounds: int, seconds: float) -> tuple[li
     params, environment = read_settings()
     shape, seed = params.shape("speed"), params.seed + index
     levels, micro_batch = read_levels()
-    device = devices.open_device(environment.device, environment.threads, seed, params.deterministic)
+    device = torch.device(environment.device)
     shard = data.open_shard(pipeline.TRAIN_SHARD)
     batches = list(islice(data.Batches(shard, shape.batch_size, shape.block_size), shape.steps))
     matmuls = sorted({devices.product_precision(each.precision, environment.device) for each in levels.values()})
     measured, checks = list[Round](), dict[str, StepCheck]()
     which = f"process {index + 1}/{processes}, " if processes > 1 else ""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
-        arms = place_arms(params, levels, environment, device, micro_batch, process)
+        apart = [name for name, row in levels.items() if capabilities.needs_own_process(row, environment)]
+        arms = turns.place_arms(params, environment, micro_batch, levels, apart, process)
         for name in turns.warm_up(arms, batches[0], device, seed, any(row.cuda_graphs for row in levels.values())):
             print(f"benchmark: {which}warming up {name}", flush=True)
         for result in turns.measure(arms, batches, device, rounds, seconds, seed, matmuls):
@@ -129,36 +130,6 @@ def read_levels() -> tuple[dict[str, Switches], int]:
         for name, level in parity["levels"].items()
     }
     return {**levels, CONTROL: levels[parity["baseline"]]}, parity["micro_batch"]
-
-
-def place_arms(
-    params: Params,
-    levels: dict[str, Switches],
-    environment: Environment,
-    device: torch.device,
-    micro_batch: int,
-    process: ProcessPoolExecutor,
-) -> list[Arm | RemoteArm]:
-    """Return one arm per level. Arms that keep freed memory run in `process`, because they would change the others."""
-    remote = {name for name, switches in levels.items() if capabilities.needs_own_process(switches, environment)}
-    local = {name: switches for name, switches in levels.items() if name not in remote}
-    arms = {arm.name: arm for arm in turns.build_arms(params, local, device, micro_batch)}
-    return [RemoteArm(name, process, open_arm) if name in remote else arms[name] for name in levels]
-
-
-def open_arm(name: str) -> Arm:
-    """Return the arm of level `name`, built at the first call. This changes the allocator of the process."""
-    return _open_arms()[name]
-
-
-@cache
-def _open_arms() -> dict[str, Arm]:
-    params, environment = read_settings()
-    levels, micro_batch = read_levels()
-    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    devices.keep_freed_memory(device)
-    remote = {name: row for name, row in levels.items() if capabilities.needs_own_process(row, environment)}
-    return {arm.name: arm for arm in turns.build_arms(params, remote, device, micro_batch)}  # they share their weights
 
 
 def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device) -> None:

@@ -3,15 +3,13 @@
 import json
 import math
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
 from gpt2_ladder.config import Recipe
-from gpt2_ladder.measuring import trials
+from gpt2_ladder.measuring import trials, turns
 from gpt2_ladder.measuring.turns import Arm, RemoteArm
 from gpt2_ladder.params import Params
 from helpers.common import environment, measurement, params_with, random_ids
@@ -106,16 +104,6 @@ def test_a_trial_with_cuda_graphs_takes_three_steps_before_it_is_measured(monkey
     assert taken == [False, True]
 
 
-def test_a_switch_without_effect_is_not_measured(monkeypatch):
-    compiled: list[tuple[bool, ...]] = []
-    monkeypatch.setattr(trials.turns.runtime, "compile_model", lambda _, *options: compiled.append(options))
-    params = small(compile=True, autotune=True)
-    for device, expected in (("cpu", (False, False)), ("cuda", (True, False))):
-        monkeypatch.setattr(trials.devices, "open_device", lambda *_: torch.device("cpu"))
-        trials.build(params, environment(device=device, threads=1), 2, {"trial": params.switches})
-        assert compiled.pop() == expected
-
-
 def test_fp32_has_a_process_of_its_own_if_the_trial_has_set_the_allocator(monkeypatch):
     remote: set[str] = set()
     monkeypatch.setattr(trials.devices, "keep_freed_memory", lambda _: None)
@@ -125,21 +113,10 @@ def test_fp32_has_a_process_of_its_own_if_the_trial_has_set_the_allocator(monkey
         assert remote == expected
 
 
-def test_an_arm_of_another_process_is_built_from_json_and_shares_its_weights():
-    params, machine = small(), environment(threads=1)
-    settings = params.model_dump_json(), machine.model_dump_json(), 2
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        ids = [process.submit(_first_parameter, settings, name).result() for name in ("fp32", "control")]
-    assert ids[0] == ids[1]
-
-
-def _first_parameter(settings: tuple[str, str, int], name: str) -> int:
-    return next(trials.open_arm(*settings, name).model.parameters()).data_ptr()
-
-
 def test_the_trials_steps_clip_and_decay_as_its_recipe_says():
     params = small(recipe=Recipe(clip_norm=1e-3, decay="matrices").model_dump())
-    plain, trial = (trials.build(params, environment(threads=1), 2, {"trial": params.switches})["trial"] for _ in "12")
+    row = {"trial": params.switches}
+    plain, trial = (turns.open_arms(params, environment(threads=1), 2, row)["trial"] for _ in "12")
     assert trials.follow_recipe(plain, small()) is plain
     trial = trials.follow_recipe(trial, params)
     assert [group["weight_decay"] for group in trial.optimizer.param_groups] == [0.01, 0.0]

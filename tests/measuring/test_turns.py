@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ from gpt2_ladder.measuring import turns
 from gpt2_ladder.measuring.turns import Arm, SharedWeights
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import loop, runtime
-from helpers.common import params_with, random_ids, tiny
+from helpers.common import environment, params_with, random_ids, tiny
 
 CPU = torch.device("cpu")
 BATCHES = [(random_ids(seed=i), random_ids(seed=i + 10)) for i in range(3)]
@@ -133,6 +134,44 @@ def test_a_remote_arm_steps_in_its_own_process(arms):
             remote.run(turns.step_as_compiled, (random_ids(time=32), random_ids(time=31)), CPU)
 
 
+def first_parameter(arm: Arm) -> tuple[int, int]:
+    return os.getpid(), next(arm.model.parameters()).data_ptr()
+
+
+def test_arms_that_are_placed_apart_share_a_process_and_their_weights():
+    params = params_with(model="tiny")
+    levels = {name: params.levels[name] for name in ("allocator", "fp32", "chunked")}
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        apart = ("allocator", "chunked")
+        arms = turns.place_arms(params, environment(threads=1), 2, levels, apart, process)
+        assert [arm.name for arm in arms] == list(levels)
+        first, here, second = [arm.run(first_parameter) for arm in arms]
+    assert first == second
+    assert here[0] == os.getpid() != first[0]
+
+
+def test_a_process_that_builds_several_arms_that_keep_freed_memory_is_set_up_once(monkeypatch):
+    params, kept = params_with(model="tiny"), []
+    monkeypatch.setattr(turns.devices, "keep_freed_memory", kept.append)
+    levels = {name: params.levels[name] for name in ("allocator", "chunked")}
+    settings = pickle.dumps((params, environment(threads=1), 2, levels))
+    arms = [turns._open_arm(settings, name) for name in ("allocator", "chunked", "allocator")]
+    turns._open_arms.cache_clear()
+    assert [(arm.name, arm.model.config.chunked_loss) for arm in arms[:2]] == [("allocator", False), ("chunked", True)]
+    assert arms[0] is arms[2]
+    assert kept == [CPU]
+
+
+def test_a_switch_without_effect_is_not_measured(monkeypatch):
+    compiled: list[tuple[bool, ...]] = []
+    monkeypatch.setattr(turns.runtime, "compile_model", lambda _, *options: compiled.append(options))
+    monkeypatch.setattr(turns.devices, "open_device", lambda *_: CPU)
+    params = params_with(model="tiny", compile=True, autotune=True)
+    for device, expected in (("cpu", (False, False)), ("cuda", (True, False))):
+        turns.open_arms(params, environment(device=device, threads=1), 2, {"trial": params.switches})
+        assert compiled.pop() == expected
+
+
 def test_the_time_limit_ends_the_rounds_after_the_minimum(arms, no_training, monkeypatch):
     clock = itertools.count(step=10)  # advances by ten seconds at every reading
     monkeypatch.setattr(turns.time, "perf_counter", lambda: next(clock))
@@ -153,7 +192,7 @@ def test_compilation_happens_in_the_warm_up_and_never_while_measuring(weights):
 
 
 def test_a_bare_matrix_product_is_timed_in_every_round(arms, no_training, monkeypatch):
-    monkeypatch.setattr(turns, "matmul_tflops", lambda precision, device: {"fp32": 1.0, "bf16": 2.0}[precision])
+    monkeypatch.setattr(turns.devices, "matmul_tflops", lambda precision, device: {"fp32": 1.0, "bf16": 2.0}[precision])
     rounds = measure(arms, rounds=3, matmuls=("fp32", "bf16"))
     assert [each.matmul_tflops for each in rounds] == [{"fp32": 1.0, "bf16": 2.0}] * 3
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -17,31 +15,23 @@ from helpers.common import REPOSITORY, environment, params_with
 from pipeline import BENCHMARK, PROFILE, TRACES, benchmark
 
 
-def test_levels_that_keep_freed_memory_are_measured_in_another_process_only_on_a_cpu():
-    params, device = params_with(model="tiny"), torch.device("cpu")
+@pytest.mark.parametrize(("device", "types"), [("cpu", [Arm, RemoteArm, RemoteArm]), ("cuda", [Arm, Arm, Arm])])
+def test_levels_that_keep_freed_memory_are_measured_apart_only_on_a_cpu(params, monkeypatch, device, types):
+    def stop(arms: list[Arm | RemoteArm], *_: object) -> None:
+        placed.extend(arms)
+        raise UserError("placed")
+
     levels = {name: params.levels[name] for name in ("fused", "allocator", "chunked")}
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # never started: it gets no work
-        for kind, arm_types in (("cpu", [Arm, RemoteArm, RemoteArm]), ("cuda", [Arm, Arm, Arm])):
-            arms = benchmark.place_arms(params, levels, environment(device=kind), device, 2, process)
-            assert [arm.name for arm in arms] == list(levels)
-            assert [type(arm) for arm in arms] == arm_types
-
-
-def test_the_arms_of_the_other_process_share_their_weights(monkeypatch):
-    params = params_with(model="tiny")
-    levels = {name: params.levels[name] for name in ("fp32", "allocator", "chunked")}
+    placed = list[Arm | RemoteArm]()
+    monkeypatch.setattr(params_yaml, "load", lambda: params)
     monkeypatch.setattr(benchmark, "read_levels", lambda: (levels, 2))
-    monkeypatch.setattr(benchmark, "read_settings", lambda: (params, environment()))
-    kept = []
-    monkeypatch.setattr(benchmark.devices, "keep_freed_memory", kept.append)
-    arms = [benchmark.open_arm(name) for name in ("allocator", "chunked", "allocator")]
-    benchmark._open_arms.cache_clear()
-    assert [(arm.name, arm.model.config.chunked_loss) for arm in arms[:2]] == [("allocator", False), ("chunked", True)]
-    assert arms[0] is arms[2]
-    assert arms[0].model.wte.weight is arms[1].model.wte.weight
-    assert len(kept) == 1
-    with pytest.raises(KeyError):
-        benchmark.open_arm("fp32")
+    monkeypatch.setattr(benchmark, "read_settings", lambda: (params, environment(device=device, threads=1)))
+    monkeypatch.setattr(turns.devices, "open_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(turns, "warm_up", stop)
+    with pytest.raises(UserError, match="placed"):
+        benchmark.measure(0, 1, 6, 1.0)
+    assert [arm.name for arm in placed] == list(levels)
+    assert [type(arm) for arm in placed] == types
 
 
 def test_each_level_but_the_control_is_profiled_and_leaves_a_trace(tmp_path, monkeypatch):
@@ -73,7 +63,7 @@ def test_every_time_in_a_benchmark_is_that_of_a_step_it_has_just_taken(params, m
     levels = dict.fromkeys(("fp32", config.CONTROL), params.levels["fp32"])
     monkeypatch.setattr(params_yaml, "load", lambda: params.model_copy(update={"profile": False}))
     monkeypatch.setattr(benchmark, "read_levels", lambda: (levels, 2))
-    monkeypatch.setattr(turns, "matmul_tflops", lambda *_: 1.0)
+    monkeypatch.setattr(turns.devices, "matmul_tflops", lambda *_: 1.0)
     times, returned = itertools.count(100.0), list[float]()
     monkeypatch.setattr(loop, "timed_step", lambda *_, **__: returned.append(next(times)) or returned[-1])
     for _ in range(2):

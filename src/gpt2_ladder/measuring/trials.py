@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Recipe, Switches
 from gpt2_ladder.measuring import loss_parity, turns
 from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
-from gpt2_ladder.measuring.turns import Arm, RemoteArm
+from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, devices, loop
 
@@ -52,12 +51,11 @@ def measure(
     baseline, device = params.levels[BASELINE], torch.device(environment.device)
     devices.reset_peak_memory(device)
     levels, rounds = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}, list[Round]()
-    apart = len({capabilities.needs_own_process(switches, environment) for switches in levels.values()}) > 1
-    here = build(params, environment, micro_batch, {TRIAL: params.switches} if apart else levels)
-    here[TRIAL] = follow_recipe(here[TRIAL], params)
-    there = partial(open_arm, params.model_dump_json(), environment.model_dump_json(), micro_batch)
+    needs = {name: capabilities.needs_own_process(switches, environment) for name, switches in levels.items()}
+    apart = [name for name in levels if needs[name] != needs[TRIAL]]
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
-        arms = [here.get(name) or RemoteArm(name, process, there) for name in levels]
+        arms = turns.place_arms(params, environment, micro_batch, levels, apart, process)
+        arms = [follow_recipe(arm, params) if isinstance(arm, Arm) and arm.name == TRIAL else arm for arm in arms]
         for name in turns.warm_up(arms, batches[0], device, params.seed, params.cuda_graphs):
             print(f"trial: warming up {name}", flush=True)
         print(f"trial: measuring for {seconds:g} s", flush=True)
@@ -69,15 +67,6 @@ def measure(
     B, T = batches[0][0].shape
     about: dict[str, Any] = {"model": params.model, "batch_size": B, "block_size": T, "environment": environment}
     return Measurement(estimator=ESTIMATOR, levels=[BASELINE, TRIAL], control=CONTROL, rounds=rounds, **about)
-
-
-def build(params: Params, environment: Environment, micro_batch: int, levels: Mapping[str, Switches]) -> dict[str, Arm]:
-    """Return the arms of `levels` by name; set up this process for them."""
-    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
-    if any(capabilities.needs_own_process(switches, environment) for switches in levels.values()):
-        devices.keep_freed_memory(device)
-    acting = {name: capabilities.effective(switches, environment) for name, switches in levels.items()}
-    return {arm.name: arm for arm in turns.build_arms(params, acting, device, micro_batch)}
 
 
 def follow_recipe(arm: Arm, params: Params) -> Arm:
@@ -93,18 +82,6 @@ def follow_recipe(arm: Arm, params: Params) -> Arm:
     if recipe.clip_norm:
         optimizer.register_step_pre_hook(clip)
     return replace(arm, optimizer=optimizer)
-
-
-def open_arm(params: str, environment: str, micro_batch: int, name: str) -> Arm:
-    """Return the arm `name` of BASELINE, built at the first call; settings and environment are JSON."""
-    return _open_arms(params, environment, micro_batch)[name]
-
-
-@cache
-def _open_arms(params: str, environment: str, micro_batch: int) -> dict[str, Arm]:
-    settings = Params.model_validate_json(params)
-    levels = dict.fromkeys((BASELINE, CONTROL), settings.levels[BASELINE])
-    return build(settings, Environment.model_validate_json(environment), micro_batch, levels)
 
 
 def judge(measurement: Measurement) -> dict[str, Any]:

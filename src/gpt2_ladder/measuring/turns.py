@@ -5,11 +5,13 @@ after the other, cannot be compared, but the steps of one round can. The order i
 and the allocator's free lists, and so the time of the next step by up to 12 %.
 """
 
+import pickle
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import cycle
 from typing import Any, TypeVar
 
@@ -17,12 +19,11 @@ import torch
 from torch.amp import GradScaler
 
 from gpt2_ladder import ledger
-from gpt2_ladder.config import MINIMUM_ROUNDS, GPTConfig, Switches
+from gpt2_ladder.config import MINIMUM_ROUNDS, Environment, GPTConfig, Switches
 from gpt2_ladder.measuring.gains import Round
 from gpt2_ladder.model import GPT
 from gpt2_ladder.params import Params
-from gpt2_ladder.training import loop, runtime
-from gpt2_ladder.training.devices import matmul_tflops
+from gpt2_ladder.training import capabilities, devices, loop, runtime
 
 Result = TypeVar("Result")
 
@@ -126,6 +127,41 @@ def build_arms(params: Params, levels: Mapping[str, Switches], device: torch.dev
     return arms
 
 
+def open_arms(
+    params: Params, environment: Environment, micro_batch: int, levels: Mapping[str, Switches]
+) -> dict[str, Arm]:
+    """Return the arms of `levels` by name, without switches that have no effect; set up this process for them."""
+    device = devices.open_device(environment.device, environment.threads, params.seed, params.deterministic)
+    if any(capabilities.needs_own_process(switches, environment) for switches in levels.values()):
+        devices.keep_freed_memory(device)
+    acting = {name: capabilities.effective(switches, environment) for name, switches in levels.items()}
+    return {arm.name: arm for arm in build_arms(params, acting, device, micro_batch)}
+
+
+def place_arms(
+    params: Params,
+    environment: Environment,
+    micro_batch: int,
+    levels: Mapping[str, Switches],
+    apart: Collection[str],
+    process: ProcessPoolExecutor,
+) -> list[Arm | RemoteArm]:
+    """Return one arm per level. Those in `apart` run in `process`, which gets its memory in another way."""
+    far = {name: levels[name] for name in apart}
+    here = open_arms(params, environment, micro_batch, {name: levels[name] for name in levels if name not in far})
+    there = partial(_open_arm, pickle.dumps((params, environment, micro_batch, far)))
+    return [here.get(name) or RemoteArm(name, process, there) for name in levels]
+
+
+def _open_arm(settings: bytes, name: str) -> Arm:
+    return _open_arms(settings)[name]
+
+
+@cache
+def _open_arms(settings: bytes) -> dict[str, Arm]:  # bytes, because @cache needs arguments with a hash
+    return open_arms(*pickle.loads(settings))
+
+
 def warm_up(
     arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.device, seed: int, cuda_graphs: bool = False
 ) -> Iterator[str]:
@@ -164,5 +200,5 @@ def measure(
         order = generator.sample(arms, len(arms))
         with ledger.phase("steps"):
             step_ms = {arm.name: arm.run(step_as_compiled, batch, device) for arm in order}
-        peaks = {precision: matmul_tflops(precision, device) for precision in matmuls}
+        peaks = {precision: devices.matmul_tflops(precision, device) for precision in matmuls}
         yield Round(order=list(step_ms), step_ms={arm.name: step_ms[arm.name] for arm in arms}, matmul_tflops=peaks)
