@@ -2,7 +2,6 @@
 
 import gc
 import math
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gpt2_ladder.config import BASELINE, CONTROL, MINIMUM_ROUNDS, Environment, Recipe, Switches
 from gpt2_ladder.measuring import loss_parity, turns
-from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement, Round
+from gpt2_ladder.measuring.gains import ESTIMATOR, Measurement
 from gpt2_ladder.measuring.turns import Arm
 from gpt2_ladder.params import Params
 from gpt2_ladder.training import capabilities, devices, loop
@@ -50,7 +49,7 @@ def measure(
     gc.collect()  # frees the trained network
     baseline, device = params.levels[BASELINE], torch.device(environment.device)
     devices.reset_peak_memory(device)
-    levels, rounds = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}, list[Round]()
+    levels = {BASELINE: baseline, TRIAL: params.switches, CONTROL: baseline}
     needs = {name: capabilities.needs_own_process(switches, environment) for name, switches in levels.items()}
     apart = [name for name in levels if needs[name] != needs[TRIAL]]
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # starts only if a remote arm uses it
@@ -59,11 +58,7 @@ def measure(
         for name in turns.warm_up(arms, batches[0], device, params.seed, params.cuda_graphs):
             print(f"trial: warming up {name}", flush=True)
         print(f"trial: measuring for {seconds:g} s", flush=True)
-        start = time.perf_counter()
-        for result in turns.measure(arms, batches, device, MOST_ROUNDS, math.inf, params.seed):
-            rounds.append(result)
-            if (time.perf_counter() - start) * (1 + 1 / len(rounds)) > seconds:
-                break
+        rounds = list(turns.measure(arms, batches, device, MOST_ROUNDS, seconds, params.seed, least=1))
     B, T = batches[0][0].shape
     about: dict[str, Any] = {"model": params.model, "batch_size": B, "block_size": T, "environment": environment}
     return Measurement(estimator=ESTIMATOR, levels=[BASELINE, TRIAL], control=CONTROL, rounds=rounds, **about)

@@ -185,17 +185,18 @@ def measure(
     seconds: float,
     seed: int,
     matmuls: Sequence[str] = (),
+    least: int = MINIMUM_ROUNDS,
 ) -> Iterator[Round]:
     """Take one step of every arm in each round, and yield the rounds. Call `warm_up` first: it compiles the networks.
 
-    Stop after `rounds` rounds, or earlier if the next round would end after `seconds`, but not before MINIMUM_ROUNDS. A
+    Stop after `rounds` rounds, or earlier if the next round would end after `seconds`, but not before `least` rounds. A
     round uses one of `batches`, in order, and times a bare matrix product at every precision in `matmuls`. Raise
     RuntimeError if a network would be compiled again, because the step's time would include the compilation.
     """
     generator, start = random.Random(seed), time.perf_counter()
     for index, batch in zip(range(rounds), cycle(batches), strict=False):
         elapsed = time.perf_counter() - start
-        if index >= MINIMUM_ROUNDS and elapsed * (index + 1) / index > seconds:
+        if index >= least and elapsed * (index + 1) / index > seconds:
             return
         order = generator.sample(arms, len(arms))
         with ledger.phase("steps"):
