@@ -40,18 +40,17 @@ def make_optimizer(
 
     If `decay` is "matrices", biases and LayerNorms have no weight decay; if it is "all", all parameters have it.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    if decay == "all":
-        groups = [{"params": list(model.parameters())}]
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if decay == "matrices":
+        vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+        matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(
         groups,
         lr=learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
         fused=fused or None,  # False would also disable torch's foreach update on a GPU
+        **settings.model_dump(),
     )
 
 
