@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments import pages
 from gpt2_ladder import files, params_yaml
-from gpt2_ladder.config import BASELINE, NO_EFFECT, Peaks
+from gpt2_ladder.config import BASELINE, NO_EFFECT
 from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Gain
 from gpt2_ladder.reporting import charts, facts, gallery, tables
@@ -31,7 +31,7 @@ REMARKS = {"chunked": " (slower, saves memory)"}
 EARLIER = {"chunked": "fused", "allocator": "chunked"}  # level: the level before it, in climbs until 2026-11-27
 PARAMS = params_yaml.load()
 # those in params.yaml are of the reader's machine
-OWN = {"peak_tflops": Peaks(fp32=None, tf32=None, bf16=None, fp16=None), "half": "auto"}
+OWN = {"peak_tflops": {}, "half": "auto"}
 ROWS = {name: level for name, level in PARAMS.levels.items() if level.group == "speed"}
 PREVIOUS = dict(zip(list(ROWS)[1:], ROWS, strict=False))
 

@@ -18,6 +18,7 @@ MOST_STEPS = 2**31
 MINIMUM_ROUNDS = 6  # one in 16 times, the median is below or above all of 5 values: too often for a 95 % interval
 
 Model = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "small", "tiny"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Attention = Literal["eager", "flash", "cudnn", "efficient"]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Tokens = Annotated[int, Field(gt=1, lt=2**63)]
@@ -51,7 +52,7 @@ class Switches(Strict):
 
     tie_weights: bool
     init: Literal["pytorch", "gpt2"]
-    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    precision: Precision
     compile: bool
     attention: Attention
     vocab_size: Annotated[int, Field(ge=GPT2_VOCAB_SIZE)]
@@ -199,15 +200,6 @@ class Tolerances(Strict):
     tf32: PositiveFloat
     bf16: PositiveFloat
     fp16: PositiveFloat
-
-
-class Peaks(Strict):
-    """Peak TFLOP/s of dense matrix products, by precision. None: look up the GPU, or measure the CPU."""
-
-    fp32: PositiveFloat | None
-    tf32: PositiveFloat | None
-    bf16: PositiveFloat | None
-    fp16: PositiveFloat | None
 
 
 class Environment(Strict):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from gpt2_ladder import config
 from gpt2_ladder.config import require
@@ -36,7 +36,7 @@ class Params(config.Switches):
     trial: dict[Literal["cpu", "gpu"], config.TrialTime]
     profile: bool
     parity: config.Tolerances
-    peak_tflops: config.Peaks
+    peak_tflops: dict[config.Precision, PositiveFloat | None]  # None: look up the GPU, or measure the CPU
     models: dict[config.Model, config.ModelSize]
     defaults: config.Level
     levels: Annotated[dict[config.LevelName, config.Level], Field(json_schema_extra=_allow_sparse_rows)]

@@ -2,7 +2,6 @@
 
 import pytest
 
-from gpt2_ladder import config
 from gpt2_ladder.measuring import summary
 from gpt2_ladder.measuring.gains import Measurement
 from helpers.common import environment, measurement, params_with
@@ -16,7 +15,7 @@ def test_the_peak_is_given_or_looked_up_for_a_gpu_or_measured_on_a_cpu_or_unknow
     unknown = on_cpu.model_copy(update={"environment": environment(device="cuda", device_name="NVIDIA X")})
     assert summary.find_peaks(params, "bf16", a100) == [312.0] * 3
     assert summary.find_peaks(params, "bf16", unknown) is None
-    given = params_with(peak_tflops=config.Peaks(fp32=None, tf32=None, bf16=77.0, fp16=None))
+    given = params_with(peak_tflops={"bf16": 77.0})
     assert summary.find_peaks(given, "bf16", unknown) == [77.0] * 3
     assert summary.find_peaks(given, "bf16", on_cpu) == [77.0] * 3
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from experiments import machines, pages
-from gpt2_ladder.config import Peaks, UserError
+from gpt2_ladder.config import UserError
 from gpt2_ladder.reporting import gallery
 from helpers.common import REPOSITORY, measurement
 
@@ -135,7 +135,7 @@ def test_levels_that_were_measured_in_the_earlier_order_are_marked():
 
 def test_the_readers_own_peak_does_not_change_other_machines(monkeypatch):
     expected = machines.Climb("x", parse()).cell("fp32", "mfu")
-    mine = machines.PARAMS.model_copy(update={"peak_tflops": Peaks(fp32=82.6, tf32=None, bf16=None, fp16=None)})
+    mine = machines.PARAMS.model_copy(update={"peak_tflops": {"fp32": 82.6}})
     monkeypatch.setattr(machines, "PARAMS", mine)
     assert machines.Climb("x", parse()).cell("fp32", "mfu") == expected
 

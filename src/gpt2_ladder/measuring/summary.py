@@ -5,7 +5,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from gpt2_ladder.config import Switches
+from gpt2_ladder.config import Precision, Switches
 from gpt2_ladder.measuring import cost
 from gpt2_ladder.measuring.gains import Measurement
 from gpt2_ladder.params import Params
@@ -48,13 +48,13 @@ def summarize(params: Params, levels: Mapping[str, Switches], measurement: Measu
     }
 
 
-def find_peaks(params: Params, precision: str, measurement: Measurement) -> list[float] | None:
+def find_peaks(params: Params, precision: Precision, measurement: Measurement) -> list[float] | None:
     """Return the machine's peak TFLOP/s at `precision`, one value per round; None if the peak is unknown.
 
     If peak_tflops is set in params.yaml, return it. Otherwise, NVIDIA GPUs are looked up in KNOWN_PEAKS. On other
     devices the peak is the rate of a bare matrix product in the same round.
     """
-    given, environment = getattr(params.peak_tflops, precision), measurement.environment
+    given, environment = params.peak_tflops.get(precision), measurement.environment
     if given is None and devices.peak_is_measured(environment.device):
         return find_products(precision, measurement)
     known = given or cost.KNOWN_PEAKS.get(environment.device_name, {}).get(precision)
