@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity
 
 from experiments import pages
 from gpt2_ladder.checking import behaviour, loading
@@ -197,7 +196,7 @@ def profile_here(contestant: str, cell: Cell) -> list[Operator]:
     """Return the operators of a step, the costliest first."""
     with tempfile.TemporaryDirectory() as folder:
         step = partial(take_step, contestant, cell, 0)
-        return profiling.profile_step(step, [ProfilerActivity.CPU], Path(folder) / "trace.json")
+        return profiling.profile_step(step, Path(folder) / "trace.json")
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def profile(arms: Sequence[Arm | RemoteArm], batch: loop.Batch, device: torch.de
 
 def profile_arm(arm: Arm, batch: loop.Batch, device: torch.device, trace: Path) -> list[Operator]:
     """Return the operators of one step of `arm`, the costliest first, and write its trace."""
-    return profiling.profile_step(partial(arm.step, batch, device), devices.profiler_activities(device), trace)
+    return profiling.profile_step(partial(arm.step, batch, device), trace)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 import altair as alt
 import pytest
 import torch
-from torch.profiler import ProfilerActivity
 
 from gpt2_ladder import files, params_yaml
 from gpt2_ladder.config import UserError
@@ -51,7 +50,7 @@ WRITERS = {
     "shard": (lambda folder: data.write_shard(folder / "train.bin", [1, 2, 3]), ["train.bin", "train.json"]),
     "picture": (lambda folder: charts.save_png(picture(), folder / "ladder.png"), ["ladder.png"]),
     "trace": (
-        lambda folder: profile_step(lambda: torch.ones(1), [ProfilerActivity.CPU], folder / "trace.json"),
+        lambda folder: profile_step(lambda: torch.ones(1), folder / "trace.json"),
         ["trace.json"],
     ),
     "weights": (lambda folder: hub_format.save_gpt(GPT(tiny()), folder), ["config.json", "model.safetensors"]),

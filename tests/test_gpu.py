@@ -267,8 +267,7 @@ def test_memory_is_what_the_plan_predicts(machine, arms, micro_batch, report):
 def test_only_flash_levels_run_a_fused_attention_kernel(machine, arms, report, tmp_path):
     for arm in arms[:-1]:
         step = partial(arm.step, machine.batches(1)[0], machine.device)
-        activities = devices.profiler_activities(machine.device)
-        operators = profiling.profile_step(step, activities, tmp_path / f"{arm.name}.json.gz")
+        operators = profiling.profile_step(step, tmp_path / f"{arm.name}.json.gz")
         attention = {operator.name for operator in operators if any(word in operator.name for word in ATTENTION)}
         report[arm.name]["costliest"] = ", ".join(
             f"{operator.name} {operator.self_ms:,.1f} ms" for operator in operators[:4]
@@ -379,7 +378,7 @@ def test_a_named_attention_kernel_runs_alone_or_is_refused(shallow, micro_batch,
     arm, batch = shallow.arm(attention, switches, micro_batch), shallow.batches(1)[0]
     list(turns.warm_up([arm], batch, shallow.device, 0))
     step = partial(arm.step, batch, shallow.device)
-    operators = profiling.profile_step(step, devices.profiler_activities(shallow.device), tmp_path / "trace.json.gz")
+    operators = profiling.profile_step(step, tmp_path / "trace.json.gz")
     used = {word for word in ATTENTION if any(word in operator.name for operator in operators)}
     report["all"][f"attention: {attention}"] = ", ".join(sorted(used))
     assert used == {f"_{attention}_attention"}

@@ -5,19 +5,16 @@ import json
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity
 
 from gpt2_ladder.measuring import profiling
 from helpers import processes
-
-ONLY_CPU = [ProfilerActivity.CPU]
 
 
 def test_the_costliest_operator_comes_first_and_a_trace_is_written(tmp_path):
     large, small = torch.randn(512, 512), torch.randn(8)
     _ = large @ large, small + 1  # the first call of an operator takes longer
     trace = tmp_path / "a" / "step.json.gz"
-    operators = profiling.profile_step(lambda: (large @ large, small + 1, small + 2), ONLY_CPU, trace)
+    operators = profiling.profile_step(lambda: (large @ large, small + 1, small + 2), trace)
     assert (operators[0].name, operators[0].calls) == ("aten::mm", 1)
     assert operators[0].self_ms > 0.1  # 0.27 GFLOP: a tenth of a millisecond would be 2.7 TFLOP/s
     assert {operator.name: operator.calls for operator in operators}["aten::add"] == 2
@@ -55,12 +52,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from torch.profiler import ProfilerActivity
 from gpt2_ladder import files
 from gpt2_ladder.measuring import profiling
 files.replacing = lambda path: nullcontext([path])
 for name in ("step.json.gz", "no/such/folder/step.json"):
-    profiling.profile_step(lambda: torch.ones(3) + 1, [ProfilerActivity.CPU], Path(sys.argv[1]) / name)
+    profiling.profile_step(lambda: torch.ones(3) + 1, Path(sys.argv[1]) / name)
 """
 
 
@@ -72,7 +68,7 @@ def test_kinetos_errors_are_shown_and_its_usdt_lines_hidden(tmp_path):
 
 
 def test_an_empty_profile_explains_how_to_see_the_reason(tmp_path, capsys):
-    assert profiling.profile_step(lambda: None, ONLY_CPU, tmp_path / "step.json") == []
+    assert profiling.profile_step(lambda: None, tmp_path / "step.json") == []
     message = "step.json: torch's profiler recorded nothing; set KINETO_LOG_LEVEL=0 to see why"
     assert message in capsys.readouterr().out
 
@@ -84,7 +80,7 @@ def test_inductors_kernels_have_one_name(tmp_path):
 
     compiled, x = torch.compile(step), torch.randn(64, 64)
     compiled(x)
-    operators = profiling.profile_step(lambda: compiled(x), ONLY_CPU, tmp_path / "step.json.gz")
+    operators = profiling.profile_step(lambda: compiled(x), tmp_path / "step.json.gz")
     names = {operator.name for operator in operators}
     assert profiling.FUSED in names
     assert not {"aten::sin", "aten::mul"} & names

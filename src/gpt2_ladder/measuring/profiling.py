@@ -4,11 +4,11 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from gpt2_ladder import files
 from gpt2_ladder.measuring.cost import Operator
@@ -49,14 +49,14 @@ def device_time(trace: Path) -> DeviceTime | None:
     return DeviceTime((end - start - idle) / 1000, idle / 1000, long_gaps / 1000)
 
 
-def profile_step(step: Callable[[], object], activities: Sequence[ProfilerActivity], trace: Path) -> list[Operator]:
+def profile_step(step: Callable[[], object], trace: Path) -> list[Operator]:
     """Profile one call of `step`, write the trace to `trace`, and return the operators, the costliest first."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides Kineto's USDT lines (level 5), not its errors
-    with profile(activities=activities) as profiler:
+    with profile() as profiler:
         step()
     with files.replacing(trace) as (temporary,):
         profiler.export_chrome_trace(str(temporary))
-    on_gpu = ProfilerActivity.CUDA in activities
+    on_gpu = ProfilerActivity.CUDA in supported_activities()
     calls: Counter[str] = Counter()
     self_us: Counter[str] = Counter()
     for event in profiler.key_averages():

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 import psutil
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity
 
 from gpt2_ladder import ledger
 from gpt2_ladder.config import GPTConfig, UserError
@@ -204,11 +203,6 @@ def attention_kernel(config: GPTConfig, precision: str, rows: int, block_size: i
     lacks = f"torch has no {config.attention} kernel" if named else "torch has only its math kernel"
     fix = "set attention: flash, torch's own choice" if named else "set attention: eager"
     raise UserError(f"attention: {config.attention}, but {lacks} for {shape} in {dtype} on {place}: {fix}")
-
-
-def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
-    """Return the activities that torch.profiler must record on `device`."""
-    return [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
 
 
 def allocates_like_cuda(device: torch.device) -> bool:
