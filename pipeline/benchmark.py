@@ -125,10 +125,7 @@ def estimate_minutes(levels: Mapping[str, Switches], rounds: int, processes: int
 def read_levels() -> tuple[dict[str, Switches], int]:
     """Return the switches of the control and of every level that passed parity, and the micro-batch of all."""
     parity = files.read_json(pipeline.PARITY)
-    levels = {
-        name: Switches.model_validate({key: level["switches"][key] for key in Switches.model_fields})
-        for name, level in parity["levels"].items()
-    }
+    levels = {name: Switches(**level["switches"]) for name, level in parity["levels"].items()}
     return {**levels, CONTROL: levels[parity["baseline"]]}, parity["micro_batch"]
 
 

@@ -43,7 +43,7 @@ def main() -> None:
         parity = loss_parity.compare(name, losses[name], losses[baseline], tolerance, steps, expected)
         largest = f"largest loss difference of {steps} steps {parity.largest:.6f} nats at step {parity.largest_step}"
         print(f"{name:8}  {largest}, tolerance {tolerance}")
-        levels[name] = {"switches": level.model_dump(), **asdict(parity)}
+        levels[name] = {"switches": level.model_dump(exclude={"group"}), **asdict(parity)}
     content = {"environment": environment.fingerprint, "baseline": baseline, "micro_batch": micro_batch}
     files.write_json(PARITY, {**content, "levels": levels})
 

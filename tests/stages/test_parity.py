@@ -9,7 +9,7 @@ from gpt2_ladder import params_yaml
 from gpt2_ladder.config import UserError
 from gpt2_ladder.files import write_json
 from helpers.common import environment, params_with
-from pipeline import ENVIRONMENT, parity
+from pipeline import ENVIRONMENT, benchmark, parity
 
 
 def metrics_of(level: str) -> Path:
@@ -40,8 +40,8 @@ def test_all_levels_are_measured_with_the_smallest_micro_batch(two_trained):
 
 def test_the_benchmark_gets_the_switches_that_have_an_effect_here(two_trained):
     parity.main()
-    switches = json.loads(Path("results/parity.json").read_text())["levels"]["bf16"]["switches"]
-    assert (switches["precision"], switches["allocator"]) == ("bf16", "system")
+    switches = benchmark.read_levels()[0]["bf16"]
+    assert (switches.precision, switches.allocator) == ("bf16", "system")
 
 
 @pytest.mark.parametrize(("norms", "checked"), [("1.0 1.0", 2), ("1.0 inf", 2), ("nan 1.0", 1)])
