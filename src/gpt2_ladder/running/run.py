@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, takewhile
@@ -50,7 +49,7 @@ class Built(NamedTuple):
     device: torch.device
     model: GPT
     optimizer: torch.optim.Optimizer
-    autocast: AbstractContextManager[object]
+    autocast: loop.Autocast
     scaler: GradScaler
     attention_kernel: str | None
 

@@ -23,6 +23,7 @@ from gpt2_ladder.training.metrics import Step
 from gpt2_ladder.training.runtime import NO_SCALER
 
 Batch = devices.Batch
+Autocast = AbstractContextManager[object]  # around forward and loss
 
 
 class AdamW(torch.optim.AdamW):
@@ -79,7 +80,7 @@ def split(batch: Batch, micro_batch: int) -> Iterator[tuple[Tensor, Tensor, floa
 def accumulate(
     model: nn.Module,
     batch: Batch,
-    autocast: AbstractContextManager[object],
+    autocast: Autocast,
     device: torch.device,
     micro_batch: int,
     scaler: GradScaler = NO_SCALER,
@@ -105,7 +106,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    autocast: AbstractContextManager[object],
+    autocast: Autocast,
     device: torch.device,
     micro_batch: int,
     clip_norm: float | None = None,
@@ -142,7 +143,7 @@ def timed_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    autocast: AbstractContextManager[object],
+    autocast: Autocast,
     device: torch.device,
     micro_batch: int,
     scaler: GradScaler = NO_SCALER,
@@ -183,7 +184,7 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
-    autocast: AbstractContextManager[object],
+    autocast: Autocast,
     device: torch.device,
     micro_batch: int,
     first_step: int = 0,
@@ -242,13 +243,7 @@ def _read(outstanding: list[Launched], but: int = 0) -> Iterator[Step]:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT,
-    batches: Iterable[Batch],
-    autocast: AbstractContextManager[object],
-    device: torch.device,
-    micro_batch: int,
-) -> float:
+def evaluate(model: GPT, batches: Iterable[Batch], autocast: Autocast, device: torch.device, micro_batch: int) -> float:
     """Return the mean loss in nats over `batches`, all of the same shape. The network runs uncompiled."""
     model.eval()
     losses, shares = [], []
