@@ -18,7 +18,7 @@ ROWS = [
     ("SIGKILL at a random moment of a training", "the steps since its last checkpoint, which are repeated bit for bit",
      "tests/running/test_checkpoints.py -k killed_training"),
     ("SIGTERM or Ctrl-C in a step", "nothing", "tests/running/test_checkpoints.py -k signal_ends"),
-    ("a checkpoint with a flipped bit, cut, missing or half-written", "the checkpoint: refused by name, or ignored",
+    ("a checkpoint with a flipped bit, cut, replaced or half-written", "the checkpoint: refused by name, or ignored",
      "tests/running/test_checkpoints.py -k 'damaged or half_written'"),
     ("a loss or gradient that is not finite", "the steps since the last good checkpoint",
      "tests/running/test_checkpoints.py tests/stages/test_train.py -k 'not_finite or no_number'"),

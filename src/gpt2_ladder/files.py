@@ -57,8 +57,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether a full disk or quota caused `error`. Compare texts, because safetensors raises no OSError."""
-    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    """Return whether a full disk or quota caused `error`.
+
+    Compare texts, because safetensors raises no OSError, and torch.save another error after the OSError.
+    """
+    return any(os.strerror(code) in f"{error} {error.__context__}" for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def sha256(path: Path) -> str:

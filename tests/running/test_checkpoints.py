@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_killed_training_resumes_with_the_same_bits(params, undisturbed, recor
     generator, kills, ends, resumed = random.Random(7), 0, 0, 0
     # a kill before the first checkpoint proves little, so enough of them must come later
     while kills < KILLS or resumed <= KILLS / 4 or not ends:
-        resumed += any(Path("checkpoints").glob("trial/*/*.json"))
+        resumed += any(Path("checkpoints").glob("trial/*/*.pt"))
         pid = train_in_a_fork(params)
         if kills < KILLS or resumed <= KILLS / 4:
             time.sleep(generator.uniform(0, whole_s))
@@ -99,7 +100,7 @@ def test_a_signal_ends_the_step_and_saves_a_checkpoint(params, undisturbed, monk
     message = rf"trial: stopped by {number.name} after step {last}; the next run resumes from .* checkpoints/"
     with pytest.raises(UserError, match=message):
         train(params, keep=KEEP)
-    assert len(list(Path("checkpoints").glob("trial/*/*"))) == 2
+    assert len(list(Path("checkpoints").glob("trial/*/*"))) == 1
     train(params, keep=KEEP)
     assert f"resumed after step {last}: times" in json.loads(Path("results/metrics.json").read_text())["note"]
     assert len(calls) == 12
@@ -141,7 +142,7 @@ def test_nothing_is_saved_from_a_step_that_is_not_finite_on(params, monkeypatch,
     monkeypatch.setattr(loop, "train_step", train_step)
     with pytest.raises(UserError, match=f"trial: at step {nan_at} the loss is .* and the gradient's norm nan"):
         train(params.model_copy(update={"checkpoint_every": every}))
-    (path,) = Path("checkpoints").glob("trial/*/*.json")
+    (path,) = Path("checkpoints").glob("trial/*/*.pt")
     assert path.stem == f"{nan_at // every * every:08}"
 
 
@@ -215,7 +216,7 @@ def test_the_random_generator_resumes_where_it_stopped(tmp_path, monkeypatch):
 
 @pytest.fixture
 def state(params: Params, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Train until the loss is NaN at step 5, and return the JSON file of the checkpoint."""
+    """Train until the loss is NaN at step 5, and return the checkpoint."""
     step, calls = loop.train_step, []
 
     def train_step(*args, **options):
@@ -227,13 +228,13 @@ def state(params: Params, monkeypatch: pytest.MonkeyPatch) -> Path:
         patched.setattr(loop, "train_step", train_step)
         with pytest.raises(UserError, match="trial: at step 5 the loss is nan") as caught:
             train(params)
-    (path,) = Path("checkpoints").glob("trial/*/*.json")
+    (path,) = Path("checkpoints").glob("trial/*/*.pt")
     assert str(caught.value).endswith(f"the next run resumes from the last good checkpoint, {path}")
     return path
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(state):
-    assert state.name == "00000004.json"
+    assert state.name == "00000004.pt"
 
 
 def test_a_checkpoint_with_other_settings_is_ignored_and_stays(params, state, capsys):
@@ -244,25 +245,27 @@ def test_a_checkpoint_with_other_settings_is_ignored_and_stays(params, state, ca
     assert "trial: resuming after step 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "not JSON", "another hash"])
+@pytest.mark.parametrize("damage", ["a bit of a weight", "a bit of the state", "cut", "empty", "text", "code"])
 def test_a_damaged_checkpoint_is_refused_with_the_fix(params, state, damage):
-    tensors = state.with_suffix(".safetensors")
-    raw = tensors.read_bytes()
-    if damage == "flipped":
-        tensors.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    elif damage == "cut":
-        tensors.write_bytes(raw[:-1])
-    elif damage == "missing":
-        tensors.unlink()
+    raw = bytearray(state.read_bytes())
+    with zipfile.ZipFile(state) as archive:  # what torch writes
+        records = sorted(archive.infolist(), key=lambda info: info.file_size)
+    if damage.startswith("a bit"):
+        info = records[-1] if damage.endswith("weight") else next(i for i in records if i.filename.endswith("data.pkl"))
+        raw[raw.index(info.filename.encode()) + info.file_size // 2] ^= 1
+        state.write_bytes(raw)
+    elif damage == "code":
+        torch.save({"settings": print}, state)  # a name that torch would import
     else:
-        state.write_text("{" if damage == "not JSON" else json.dumps({"sha256": 5}))
-    with pytest.raises(UserError, match=rf"{state.stem}.*; remove {state.parent} to train from the start"):
+        state.write_bytes({"cut": raw[:-1], "empty": b"", "text": b"{}"}[damage])
+    fix = rf"remove {state.parent} to train from the start"
+    with pytest.raises(UserError, match=rf"^{state}: the checkpoint is damaged \([^\n]+\); {fix}$"):
         train(params)
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(params, state):
-    (state.parent / "00000009.safetensors").write_bytes(b"half")
     (state.parent / ".writing-x").mkdir()
+    (state.parent / ".writing-x/00000009.pt").write_bytes(b"half")
     train(params)
     assert len(Path("results/steps.csv").read_text().splitlines()) == 13
     assert not list(checkpoints.FOLDER.glob("trial/*"))

@@ -7,12 +7,17 @@ import subprocess
 from pathlib import Path
 
 import altair as alt
+import numpy as np
 import pytest
+import torch
 
 from gpt2_ladder.files import write_json
 from gpt2_ladder.model import GPT
 from gpt2_ladder.reporting import charts
+from gpt2_ladder.running.checkpoints import Checkpoints, Course
 from gpt2_ladder.sources import hub_format
+from gpt2_ladder.training import data
+from gpt2_ladder.training.metrics import Step
 from helpers.common import REPOSITORY, link_encoding, put_corpus, tiny
 from pipeline import TRAIN_SHARD, VAL_SHARD, run, tokenize_corpus
 
@@ -40,10 +45,13 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "filler"}
 
 
-def fill(folder: Path) -> None:
-    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"\0" * KIB)
+def fill(folder: Path, but: int = 0) -> None:
+    """Fill the disk, except `but` bytes."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * KIB)
+        file.truncate(file.tell() - but)
 
 
 def test_the_previous_shards_stay_when_tokenizing_fills_the_disk(small_disk, monkeypatch, bpe_files):
@@ -61,19 +69,28 @@ def test_the_previous_shards_stay_when_tokenizing_fills_the_disk(small_disk, mon
     assert not list(small_disk.rglob(".writing-*"))
 
 
+def save_checkpoint(path: Path, size: int) -> None:
+    model, batches = GPT(tiny(n_embd=16 * size)), data.Batches(np.arange(9, dtype="<u2"), 1, 4)
+    in_folder = type("InFolder", (Checkpoints,), {"folder": path.parent})
+    checkpoints = in_folder("training", {}, model, torch.optim.AdamW(model.parameters()), batches, 1, Course(1))
+    checkpoints.save([Step(0, 4.6, 1.0, 1.0, 1.0, 2, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
+        ("00000001.pt", save_checkpoint),
         ("model.safetensors", lambda path, size: hub_format.save_gpt(GPT(tiny(n_embd=16 * size)), path.parent)),
         ("gains.json", lambda path, size: write_json(path, {"rounds": [0] * 100 * size})),
         ("ladder.png", lambda path, size: charts.save_png(alt.Chart(title="x" * size).mark_point(), path)),
     ],
 )
-def test_the_previous_result_stays_when_a_new_one_does_not_fit(small_disk, monkeypatch, name, write):
+@pytest.mark.parametrize("left", [0, 8 * KIB])
+def test_the_previous_result_stays_when_a_new_one_does_not_fit(small_disk, monkeypatch, name, write, left):
     folder = small_disk / "results"
     write(folder / name, 1)
     before = contents(small_disk)
-    fill(small_disk)
+    fill(small_disk, but=left)
     with monkeypatch.context() as inside:
         inside.chdir("/")  # another disk, which has room
         with pytest.raises(SystemExit, match=FULL.format(folder)):

@@ -135,21 +135,14 @@ def test_shuffled_batches_have_the_same_rows_in_another_order_in_every_epoch():
 
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("taken", [0, 1, 4, 5, 13])
-def test_batches_resume_from_a_position_that_was_saved_as_json(seed, taken):
+def test_batches_resume_from_a_saved_position(seed, taken):
     shard = np.random.default_rng(0).integers(0, 50257, 42).astype("<u2")
     batches, resumed = data.Batches(shard, 2, 4, seed), data.Batches(shard, 2, 4, seed)
     for _ in range(taken):
         next(batches)
-    resumed.position = json.loads(json.dumps(batches.position))
+    resumed.position = batches.position
     for _ in range(12):
         assert all(map(torch.equal, next(resumed), next(batches)))
-
-
-@pytest.mark.parametrize(("epoch", "batch"), [(None, None), (0, 5), (0, -1), (-1, 0), (0.0, 0), ("0", 0)])
-def test_an_impossible_position_is_refused(epoch, batch):
-    batches = data.Batches(np.arange(42, dtype="<u2"), 2, 4)  # 5 batches an epoch
-    with pytest.raises(ValueError, match="not a position"):
-        batches.position = {"epoch": epoch, "batch": batch}
 
 
 def test_validation_sees_each_of_its_tokens_once():

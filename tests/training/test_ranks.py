@@ -144,7 +144,7 @@ def test_after_sigterm_and_a_killed_rank_the_bits_are_the_same(
     _, errors = run_trial(tmp_path, terminate, exit_code=1)
     (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: trial: stopped by SIGTERM after step {stopped}; the next run resumes from the ")
-    assert error.endswith(f"{stopped + 1:08}.json")
+    assert error.endswith(f"{stopped + 1:08}.pt")
 
     write_params(tmp_path, document)
     kill = FAULT.format(nth=7 - stopped, action="os.kill(os.getpid(), signal.SIGKILL)")
@@ -180,7 +180,7 @@ def test_a_signal_to_any_rank_stops_all_ranks(monkeypatch):
 
 def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ranks, "gather", lambda value: [value, "00000004.json"])
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, "00000004.pt"])
     model = GPT(tiny())
     batches = data.Batches(np.arange(9, dtype="<u2"), 1, 4)
     saved = checkpoints.Checkpoints(

@@ -1,23 +1,19 @@
 """Save the state of a training. A training that resumes from it computes the same bits as an uninterrupted one.
 
-A checkpoint is two files. `<steps>.safetensors` has the weights, the optimizer's state, the random generator's state
-and the steps. `<steps>.json` has the settings, the position in the data, the state of the loss scaler and the SHA-256
-of the other file. It is written last: if it exists, the other file is complete. Checkpoints are in `checkpoints/`, not
-in a stage's outputs, because DVC removes outputs before it runs the stage again.
+A checkpoint is one file, `<steps>.pt`. Checkpoints are in `checkpoints/`, not in a stage's outputs, because DVC removes
+outputs before it runs the stage again.
 """
 
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -26,7 +22,7 @@ from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
 from gpt2_ladder.training import ranks
 from gpt2_ladder.training.data import Batches
-from gpt2_ladder.training.metrics import STEP_FIELDS, Step
+from gpt2_ladder.training.metrics import Step
 from gpt2_ladder.training.runtime import NO_SCALER
 
 FOLDER = Path("checkpoints")
@@ -70,28 +66,28 @@ class Checkpoints:
         return FOLDER / self.name / key
 
     def newest(self) -> Path | None:
-        """Return the JSON file of the newest checkpoint, or None."""
-        return max(self.folder.glob("*.json"), default=None)
+        """Return the newest checkpoint, or None."""
+        return max(self.folder.glob("*.pt"), default=None)
 
     @ledger.phase("recording")
     def save(self, steps: Sequence[Step]) -> None:
         """Save the state after `steps`, then remove the previous checkpoint."""
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        tensors |= {f"best.{name}": weight for name, weight in self.course.best.items()}
-        tensors["generator"] = torch.get_rng_state()  # the CPU's; a GPU draws no random numbers, without dropout
-        # float64 holds every field of a Step exactly
-        tensors["steps"] = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)  # (steps, fields)
-        weights, state_file = (self.folder / f"{len(steps):08}.{suffix}" for suffix in ("safetensors", "json"))
-        older = set(self.folder.glob("*"))
-        with files.replacing(weights, state_file) as (new_weights, new_state):
-            save_file(tensors, new_weights)
-            rest = {"position": self.batches.position, "scaler": self.scaler.state_dict(), "settings": self.settings}
-            course = {"steps": self.course.steps, "validations": self.course.validations}
-            new_state.write_text(json.dumps({"sha256": files.sha256(new_weights), **course, **rest}, indent=2) + "\n")
-        for path in older - {weights, state_file}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()  # left by a killed process
+        state = {
+            "settings": self.settings,
+            "steps": [astuple(step) for step in steps],
+            "position": self.batches.position,
+            "course": (self.course.steps, self.course.validations),
+            "best": self.course.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "scaler": self.scaler.state_dict(),
+            "generator": torch.get_rng_state(),  # the CPU's; a GPU draws no random numbers, without dropout
+        }
+        path, older = self.folder / f"{len(steps):08}.pt", set(self.folder.glob("*"))
+        with files.replacing(path) as (temporary,), temporary.open("wb") as file:
+            torch.save(state, file)  # not to a path: then no error says that the disk is full
+        for other in older - {path}:
+            shutil.rmtree(other) if other.is_dir() else other.unlink()  # left by a killed process
 
     def load(self) -> list[Step]:
         """Load the newest checkpoint into model, optimizer, batches, course and torch's generator; return its steps.
@@ -101,40 +97,35 @@ class Checkpoints:
         """
         for other in sorted({*FOLDER.glob(f"{self.name}/*")} - {self.folder}):
             print(f"{self.name}: ignoring {other}, which has other settings", flush=True)
-        state = self.newest()
-        if len({*ranks.gather(state and state.name)}) > 1:
+        path = self.newest()
+        if len({*ranks.gather(path and path.name)}) > 1:
             fix = "share this folder between all machines"
             raise UserError(f"{self.folder}: the ranks see different checkpoints; {fix}")
-        if state is None:
+        if path is None:
             return []
-        path = state.with_suffix(".safetensors")
         try:
-            saved = files.read_json(state)
-            if files.sha256(path) != saved.get("sha256"):
-                raise ValueError("the file's sha256 differs from the one in its .json")
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} has a wrong checksum")
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
             self.batches.position = saved["position"]
-            tensors = load_file(path)
-            copy_weights(self.model, {name: tensors[f"model.{name}"] for name, _ in self.model.named_parameters()})
-            self.course.steps = saved["steps"]
-            self.course.validations = {int(step): loss for step, loss in saved["validations"].items()}
-            self.course.best = {name[5:]: tensor.clone() for name, tensor in tensors.items() if name[:5] == "best."}
+            copy_weights(self.model, saved["model"])
+            self.course.steps, self.course.validations = saved["course"]
+            self.course.best = saved["best"]
             groups = self.optimizer.state_dict()["param_groups"]  # their settings come from params.yaml
-            self.optimizer.load_state_dict({"state": _optimizer_state(tensors), "param_groups": groups})
-            self.scaler.load_state_dict(saved.get("scaler", {}))
-            torch.set_rng_state(tensors["generator"])
-            rows = [dict(zip(STEP_FIELDS, row, strict=True)) for row in tensors["steps"].tolist()]
-            steps = TypeAdapter(list[Step]).validate_python(rows)  # turns 3.0 into an int where Step has one
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+            self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+            self.scaler.load_state_dict(saved["scaler"])
+            torch.set_rng_state(saved["generator"])
+            steps = [Step(*row) for row in saved["steps"]]
+        except Exception as error:
             reason = files.printable(" ".join(str(error).split()))[:500]
             fix = f"remove {self.folder} to train from the start"
             raise UserError(f"{path}: the checkpoint is damaged ({reason}); {fix}") from None
-        print(f"{self.name}: resuming after step {steps[-1].step} from {state}", flush=True)
+        print(f"{self.name}: resuming after step {steps[-1].step} from {path}", flush=True)
         return steps
 
     def forget(self) -> None:
-        """Remove the checkpoints of a finished training, the JSON files first: each marks a complete checkpoint."""
-        for state in sorted(self.folder.glob("*.json")):
-            state.unlink()
+        """Remove the checkpoints of a finished training."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -144,12 +135,3 @@ def copy_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         rows = min(len(parameter), len(weights[name]))
         parameter[:rows] = weights[name][:rows]
-
-
-def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor.clone()  # a copy: the next save removes the file
-    return state
