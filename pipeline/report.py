@@ -1,6 +1,7 @@
 """Write results/report: the ladder as Markdown and HTML, charts, all losses. Send it to W&B, print a summary."""
 
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 
@@ -19,12 +20,12 @@ TITLES = {"quality": "quality levels", "speed": "speed levels", "trial": "trial"
 def main() -> None:
     params, environment = read_settings()
     results = {name: read_metrics(name) for name in params.levels}
-    outputs = {name: files.read_json(RESULTS / f"{name}.json") for name in OUTPUTS}
+    outputs: dict[str, Any] = {name: files.read_json(RESULTS / f"{name}.json") for name in OUTPUTS}
     gains, parity, trial = outputs["gains"], outputs["parity"], files.read_json(TRIAL_FACTS)
     reference = gallery.read(gallery.FOLDER / "h100-sxm.json")
     explained = {path.stem for path in Path("docs/levels").glob("*.md")}  # it only links to them: no dependency
-    more = {"trial": trial, "seconds": read_seconds(params), "reference": reference, "explained": explained}
-    content = facts.collect(params, environment, results, **outputs, **more)
+    outputs |= {"trial": trial, "seconds": read_seconds(params), "reference": reference, "explained": explained}
+    content = facts.collect(params, environment, results, **outputs)
     comparable = not any(key.startswith("recipe.") for key in trial["changes"])
     losses: dict[str, dict[str, list[float]]] = {group: {} for group in TITLES}
     for name, level in params.levels.items():
