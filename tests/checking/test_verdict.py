@@ -233,6 +233,17 @@ def test_a_network_of_fixed_size_learns_with_gpt2s_rate(check, monkeypatch):
     assert rates == [5e-3, 3e-4]  # tiny's and gpt2's in params.yaml
 
 
+def test_the_race_trains_with_gpt2s_rate_for_which_the_tolerance_was_measured(check, monkeypatch):
+    rates, race = [], verdict.race
+    monkeypatch.setattr(verdict, "race", lambda arms, *rest: rates.extend(lr_of(arms)) or race(arms, *rest))
+
+    def lr_of(arms):
+        return [arm.optimizer.param_groups[0]["lr"] for arm in arms]
+
+    check("video", own_gpts.sources("video")["right"], rounds=5)
+    assert rates == [3e-4, 3e-4]
+
+
 RIGHT = Finding("function", PASS, "logits within 1e-7")
 CAUSE = Finding("function", FAIL, "in layer 0", "Your attention is not scaled")
 DIFFERENT = Finding("function", FAIL, "in layer 0 all differs")
