@@ -208,6 +208,9 @@ def test_mingpts_default_config_and_the_hubs_config_class_take_the_sizes(write_g
     network = loading.build(factory, tiny(), own_gpts.options("hub", 97))
     assert (network.config.n_positions, network.config.n_layer, network.config.use_cache) == (32, 2, False)
     assert Theirs(network).target_name == "labels"
+    derived = {"num_layers": 2, "attention_types": [[["global"], 2]], "attention_layers": ["global", "global"]}
+    network = loading.build(loading.load("transformers:GPTNeoForCausalLM"), tiny(), derived)
+    assert network.config.attention_layers == ["global", "global"]  # its constructor does not take them
 
 
 @pytest.mark.parametrize(("default", "built"), [(128, 128), (97, 97), (96, 97), (97 + 1024, 97), ("None", 97)])

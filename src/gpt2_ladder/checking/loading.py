@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from inspect import Parameter, isclass, signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -129,7 +128,7 @@ def find_config(factory: Any, options: Mapping[str, Any]) -> Any:
         own.model_type = None
         return own
     if hasattr(factory, "config_class"):  # transformers'
-        return partial(factory.config_class, use_cache=False)
+        return factory.config_class(use_cache=False)
     defaults = settings(factory)
     required = [name for name, default in defaults.items() if default is Parameter.empty] or [*defaults]
     if len(required) != 1 or required[0] in OURS:
