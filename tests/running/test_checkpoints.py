@@ -245,12 +245,18 @@ def test_a_checkpoint_with_other_settings_is_ignored_and_stays(params, state, ca
     assert "trial: resuming after step 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["a bit of a weight", "a bit of the state", "cut", "empty", "text", "code"])
+DAMAGES = ("a bit of a weight", "a bit of the state", "a bit of the directory", "cut", "empty", "text", "code")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_with_the_fix(params, state, damage):
     raw = bytearray(state.read_bytes())
     with zipfile.ZipFile(state) as archive:  # what torch writes
         records = sorted(archive.infolist(), key=lambda info: info.file_size)
-    if damage.startswith("a bit"):
+    if damage.endswith("directory"):  # a record becomes a folder, whose content torch does not read
+        raw[raw.rfind(b"PK\x01\x02", 0, raw.rfind(records[-1].filename.encode())) + 38] ^= 0x10
+        state.write_bytes(raw)
+    elif damage.startswith("a bit"):
         info = records[-1] if damage.endswith("weight") else next(i for i in records if i.filename.endswith("data.pkl"))
         raw[raw.index(info.filename.encode()) + info.file_size // 2] ^= 1
         state.write_bytes(raw)
@@ -261,6 +267,13 @@ def test_a_damaged_checkpoint_is_refused_with_the_fix(params, state, damage):
     fix = rf"remove {state.parent} to train from the start"
     with pytest.raises(UserError, match=rf"^{state}: the checkpoint is damaged \([^\n]+\); {fix}$"):
         train(params)
+
+
+def test_a_checkpoint_is_not_called_damaged_if_memory_runs_out(params, state, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large")))
+    with pytest.raises(MemoryError, match="too large"):
+        train(params)
+    assert state.exists()
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(params, state):

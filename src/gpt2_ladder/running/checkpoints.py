@@ -20,7 +20,7 @@ from torch.amp import GradScaler
 from gpt2_ladder import files, ledger
 from gpt2_ladder.config import UserError
 from gpt2_ladder.model import GPT
-from gpt2_ladder.training import ranks
+from gpt2_ladder.training import devices, ranks
 from gpt2_ladder.training.data import Batches
 from gpt2_ladder.training.metrics import Step
 from gpt2_ladder.training.runtime import NO_SCALER
@@ -62,8 +62,8 @@ class Checkpoints:
     @property
     def folder(self) -> Path:
         """The folder of these checkpoints."""
-        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
-        return FOLDER / self.name / key
+        text = json.dumps({"format": 2, **self.settings}, sort_keys=True)  # other code cannot read another format
+        return FOLDER / self.name / hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint, or None."""
@@ -105,8 +105,10 @@ class Checkpoints:
             return []
         try:
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} has a wrong checksum")
+                # testzip compares checksums, but torch reads nothing from a record that a flipped bit makes a folder
+                folder = next((record.filename for record in archive.infolist() if record.external_attr), None)
+                if damaged := archive.testzip() or folder:
+                    raise ValueError(f"{damaged} is not as torch wrote it")
             saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
             self.batches.position = saved["position"]
             copy_weights(self.model, saved["model"])
@@ -118,6 +120,8 @@ class Checkpoints:
             torch.set_rng_state(saved["generator"])
             steps = [Step(*row) for row in saved["steps"]]
         except Exception as error:
+            if devices.is_out_of_memory(error):
+                raise
             reason = files.printable(" ".join(str(error).split()))[:500]
             fix = f"remove {self.folder} to train from the start"
             raise UserError(f"{path}: the checkpoint is damaged ({reason}); {fix}") from None
