@@ -108,6 +108,8 @@ def test_only_speed_levels_use_the_shape_of_the_machine(tmp_path):
     ("old", "new", "message"),  # {} is the file and the line of `old`
     [
         ("precision: fp32", "precison: fp32", "{}: precison: unknown key; did you mean 'precision'?"),
+        ("  gpt2-xl:", "  gpt3:", "models.gpt3: unknown key; known here: 'gpt2', 'gpt2-medium'"),
+        ("peak_tflops:", "peak_tflops:\n  fp8: 1", "peak_tflops.fp8: unknown key; known here: 'fp32', 'tf32', 'bf16'"),
         ("precision: fp32", "precision: bf32", "precision = 'bf32': Input should be 'fp32', 'tf32', 'bf16' or "),
         ("half: auto", "half: fp32", "{}: half = 'fp32': Input should be 'bf16', 'fp16' or 'auto'"),
         ("seed: 1337", "seed: '1337'", "{}: seed = '1337': Input should be a valid integer"),

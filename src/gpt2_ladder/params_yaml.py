@@ -62,7 +62,8 @@ def _check_syntax(path: Path | str, text: str) -> None:
 def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
     """Return one line for one pydantic error: file:line: key = value: what is wrong, and the nearest known key."""
     keys = list(mistake["loc"])
-    if keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden":  # pydantic's mark for a wrong key
+    wrong_key = keys[-1:] == ["[key]"] and mistake["type"] != "extra_forbidden"  # pydantic's mark for one
+    if wrong_key:
         keys.pop()
     if mistake["type"] == "value_error":  # raised by config.require as "key = value: what is wrong"
         name, _, message = mistake["msg"].removeprefix("Value error, ").partition(" = ")
@@ -73,6 +74,8 @@ def _explain(path: Path | str, document: CommentedMap, mistake: Any) -> str:
             break
         line, node = node.lc.key(key)[0] + 1, node[key]
     where = f"{path}:{line}: {'.'.join(map(str, keys))}" if keys else f"{path}"
+    if wrong_key and mistake["type"] == "literal_error":
+        return f"{where}: unknown key; known here: {mistake['ctx']['expected']}"
     if mistake["type"] == "missing":
         return f"{where}: this key is missing"
     if mistake["type"] == "extra_forbidden":
