@@ -69,7 +69,7 @@ class RemoteArm:
 
     name: str
     process: ProcessPoolExecutor  # with one worker
-    open: Callable[[str], Arm]  # builds the arm from its name in `process`: a function of a module, with @cache
+    open: Callable[[str], Arm]  # builds the arm from its name in `process`, only once; can be pickled
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Return `function(arm, *arguments)`, called in the arm's process."""
