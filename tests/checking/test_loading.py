@@ -151,6 +151,42 @@ def test_a_config_that_is_the_default_of_the_only_argument_is_changed(write_gpt)
     assert build(write_gpt(f"{DEFAULTS}{network}")).sizes.d_model == 16
 
 
+@pytest.mark.parametrize(
+    ("default", "imported"),
+    [
+        ("{'vocab': 7, 'dim': 5, 'rate': 0.1}", ""),
+        ("SimpleNamespace(dim=5, rate=0.1)", "from types import SimpleNamespace"),
+    ],
+)
+def test_a_default_config_that_no_name_of_the_file_has_keeps_its_other_values(default, imported, write_gpt):
+    network = NETWORK.replace("sizes)", f"sizes={default})", 1)
+    sizes = build(write_gpt(f"from torch import nn\n{imported}\n{network}")).sizes
+    assert (sizes if isinstance(sizes, dict) else vars(sizes)).items() >= {("dim", 16), ("rate", 0.1)}
+
+
+def test_values_that_a_config_class_sets_itself_can_be_changed(write_gpt):
+    values = (
+        "class Sizes:\n    n_embd, vocab_size, bias = 5, 7, True\n    def __init__(self):\n        self.dropout = 0.1\n"
+    )
+    path = write_gpt(f"from torch import nn\n{values}{NETWORK}")
+    sizes = build(path, bias=False, dropout=0.0).sizes
+    assert (sizes.n_embd, sizes.bias, sizes.dropout) == (16, False, 0.0)
+    with pytest.raises(UserError, match="--config rate: Net only has bias, dropout"):
+        build(path, rate=0.1)
+
+
+def test_sizes_in_the_body_of_the_network_itself_stay(write_gpt):
+    path = write_gpt(
+        f"from torch import nn\n{NETWORK.replace(', sizes', '').replace('= sizes', '= 0')}    n_embd, n_layer = 5, 7\n"
+    )
+    assert (build(path).n_embd, build(path).n_layer) == (5, 7)
+
+
+def test_names_of_a_script_that_is_not_executed_are_no_config(write_gpt):
+    script = "model = Net(dict(vocab_size=vocab_size, n_embd=n_embd))\n"
+    assert build(write_gpt(f"from torch import nn\n{NETWORK}        sizes.n_layer\n{script}")).sizes.n_layer == 2
+
+
 def test_a_constant_may_ask_for_the_device(write_gpt):
     device = "import torch\ndevice = 'cuda' if torch.cuda.is_available() else 'cpu'\n"
     assert build(write_gpt(f"{device}{DEFAULTS}{NETWORK}        device\n")).sizes.d_model == 16
@@ -205,6 +241,7 @@ def test_mingpts_default_config_and_the_hubs_config_class_take_the_sizes(write_g
     network = own_gpts.build(write_gpt, "mingpt", tiny()).network
     assert network.transformer.wpe.weight.shape == (32, 16)
     factory = loading.load("transformers:GPT2LMHeadModel")
+    assert loading.build(factory, tiny(), {**own_gpts.options("hub", 97), "hidden_size": 32}).config.n_embd == 32
     network = loading.build(factory, tiny(), own_gpts.options("hub", 97))
     assert (network.config.n_positions, network.config.n_layer, network.config.use_cache) == (32, 2, False)
     assert Theirs(network).target_name == "labels"
@@ -246,6 +283,7 @@ OUTPUTS = {
     "a pair": lambda logits, loss: (logits, loss),
     "the loss first": lambda logits, loss: (loss, logits),
     "a dictionary": lambda logits, loss: {"loss": loss, "logits": logits},
+    "a dictionary of its own": lambda logits, loss: type("Out", (dict,), {})(loss=loss, logits=logits),
     "a list with the ids": lambda logits, loss: [torch.zeros(2, 16, dtype=torch.long), [logits]],
     "rows of tokens": lambda logits, loss: (logits.flatten(0, 1), loss),
     "with hidden states behind": lambda logits, loss: (loss, logits, torch.zeros(2, 16, 4)),

@@ -235,7 +235,7 @@ def capture(network: nn.Module, modules: Mapping[str, nn.Module], idx: Tensor) -
 
     def keep(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         for is_input, values in ((True, (*inputs, named)), (False, output)):
-            for each in tensors(values)[:1]:
+            for each in [*tensors(values)][:1]:
                 kept.setdefault((name, is_input), each)
 
     with ExitStack() as stack:

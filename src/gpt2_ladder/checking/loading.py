@@ -6,8 +6,9 @@ import ast
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass, replace
 from inspect import Parameter, isclass, signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gpt2_ladder.config import GPTConfig, UserError
 
@@ -100,59 +100,66 @@ def build(factory: Factory, config: GPTConfig, options: Mapping[str, Any]) -> nn
 
     A vocabulary that is padded by default stays so. Raise UserError if `factory` cannot take them.
     """
-    kind = find_config(factory, options)
-    defaults = settings(kind)
+    own, defaults = find_config(factory, config, options)
     if unknown := sorted(options.keys() - defaults.keys()):
         raise UserError(f"--config {unknown[0]}: {factory.__name__} only has {', '.join(sorted(defaults)):.300}")
     values = {name: getattr(config, OURS[name]) for name in defaults if name in OURS} | dict(options)
     for name in (values.keys() & NAMES["vocab_size"]) - options.keys():
         if isinstance(default := defaults[name], int) and 0 < default - config.vocab_size < 1024:
             values[name] = default
-    if isinstance(kind, dict):
-        own: Any = kind | values
-    else:
-        arguments = signature(kind).parameters.keys() & values if callable(kind) else set()
-        own = kind(**{name: values[name] for name in arguments}) if callable(kind) else kind
-        for name in values.keys() - arguments:
-            setattr(own, name, values[name])
-    network = own if kind is factory else factory(own)
+    network = factory(**values) if own is None else factory(_changed(own, values))
     if not isinstance(network, nn.Module):
         raise UserError(f"{factory.__name__} returns {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-def find_config(factory: Any, options: Mapping[str, Any]) -> Any:
-    """Return the config that `factory` takes, its class, or `factory` itself if its arguments are the settings."""
+def find_config(factory: Any, config: GPTConfig, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the config that `factory` takes and its settings by name, or None and the arguments of `factory`."""
+    arguments = [each for each in signature(factory).parameters.values() if each.kind != Parameter.VAR_KEYWORD]
+    required = [each for each in arguments if each.default is Parameter.empty] or arguments
+    names = {name: value for name, value in vars(sys.modules[factory.__module__]).items() if name != MISSING}
     if hasattr(factory, "get_default_config"):  # minGPT's, whose model_type excludes sizes
         own = factory.get_default_config()
         own.model_type = None
-        return own
-    if hasattr(factory, "config_class"):  # transformers'
-        return factory.config_class(use_cache=False)
-    defaults = settings(factory)
-    required = [name for name, default in defaults.items() if default is Parameter.empty] or [*defaults]
-    if len(required) != 1 or required[0] in OURS:
-        return factory
-    taken, names = signature(factory).parameters[required[0]], vars(sys.modules[factory.__module__])
-    annotated = names.get(str(taken.annotation).strip("'\""))
-    for kind in (taken.annotation, annotated, *names.values(), type(taken.default)):
-        is_config = isinstance(kind, dict) or (isclass(kind) and not issubclass(kind, nn.Module))
-        if is_config and len(OURS.keys() & settings(kind)) > 1:
-            return kind
-    return Sizes(**{**dict.fromkeys(OURS), **options})
+    elif hasattr(factory, "config_class"):  # transformers'
+        own = factory.config_class(use_cache=False)
+    elif len(required) != 1 or required[0].name in OURS:
+        return None, {each.name: each.default for each in arguments}
+    else:
+        taken = required[0]
+        named = taken.annotation if isclass(taken.annotation) else names.get(str(taken.annotation).strip("'\""))
+        found = [own for kind in (named, *names.values()) if (own := _instance(kind, config, options)) is not None]
+        everything = Sizes(**{name: getattr(config, OURS[name]) for name in OURS} | dict(options))
+        own = (found + ([] if taken.default in (Parameter.empty, None) else [taken.default]) + [everything])[0]
+    if isinstance(own, dict):
+        return own, own
+    settings = {name for name in {*vars(type(own)), *vars(own), *OURS} if name[0] != "_" and hasattr(own, name)}
+    return own, {name: getattr(own, name) for name in settings}
 
 
-def settings(kind: Any) -> dict[str, Any]:
-    """Return the settings of a config, or the arguments of what makes one, with their defaults."""
+def _instance(kind: Any, config: GPTConfig, options: Mapping[str, Any]) -> Any:
+    """Return the config that `kind` is, a dictionary, or that it makes, a class; None if it has no sizes."""
     if isinstance(kind, dict):
-        return kind
-    if not callable(kind):
-        return vars(kind)
+        return dict(kind) if len(OURS.keys() & kind.keys()) > 1 else None
+    known: Mapping[str, Parameter] = {}
     with suppress(TypeError, ValueError):  # some classes have no signature
-        arguments = [each for each in signature(kind).parameters.values() if each.kind != Parameter.VAR_KEYWORD]
-        sizes = {name: size for name, size in vars(kind).items() if name in OURS and isinstance(size, int)}
-        return sizes | {each.name: each.default for each in arguments}
-    return {}
+        known = signature(kind).parameters
+    if not isclass(kind) or issubclass(kind, nn.Module) or len(OURS.keys() & {*known, *vars(kind)}) < 2:
+        return None
+    needed = [name for name, each in known.items() if each.default is Parameter.empty]
+    # of the vocabulary, the default may be padded
+    taken = [name for name in known if name in OURS and (OURS[name] != "vocab_size" or name in needed)]
+    sizes = {name: getattr(config, OURS[name]) for name in taken}
+    return kind(**sizes | {name: value for name, value in options.items() if name in known})
+
+
+def _changed(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return `config`, a dataclass, dictionary or other object, with `values`."""
+    if is_dataclass(config):
+        return replace(config, **values)  # type: ignore[type-var]  # mypy knows no type for people's dataclasses
+    for name, value in values.items():
+        config.__setitem__(name, value) if isinstance(config, dict) else setattr(config, name, value)
+    return config
 
 
 class Theirs(nn.Module):
@@ -180,7 +187,7 @@ class Theirs(nn.Module):
         It always gets targets, because without them nanoGPT's returns only the last position, and some fail.
         """
         named = {self.target_name: idx if targets is None else targets} if self.target_name else {}
-        outputs = tensors(self.network(idx, **named))
+        outputs = [*tensors(self.network(idx, **named))]
         if named and all(each.dim() == 0 for each in outputs):  # some return only the loss
             outputs += tensors(self.network(idx))
         shapes = [*idx.shape], [idx.numel()]  # some return (B * T, V)
@@ -191,6 +198,12 @@ class Theirs(nn.Module):
         return logits.view(*idx.shape, -1), next((each for each in outputs if each.dim() == 0), None)
 
 
-def tensors(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors in a network's output."""
-    return [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in a network's output."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors([*output.values()])
+    elif isinstance(output, list | tuple):
+        for each in output:
+            yield from tensors(each)
