@@ -67,6 +67,8 @@ def parse(arguments: Sequence[str], params: Params) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=300, help="stop after this time")
     parser.add_argument("--memory", type=int, default=8, help="stop if it needs more memory, in GiB")
     args = parser.parse_args(arguments)
+    if args.rounds == 1 or args.rounds < 0:
+        raise UserError(f"--rounds {args.rounds}: give 0 for no race, or 2 and more")
     args.config = dict(map(read_setting, args.config))
     return args
 

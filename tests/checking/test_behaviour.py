@@ -97,7 +97,7 @@ def test_a_difference_in_the_number_of_parameters_is_explained(network, verdict,
     assert found.result == f"{count:,}; GPT-2 has 124,439,808"
 
 
-@pytest.mark.parametrize("vocab_size", [65, 300, 1024, 2304])
+@pytest.mark.parametrize("vocab_size", [65, 192, 256, 300, 1024, 2304])  # 768 / 4, 768 / 3
 def test_the_head_of_a_small_vocabulary_is_explained(vocab_size):
     config = FULL.with_values({"vocab_size": vocab_size})
     network = counted(vocab_size=vocab_size, tie_weights=False)

@@ -103,7 +103,9 @@ def test_a_network_with_another_function_is_raced_without_a_loss_curve(check):
     assert "loss curve" not in [each.check for each in report.findings]
 
 
-@pytest.mark.parametrize(("step", "added", "shown"), [(1, 0.01, "at most 1.0e-02 nats"), (2, math.nan, "at most ")])
+@pytest.mark.parametrize(
+    ("step", "added", "shown"), [(1, 0.01, "at most 1.0e-02 nats"), (2, math.nan, "at most nan nats")]
+)
 def test_a_loss_curve_off_by_more_than_parity_allows_fails(step, added, shown, check, monkeypatch):
     right, take, steps = own_gpts.sources("video")["right"], verdict.turns.Arm.take, list[int]()
 
@@ -127,7 +129,7 @@ def test_a_network_with_the_parameters_of_a_gpt2_in_other_shapes_cannot_be_told(
     report = check("paper", own_gpts.replaced("paper", changes))
     assert report.code == 2
     assert report.sentence == (
-        "Cannot tell whether your network is GPT-2: its weights match GPT-2's neither by name nor by shape and order. "
+        "Cannot tell whether your network is GPT-2: its weights do not match GPT-2's by shape and order. "
         "The other checks found no fault."
     )
 
@@ -202,6 +204,18 @@ def test_wrong_gradients_of_a_variant_are_a_fault_of_its_function(check):
     assert (function.verdict, function.reason) == (FAIL, "")
     assert re.search(r"the same logits \(\de-\d\d apart\) but other gradients \(1e\+00 apart, ", function.result)
     assert report.sentence.startswith("Your network is not GPT-2 (gradients): none for 13 of 28 parameters")
+    assert "differs: its GELU is exact instead of tanh (nanoGPT's choice); with this change, ours" in function.result
+
+
+def test_losses_are_not_compared_if_dropout_cannot_be_set_to_0(check):
+    source = own_gpts.replaced(
+        "video", {"return self.c_proj(y)": "return F.dropout(self.c_proj(y), 0.1, self.training)"}
+    )
+    report = check("video", source, rounds=5)
+    assert (report.code, [each.check for each in report.findings][-1]) == (0, "function")
+    assert "GPT-2, but its dropout has a rate in forward, so losses in train mode are not compared" in report.sentence
+    (dropout,) = [each for each in report.findings if each.check == "dropout"]
+    assert (dropout.verdict, dropout.result) == (VARIANT, "on in train mode")
 
 
 def test_a_loss_that_autocast_computes_in_bfloat16_is_named(check):

@@ -159,6 +159,8 @@ def test_a_network_that_ends_its_process_or_needs_too_much_memory_is_one_line(re
         (("--config", "vocab_size=300", "n_layer="), "--config n_layer=: give key=value"),
         (("--size", "big"), "argument --size: invalid choice: 'big'"),
         (("--rounds", "few"), "argument --rounds: invalid int value: 'few'"),
+        (("--rounds", "1"), "--rounds 1: give 0 for no race, or 2 and more"),
+        (("--rounds", "-1"), "--rounds -1: give 0 for no race, or 2 and more"),
         (("--precision", "fp8"), "argument --precision: invalid choice: 'fp8'"),
         (("--compiled",), "unrecognized arguments: --compiled"),
     ],

@@ -60,6 +60,7 @@ def changed(ours: GPT, idx: Tensor, **how: str) -> Tensor:
     """Return the logits, (B, T, V), of `ours` for idx, int64 (B, T), with the texts `how` at PLACES of model.py."""
     source, names = inspect.getsource(model), dict[str, Any](Norm=Norm)
     for place, text in how.items():
+        assert PLACES[place] in source, place
         source = source.replace(PLACES[place], text)
     exec(source, names)
     network = names["GPT"](ours.config, seed=None)
