@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_fix(params, state, damage):
         train(params)
 
 
-def test_a_checkpoint_is_not_called_damaged_if_memory_runs_out(params, state, monkeypatch):
+def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(params, state, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large")))
     with pytest.raises(MemoryError, match="too large"):
         train(params)
