@@ -1,5 +1,6 @@
 """A training that was killed or stopped resumes, and ends with the same bits as one that nothing interrupted."""
 
+import hashlib
 import json
 import os
 import random
@@ -235,6 +236,15 @@ def state(params: Params, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_loss_that_is_not_finite_is_never_saved(state):
     assert state.name == "00000004.pt"
+
+
+def test_a_checkpoint_of_the_format_before_is_named_as_ignored_and_stays(params, state, capsys):
+    settings = json.dumps(torch.load(state)["settings"], sort_keys=True)
+    older = state.parent.with_name(hashlib.sha256(settings.encode()).hexdigest()[:12])  # where it would have been
+    state.parent.rename(older)
+    train(params)
+    assert f"trial: ignoring {older}" in capsys.readouterr().out
+    assert (older / state.name).exists()
 
 
 def test_a_checkpoint_with_other_settings_is_ignored_and_stays(params, state, capsys):
